@@ -1,0 +1,50 @@
+PYTHON ?= python3
+
+BIN := .venv/bin
+STAMP := .venv/installed
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help env demo test lint format wheel-check clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+env: $(STAMP) ## create .venv and install the checkout in it, editable
+
+# torch goes first and alone, so that the pinned build is there before a package asks for a range.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python $(PIP_INSTALL) torch
+	$(BIN)/python $(PIP_INSTALL) --editable '.[train,dev]'
+	@touch $@
+
+demo: env ## compare the strategies on real characters (a few minutes)
+	$(BIN)/imaml compare --out runs/demo
+
+test: env ## run the tests
+	$(BIN)/python -m pytest
+
+lint: env ## check style, docstrings and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: env ## apply the style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# Only the core dependencies, and a working folder with a module `solvers` that must never be imported.
+wheel-check: env ## build the wheel and import it in a clean environment
+	rm -rf build/wheel-check
+	$(BIN)/python -m build --outdir build/wheel-check . >/dev/null
+	$(PYTHON) -m venv build/wheel-check/venv
+	build/wheel-check/venv/bin/python $(PIP_INSTALL) torch
+	build/wheel-check/venv/bin/python $(PIP_INSTALL) build/wheel-check/*.whl
+	mkdir build/wheel-check/elsewhere
+	echo 'raise ImportError("the user'\''s own solvers.py was imported")' > build/wheel-check/elsewhere/solvers.py
+	cd build/wheel-check/elsewhere && ../venv/bin/python -c 'import imaml, imaml_solvers; print(imaml.__file__)'
+	rm -rf build/wheel-check/venv
+
+clean: ## remove the environment, caches and products
+	rm -rf .venv build dist runs .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find imaml solvers tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,16 @@
+"""Packages that only some data sets need."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def optional(module: str, purpose: str) -> Any:
+    """Import `module`, or say which extra provides it and that `purpose` needs it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{purpose} needs {error.name}: pip install 'imaml[train]'", name=error.name
+        ) from error

@@ -20,6 +20,7 @@ SOLVERS = {"CG", "Dense", "LinearOperator", "LinearSolver", "Neumann", "ScipySol
 ENGINE = {
     *("MetaGradient", "MAML", "FOMAML", "ImplicitMAML", "Report"),
     *("Objective", "GradientDescent", "Task", "TaskBatch"),
+    *("NonFiniteError", "DivergenceError", "SolverError", "SolverWarning"),
 }
 
 

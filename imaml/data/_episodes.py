@@ -74,16 +74,16 @@ class Episodes(ABC):
             split: "train", "val" or "test".
             index: Which batch, from 0; the same index is the same batch, on every machine and in every order.
             tasks: Tasks in the whole batch.
-            rows: The rows of the batch to draw, all of them by default. Rank r of n draws `range(r, tasks, n)`,
-                or a slice: the parts are the rows of the whole batch.
+            rows: The rows of the batch to draw, all of them by default. Rank r of n draws
+                `range(r, tasks, n)`, or any slice, and gets just those rows of the whole batch.
 
         Returns:
             A batch of `len(rows)` tasks on the CPU: float32 inputs, and float32 or int64 targets.
 
         Raises:
             TypeError: `index` or `tasks` is not an integer.
-            ValueError: `split` is unknown, `index` is negative, `tasks` is below 1, or `rows` selects no row or one
-                outside the batch.
+            ValueError: `split` is unknown, `index` is negative, `tasks` is below 1, or `rows` selects no row
+                or one outside the batch.
         """
         check_split(split)
         check_count("index", index, least=0)

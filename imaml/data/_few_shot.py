@@ -27,7 +27,7 @@ class ImageSet(NamedTuple):
 
 
 def random_splits(pool: NDArray[np.intp], sizes: Mapping[str, int], rest: str) -> dict[str, NDArray[np.intp]]:
-    """Deal `pool` at random, always in the same way: `sizes` classes to each named split and the others to `rest`."""
+    """Deal `pool` at random but always alike: `sizes` classes to each named split, the others to `rest`."""
     shuffled = pool[np.random.Generator(np.random.PCG64(0)).random(len(pool)).argsort()]
     borders = np.cumsum(list(sizes.values()))
     return dict(zip((*sizes, rest), np.split(shuffled, borders), strict=True))
@@ -37,9 +37,9 @@ def random_splits(pool: NDArray[np.intp], sizes: Mapping[str, int], rest: str) -
 class FewShot(Episodes):
     """N-way classification: `ways` classes a task, each with `shots` support and `queries` query images.
 
-    A batch holds images `(tasks, ways * examples, 1, height, width)`, float32 in [0, 1] with ink = 1, and labels
-    `(tasks, ways * examples)`, int64, the classes one after the other. Which class gets which label is random;
-    the support and query images of a class are different ones. Images load at the first use.
+    A batch holds images `(tasks, ways * examples, 1, height, width)`, float32 in [0, 1] with ink = 1, and
+    labels `(tasks, ways * examples)`, int64, the classes one after the other. Which class gets which label is
+    random; the support and query images of a class are different ones. Images load at the first use.
 
     Args:
         shots: Support images of each class.
@@ -78,6 +78,7 @@ class FewShot(Episodes):
         """Read or make the images."""
 
     def _quarter_turns(self, generator: np.random.Generator) -> NDArray[np.int64] | int:
+        """Draw by how many quarter turns each class of a task is rotated; not at all as a rule."""
         return 0
 
     def _draw(self, split: Split, generators: Sequence[np.random.Generator]) -> TaskBatch:
@@ -100,7 +101,7 @@ class FewShot(Episodes):
             turns[row] = self._quarter_turns(generator)
         examples = order.argsort(axis=-1)[..., :used]
         images = self.images[ways[..., None], examples]
-        for turn in range(1, 4):
+        for turn in range(1, turns.max() + 1):
             images[turns == turn] = np.rot90(images[turns == turn], turn, axes=(-2, -1))
         return TaskBatch(
             support=self._pairs(images[:, :, : self.shots]), query=self._pairs(images[:, :, self.shots :])

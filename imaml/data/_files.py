@@ -17,24 +17,24 @@ from numpy.typing import NDArray
 from imaml.data._extras import optional
 
 Arrays = Mapping[str, NDArray[Any]]
-BROKEN = (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+BROKEN = (ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 """What reading a damaged archive raises."""
 
 
 def read_arrays(path: Path) -> Arrays:
     """Read every array of a `.npz`, nothing pickled.
 
+    Returns:
+        The arrays by name.
+
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is truncated, damaged, or no `.npz`.
+        ValueError: The file is truncated, damaged, or no `.npz`. Of an absent one the OSError comes through.
     """
     try:
         with np.load(path, allow_pickle=False) as stored:
             if not isinstance(stored, np.lib.npyio.NpzFile):
                 raise ValueError("it holds a single array")
             return {name: stored[name] for name in stored.files}
-    except (FileNotFoundError, PermissionError, IsADirectoryError):
-        raise
     except BROKEN as error:
         raise ValueError(
             f"{path} is not a readable .npz file ({error}). It may be truncated or damaged: get it again."

@@ -1,0 +1,28 @@
+"""Meta-gradients: the gradient of the loss after a model has adapted to a task.
+
+Exact `MAML`, first-order `FOMAML` and `ImplicitMAML` share one interface, `MetaGradient`.
+"""
+
+from imaml_solvers import CG as CG
+from imaml_solvers import Dense as Dense
+from imaml_solvers import LinearOperator as LinearOperator
+from imaml_solvers import LinearSolver as LinearSolver
+from imaml_solvers import Neumann as Neumann
+from imaml_solvers import ScipySolver as ScipySolver
+from imaml_solvers import Solution as Solution
+from imaml_solvers import Status as Status
+
+from imaml._errors import DivergenceError as DivergenceError
+from imaml._errors import NonFiniteError as NonFiniteError
+from imaml._errors import SolverError as SolverError
+from imaml._errors import SolverWarning as SolverWarning
+from imaml._fomaml import FOMAML as FOMAML
+from imaml._implicit import ImplicitMAML as ImplicitMAML
+from imaml._inner import GradientDescent as GradientDescent
+from imaml._maml import MAML as MAML
+from imaml._objective import Objective as Objective
+from imaml._report import MetaResult as MetaResult
+from imaml._report import Report as Report
+from imaml._strategy import MetaGradient as MetaGradient
+from imaml._tasks import Task as Task
+from imaml._tasks import TaskBatch as TaskBatch

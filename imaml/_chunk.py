@@ -1,0 +1,155 @@
+"""The loss of a chunk of tasks as a function of flat parameters, with its first derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+from torch.utils._pytree import tree_map
+
+from imaml._layout import Layout
+from imaml._objective import Objective
+from imaml._random import Replay
+from imaml._tasks import Batch
+
+
+@dataclass
+class Counts:
+    """Evaluations so far, summed over tasks: one call on a chunk of 8 tasks counts 8."""
+
+    gradients: int = 0
+    hvps: int = 0
+
+
+@dataclass
+class Context:
+    """What every evaluation of one engine call shares."""
+
+    objective: Objective
+    layout: Layout
+    """Of the adapted parameters."""
+    fixed_layout: Layout
+    """Of the other parameters that receive meta-gradients."""
+    fixed: list[Tensor]
+    """Their values."""
+    constants: dict[str, Tensor]
+    replay: Replay
+    hvp_mode: str
+    """As asked; once a product was computed with `auto`, the mode that it used."""
+    counts: Counts = field(default_factory=Counts)
+    unused: tuple[str, ...] = ()
+    """Adapted parameters that the support loss does not depend on."""
+
+
+@dataclass
+class Gradient:
+    """Losses `(tasks,)`, their gradients `(tasks, n)`, and if asked the gradient `(m,)` for the fixed parameters, summed over
+    tasks."""
+
+    losses: Tensor
+    adapted: Tensor
+    fixed: Tensor | None
+    metric: Tensor | None = None
+
+
+SUPPORT, QUERY = 0, 1
+
+
+def _vectorised(one: Callable[..., tuple[Tensor, ...]], adapted: list[Tensor], batch: Batch) -> tuple[Tensor, ...]:
+    try:
+        return vmap(one, randomness="different")(adapted, batch)
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in ("vmap", "batching rule", "functorch")):
+            raise RuntimeError(
+                f"The model or the loss cannot be vectorised over tasks: {error}\nSet chunk_size=1 to run task by task."
+            ) from error
+        raise
+
+
+@dataclass(frozen=True)
+class ChunkLoss:
+    """L(phi) of every task of a chunk, on its support or its query set.
+
+    Derivatives are taken by plain autograd *outside* `vmap`, of the sum over tasks: the tasks are independent, so its
+    gradient holds each task's own. Only the forward pass is vectorised, hence both derivatives of an HVP see the same
+    plain operations; a `vmap` between two derivatives gives wrong second derivatives for affine normalisation layers.
+    A chunk of one task runs without `vmap`.
+    """
+
+    context: Context
+    batch: Batch
+    tasks: int
+    start: int
+    """Position of the first task, which keys the random draws together with the inner step."""
+    kind: int
+
+    def losses(
+        self, adapted: Sequence[Tensor], fixed: Sequence[Tensor], batch: Batch, step: int, *, metric: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Losses `(tasks,)` (and metric) at parameters given per tensor: adapted `(tasks, *shape)`, fixed `(*shape)`."""
+        context = self.context
+        shared = dict(zip(context.fixed_layout.names, fixed, strict=True)) | context.constants
+
+        def one(values: Sequence[Tensor], batch: Batch) -> tuple[Tensor, ...]:
+            named = dict(zip(context.layout.names, values, strict=True)) | shared
+            loss, figure = context.objective.evaluate(named, batch, metric=metric)
+            return (loss,) if figure is None else (loss, figure.detach())
+
+        with context.replay.at(self.start, self.kind, step):
+            if self.tasks > 1:
+                outputs = _vectorised(one, list(adapted), batch)
+            else:
+                outputs = one([a.squeeze(0) for a in adapted], tree_map(lambda t: t.squeeze(0), batch))
+                outputs = tuple(t.unsqueeze(0) for t in outputs)
+        return outputs[0], outputs[1] if len(outputs) > 1 else None
+
+    def leaves(self, phi: Tensor, *, fixed: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """Views of the flat parameters as autograd leaves; the fixed ones require grad only if asked."""
+        context = self.context
+        adapted = [v.detach().requires_grad_() for v in context.layout.views(phi)]
+        others = [t.detach().requires_grad_(fixed) for t in context.fixed]
+        return adapted, others
+
+    def check_depends(self, losses: Tensor) -> None:
+        """Raise unless a gradient can flow from the losses."""
+        if not losses.requires_grad:
+            name = ("support", "query")[self.kind]
+            raise ValueError(
+                f"The {name} loss depends on no adapted parameter. Expected a loss computed from the model's output with "
+                "gradients enabled: look for .detach(), .item() or torch.no_grad() in the model or the loss."
+            )
+
+    @torch.enable_grad()
+    def gradient(
+        self, phi: Tensor, step: int, *, fixed: bool = False, metric: bool = False, weights: Tensor | None = None
+    ) -> Gradient:
+        """First derivatives at phi `(tasks, n)`, of `weights` `(tasks,)` times the losses where given.
+
+        The gradient for the fixed parameters and the metric are computed only if asked.
+        """
+        adapted, others = self.leaves(phi, fixed=fixed)
+        losses, figure = self.losses(adapted, others, self.batch, step, metric=metric)
+        self.check_depends(losses)
+        wanted = adapted + others if fixed else adapted
+        grads = torch.autograd.grad((losses if weights is None else weights * losses).sum(), wanted, allow_unused=True)
+        return Gradient(losses.detach(), *self.collect(grads, phi), figure)
+
+    @torch.no_grad()
+    def value(self, phi: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
+        """Losses and metric at phi, without derivatives."""
+        return self.losses(self.context.layout.views(phi), self.context.fixed, self.batch, step, metric=True)
+
+    def collect(self, grads: Sequence[Tensor | None], phi: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Flatten gradients for the adapted and, where present, the fixed parameters.
+
+        A parameter without a gradient gets zeros in its own place.
+        """
+        context = self.context
+        adapted, fixed = grads[: len(context.layout.names)], grads[len(context.layout.names) :]
+        if self.kind == SUPPORT:
+            context.unused = tuple(n for n, g in zip(context.layout.names, adapted, strict=True) if g is None)
+        summed = context.fixed_layout.gather(fixed, phi[0]) if fixed else None
+        return context.layout.gather(adapted, phi), summed

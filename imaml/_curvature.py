@@ -1,0 +1,71 @@
+"""Which HVP mode a model gets, decided at the first product and kept for the call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, TypeVar, get_args
+
+from torch import Tensor
+
+from imaml._chunk import ChunkLoss
+from imaml._hvp import MODES, FiniteDifference, Product
+
+T = TypeVar("T")
+HvpMode = Literal["auto", "forward-over-reverse", "reverse-over-reverse", "finite-difference"]
+"""`auto` is reverse-over-reverse, the fastest exact mode in eager torch, or finite differences for a model that has an
+operation without second derivatives."""
+
+_NOT_TWICE_DIFFERENTIABLE = ("is not implemented", "once_differentiable", "double backward", "forward AD")
+
+
+def check_mode(mode: str) -> None:
+    """Raise ValueError for an unknown mode."""
+    if mode not in get_args(HvpMode):
+        raise ValueError(f"`hvp` must be one of {', '.join(get_args(HvpMode))}. Got {mode!r}.")
+
+
+class Curvature:
+    """The Hessian of the support loss of a chunk at `phi`, in the mode of the call."""
+
+    def __init__(self, loss: ChunkLoss, phi: Tensor, step: int, *, linearize: bool) -> None:
+        self._loss, self._phi, self._step, self._context = loss, phi, step, loss.context
+        self._product: Product = self._or_finite_difference(lambda: self._build(linearize))
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """The gradient of the support loss at phi, where the mode has it at no cost."""
+        return self._product.gradient
+
+    def product(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
+        """H w `(tasks, n)` and, if `mixed`, the derivative `(m,)` of g' w by the fixed parameters, summed over tasks."""
+        self._context.counts.hvps += self._loss.tasks
+        result = self._or_finite_difference(lambda: self._product(w, mixed=mixed))
+        if isinstance(result, FiniteDifference):
+            self._product = result
+            result = result(w, mixed=mixed)
+        if self._context.hvp_mode == "auto":
+            self._context.hvp_mode = "reverse-over-reverse"
+        return result
+
+    def _build(self, linearize: bool) -> Product:
+        mode = self._context.hvp_mode
+        kind = MODES["reverse-over-reverse" if mode == "auto" else mode]
+        if linearize and kind is not FiniteDifference:
+            self._context.counts.gradients += self._loss.tasks
+        return kind(self._loss, self._phi, self._step, linearize)
+
+    def _or_finite_difference(self, compute: Callable[[], T]) -> T | FiniteDifference:
+        """The result, or finite differences for the rest of the call where `auto` meets an operation that has no second
+        derivative."""
+        try:
+            return compute()
+        except RuntimeError as error:
+            if not any(sign in str(error) for sign in _NOT_TWICE_DIFFERENTIABLE):
+                raise
+            if self._context.hvp_mode != "auto":
+                raise RuntimeError(
+                    f"hvp={self._context.hvp_mode!r} met an operation that does not support it ({error}). Use hvp='auto', "
+                    "another exact mode, or 'finite-difference', which needs first derivatives only."
+                ) from error
+            self._context.hvp_mode = "finite-difference"
+            return FiniteDifference(self._loss, self._phi, self._step, linearize=False)

@@ -1,0 +1,19 @@
+"""Errors and warnings of the engine, beside Python's own TypeError and ValueError for bad arguments."""
+
+from __future__ import annotations
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or a meta-gradient is NaN or infinite; the message names the task and the inner step."""
+
+
+class DivergenceError(FloatingPointError):
+    """The inner loop diverged: the support loss was finite at first and exploded, so the step size is too large."""
+
+
+class SolverError(RuntimeError):
+    """A linear solve failed and `on_failure="raise"`."""
+
+
+class SolverWarning(UserWarning):
+    """A linear solve failed and `on_failure="warn"`; given once per engine, every count is in the report."""

@@ -1,0 +1,24 @@
+"""First-order MAML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from imaml._problem import Problem
+from imaml._strategy import MetaGradient, Pullback
+
+
+@dataclass(frozen=True, kw_only=True)
+class FOMAML(MetaGradient):
+    """First-order MAML (Finn et al. 2017, section 5.2): the gradient of L_query at phi, taken as if d phi / d theta = I.
+
+    Equal to `MAML` where the support Hessian is zero and there is no proximal term; otherwise biased, more so for large
+    `lr * steps`. Other parameters that require grad get the direct part of their gradient only.
+
+    Cost per task: K + 1 gradients. Memory: one gradient, whatever K. Not for learning parameters that act through the
+    support loss alone (their gradient is zero here): use `MAML` or `ImplicitMAML`.
+    """
+
+    def _pull_back(self, problem: Problem) -> Pullback:
+        query = problem.judge(problem.adapt())
+        return Pullback(query.losses, query.metric, query.adapted, query.fixed)

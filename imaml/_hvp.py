@@ -1,0 +1,133 @@
+"""Hessian-vector products of a chunk's loss at one point, in three modes.
+
+For w `(tasks, n)` a product returns H w `(tasks, n)` and, if `mixed`, the derivative `(m,)` of g' w, summed over tasks, by the
+fixed parameters that the loss uses besides (None where there are none). Both are the derivative of the full gradient along
+(w, 0).
+
+Never `grad(jvp)` and never a `vmap` between the derivatives: both are wrong in silence for affine normalisation layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_flatten
+
+from imaml._chunk import ChunkLoss
+
+
+class Product(Protocol):
+    """H at one point; `gradient` is g there, where the mode has it at no cost."""
+
+    gradient: Tensor | None
+
+    def __call__(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
+        """H w and the mixed product."""
+        ...
+
+
+class ReverseOverReverse:
+    """The gradient of g' w: double backward through plain autograd (Pearlmutter 1994).
+
+    `linearize` keeps the graph of g, so that a product costs one backward pass through it; without, a product costs a
+    forward, a backward and their backward, and leaves nothing behind.
+    """
+
+    def __init__(self, loss: ChunkLoss, phi: Tensor, step: int, linearize: bool) -> None:
+        self._loss, self._phi, self._step = loss, phi, step
+        self._kept = self._graph() if linearize else None
+        self.gradient: Tensor | None = None
+        if self._kept is not None:
+            grads = [None if g is None else g.detach() for g in self._kept[2]]
+            self.gradient = loss.collect(grads, phi)[0]
+
+    @torch.enable_grad()
+    def _graph(self) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
+        adapted, fixed = self._loss.leaves(self._phi, fixed=True)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
+            losses, _ = self._loss.losses(adapted, fixed, self._loss.batch, self._step)
+            self._loss.check_depends(losses)
+            grads = torch.autograd.grad(losses.sum(), adapted, create_graph=True, allow_unused=True)
+        return adapted, fixed, list(grads)
+
+    def __call__(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
+        adapted, fixed, grads = self._kept or self._graph()
+        views = self._loss.context.layout.views(w)
+        pairs = [(g, v) for g, v in zip(grads, views, strict=True) if g is not None and g.requires_grad]
+        wanted = adapted + fixed if mixed else adapted
+        found: tuple[Tensor | None, ...] = (None,) * len(wanted)
+        if pairs:
+            outputs, cotangents = zip(*pairs, strict=True)
+            keep = self._kept is not None
+            found = torch.autograd.grad(outputs, wanted, cotangents, retain_graph=keep, allow_unused=True)
+        return self._loss.collect(found, self._phi)
+
+
+class ForwardOverReverse:
+    """The directional derivative of g along w: `jvp` of `grad`, with `linearize` by `torch.func.linearize`.
+
+    Every floating tensor of the batch is an argument with an explicit zero tangent: without one, losses such as `mse_loss`
+    fail, and their linearisation crashes the process. As it can crash where `jvp` only raises, `jvp` is tried first.
+    """
+
+    def __init__(self, loss: ChunkLoss, phi: Tensor, step: int, linearize: bool) -> None:
+        self._loss, self._phi, self._step = loss, phi, step
+        self._data, self._structure = tree_flatten(loss.batch)
+        self._moving = [i for i, t in enumerate(self._data) if t.is_floating_point()]
+        adapted, fixed = loss.leaves(phi, fixed=False)
+        self._primals = ([t.detach() for t in adapted], fixed, [self._data[i] for i in self._moving])
+        self._rest = [[torch.zeros_like(t) for t in still] for still in self._primals[1:]]
+        self.gradient: Tensor | None = None
+        self._linear: Any = None
+        if linearize:
+            self(torch.zeros_like(phi))
+            with sdpa_kernel(SDPBackend.MATH):
+                self._linear = torch.func.linearize(torch.func.grad(self._total), *self._primals)[1]
+
+    def _total(self, adapted: list[Tensor], fixed: list[Tensor], floats: list[Tensor]) -> Tensor:
+        leaves = list(self._data)
+        for i, tensor in zip(self._moving, floats, strict=True):
+            leaves[i] = tensor
+        return self._loss.losses(adapted, fixed, self._structure.unflatten(leaves), self._step)[0].sum()
+
+    def __call__(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
+        tangents = (self._loss.context.layout.views(w), *self._rest)
+        if self._linear is not None and not mixed:
+            return self._loss.collect(self._linear(*tangents), self._phi)
+        gradient = torch.func.grad(self._total, argnums=(0, 1) if mixed else (0,))
+        with sdpa_kernel(SDPBackend.MATH):
+            found = torch.func.jvp(gradient, self._primals, tangents)[1]
+        return self._loss.collect([t for group in found for t in group], self._phi)
+
+
+class FiniteDifference:
+    """(g(phi + h w) - g(phi - h w)) / 2h: two gradients a product, first derivatives only, inexact.
+
+    Each task's step moves phi by eps^(1/3) of its norm, h = eps^(1/3) (1 + |phi|) / |w|, which balances the truncation error
+    O(h^2) of a smooth loss against the rounding error O(eps / h). There is nothing to linearise.
+    """
+
+    def __init__(self, loss: ChunkLoss, phi: Tensor, step: int, linearize: bool) -> None:
+        self._loss, self._phi, self._step = loss, phi, step
+        self.gradient: Tensor | None = None
+        self._move = torch.finfo(phi.dtype).eps ** (1 / 3) * (1 + phi.norm(dim=-1, keepdim=True))
+
+    def __call__(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
+        norm = w.norm(dim=-1, keepdim=True)
+        h = self._move / torch.where(norm > 0, norm, torch.ones_like(norm))
+        weights = (1 / (2 * h)).squeeze(-1)
+        ahead, behind = (
+            self._loss.gradient(self._phi + s * h * w, self._step, fixed=mixed, weights=weights) for s in (1, -1)
+        )
+        fixed = None if ahead.fixed is None or behind.fixed is None else ahead.fixed - behind.fixed
+        return ahead.adapted - behind.adapted, fixed
+
+
+MODES: dict[str, type[ReverseOverReverse] | type[ForwardOverReverse] | type[FiniteDifference]] = {
+    "forward-over-reverse": ForwardOverReverse,
+    "reverse-over-reverse": ReverseOverReverse,
+    "finite-difference": FiniteDifference,
+}

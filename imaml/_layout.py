@@ -1,0 +1,61 @@
+"""Named parameters as one flat vector, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each named parameter lies in a flat vector of `size` entries."""
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+
+    @classmethod
+    def of(cls, named: Mapping[str, Tensor]) -> Layout:
+        """The layout of these tensors, in their order."""
+        return cls(tuple(named), tuple(t.shape for t in named.values()), tuple(t.dtype for t in named.values()))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Entries of each parameter."""
+        return tuple(shape.numel() for shape in self.shapes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the flat vector: the widest of the parameters'."""
+        return reduce(torch.promote_types, self.dtypes)
+
+    def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Concatenate one tensor per parameter into a new vector `(n,)`."""
+        return torch.cat([t.detach().reshape(-1).to(self.dtype) for t in tensors])
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Split `(*batch, n)` into one tensor `(*batch, *shape)` per parameter: views, unless the dtype differs."""
+        batch = flat.shape[:-1]
+        parts = flat.split(self.sizes, dim=-1)
+        return [p.view(*batch, *s).to(d) for p, s, d in zip(parts, self.shapes, self.dtypes, strict=True)]
+
+    def named(self, flat: Tensor) -> dict[str, Tensor]:
+        """Like `views`, by name."""
+        return dict(zip(self.names, self.views(flat), strict=True))
+
+    def gather(self, tensors: Sequence[Tensor | None], like: Tensor) -> Tensor:
+        """Write one tensor `(*batch, *shape)` per parameter into a new flat `(*batch, n)`; None counts as zeros.
+
+        `like` gives the leading dimensions, as any `(*batch, anything)`, and the device.
+        """
+        flat = torch.empty(*like.shape[:-1], sum(self.sizes), dtype=self.dtype, device=like.device)
+        for part, tensor in zip(flat.split(self.sizes, dim=-1), tensors, strict=True):
+            if tensor is None:
+                part.zero_()
+            else:
+                part.copy_(tensor.reshape(part.shape))
+        return flat

@@ -1,0 +1,58 @@
+"""Exact MAML: the adjoint of the inner loop, written out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from imaml._curvature import Curvature, HvpMode, check_mode
+from imaml._problem import Problem
+from imaml._states import states_backwards
+from imaml._strategy import MetaGradient, Pullback
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAML(MetaGradient):
+    """Exact second-order MAML (Finn et al. 2017): (d phi_K / d theta)' v with v the gradient of L_query at phi_K.
+
+    Computed by a reverse sweep over the inner steps, never through a K-step graph. With a the cotangent of phi_{k+1} =
+    U(phi_k, g_k) and g_k = grad L_support(phi_k) + Lambda (phi_k - theta): pull a through the elementwise U to get its cotangents
+    (a, w) for (phi_k, g_k), then a <- a + H_k w + Lambda w, one Hessian-vector product a step.
+
+    Cost per task: K + 1 gradients and K Hessian-vector products. Memory: one product plus the K states, `(n,)` each; with
+    `checkpoints=m` at most m states, and the steps between them are recomputed on the binomial schedule that minimises
+    recomputation (Griewank & Walther 2000, Algorithm 799).
+
+    Args:
+        inner: See `MetaGradient`, as for `regularization` and `chunk_size`.
+        checkpoints: How many inner states are kept at most besides theta, >= 0; None: all of them.
+        hvp: How Hessian-vector products are computed. "auto" uses "reverse-over-reverse", or "finite-difference" where the
+            model has an operation without second derivatives; the report says which. "forward-over-reverse" is exact too.
+            Finite differences are inexact, about 1e-3 relative in float32 and 1e-9 in float64 on smooth models.
+    """
+
+    checkpoints: int | None = None
+    hvp: HvpMode = "auto"
+
+    def __post_init__(self) -> None:
+        """Check the configuration; raises TypeError or ValueError."""
+        super().__post_init__()
+        check_mode(self.hvp)
+        if self.checkpoints is not None and (not isinstance(self.checkpoints, int) or self.checkpoints < 0):
+            raise ValueError(f"`checkpoints` must be an integer >= 0 or None. Got {self.checkpoints!r}.")
+
+    def _pull_back(self, problem: Problem) -> Pullback:
+        states = states_backwards(problem, self.checkpoints)
+        query = problem.judge(next(states))
+        cotangent, fixed, proximal = query.adapted, query.fixed, torch.zeros_like(query.adapted)
+        for step, phi in zip(reversed(range(problem.inner.steps)), states, strict=True):
+            cotangent, w = problem.inner.pullback(cotangent)
+            product, mixed = Curvature(problem.support, phi, step, linearize=False).product(w, mixed=fixed is not None)
+            cotangent = product.add_(cotangent)
+            if problem.damping is not None:
+                cotangent.addcmul_(w, problem.damping)
+                proximal.addcmul_(w, problem.damping, value=-1)
+            if fixed is not None and mixed is not None:
+                fixed.add_(mixed)
+        return Pullback(query.losses, query.metric, cotangent + proximal, fixed)

@@ -1,0 +1,194 @@
+"""What is adapted and what is minimised: a model and a loss, or one function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.parameter import is_lazy
+
+from imaml._select import select
+from imaml._tasks import Batch
+
+Parameters = Mapping[str, Tensor]
+
+
+class Objective:
+    """A loss of named parameters and a batch, of which some parameters adapt in the inner loop.
+
+    `Objective(model, loss)` evaluates `loss(model(input), target)` on a batch `(input, target)`; a tuple `input` is passed
+    as positional arguments, a dict as keyword arguments. `Objective.from_function` takes any `loss(params, batch)`.
+    The model is used as it is, by reference: its parameters are read anew at every call, and it is never changed.
+
+    Meta-gradients are computed for every adapted parameter and for every other parameter that requires grad (the
+    support loss may depend on those, so they are meta-learned through the adaptation). The rest are constants.
+
+    Args:
+        model: Any module. BatchNorm and InstanceNorm need `track_running_stats=False` or `.eval()`.
+        loss: `(output, target) -> 0-dim floating-point tensor`, a mean over examples as a rule.
+        adapt: Which parameters the inner loop changes: names, module names or shell patterns (`["head"]`,
+            `["*.bias"]`). None: every parameter that requires grad.
+        metric: `(output, target) -> 0-dim tensor`, evaluated on the query set from the same forward pass and returned in
+            `report.metric`; never differentiated. For example an accuracy.
+
+    Raises:
+        TypeError: `model` is not a module, `loss` is not callable, an adapted parameter is not of a real floating dtype.
+        ValueError: No parameter to adapt, or an unknown name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Any, Any], Tensor],
+        *,
+        adapt: Iterable[str] | None = None,
+        metric: Callable[[Any, Any], Tensor] | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"Expected an nn.Module. Got {type(model).__name__}: for a function of parameters and a batch use "
+                "Objective.from_function(loss, params)."
+            )
+        self._initialise(_ModelProgram(model, loss, metric), adapt)
+
+    @classmethod
+    def from_function(
+        cls,
+        loss: Callable[[dict[str, Tensor], Batch], Tensor],
+        params: Parameters,
+        *,
+        adapt: Iterable[str] | None = None,
+        metric: Callable[[dict[str, Tensor], Batch], Tensor] | None = None,
+    ) -> Objective:
+        """An objective from a function of named parameters and a batch.
+
+        Args:
+            loss: `(params, batch) -> 0-dim floating-point tensor`; it must read every parameter from `params`.
+            params: Named tensors. Leaves that require grad receive `.grad`; a tensor that another network produced passes
+                the meta-gradient on to it. Tensors that do not require grad are adapted too, and `value_and_grad`
+                returns their gradients.
+            adapt: Which of them the inner loop changes; None: all.
+            metric: `(params, batch) -> 0-dim tensor`, see the class.
+
+        Returns:
+            The objective.
+        """
+        objective = cls.__new__(cls)
+        objective._initialise(_FunctionProgram(dict(params), loss, metric), adapt)
+        return objective
+
+    def _initialise(self, program: _ModelProgram | _FunctionProgram, adapt: Iterable[str] | None) -> None:
+        if not callable(program.loss):
+            raise TypeError(f"`loss` must be callable. Got {type(program.loss).__name__}.")
+        self._program = program
+        named = program.parameters()
+        names = named if adapt is not None else [n for n, p in named.items() if program.trainable(p)]
+        self.adapted: tuple[str, ...] = select(names if adapt is None else adapt, named)
+        """Names of the adapted parameters, in the model's order."""
+        if not self.adapted:
+            raise ValueError(
+                f"No parameter to adapt among {len(named)}: none requires grad. Call requires_grad_(True) on some, or name "
+                "them in `adapt`."
+            )
+        for name in self.adapted:
+            _check_adaptable(name, named[name])
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters that receive meta-gradients by name, as the user holds them: the adapted first, then the fixed."""
+        named = self._program.parameters()
+        fixed = {
+            n: p
+            for n, p in named.items()
+            if n not in self.adapted and p.is_floating_point() and self._program.trainable(p)
+        }
+        return {n: named[n] for n in self.adapted} | fixed
+
+    def check(self) -> None:
+        """Raise where the model's present state cannot be adapted without changing it."""
+        self._program.check()
+
+    def constants(self) -> dict[str, Tensor]:
+        """Copies of the model's buffers, so that a forward pass cannot change the model."""
+        return self._program.constants()
+
+    def evaluate(self, values: Parameters, batch: Batch, *, metric: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Loss, and metric if asked, at `values` (which may name fewer than all parameters) on one task's batch."""
+        loss, figure = self._program.evaluate(values, batch, metric)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"The loss must return a tensor. Got {type(loss).__name__}.")
+        if loss.ndim != 0:
+            raise ValueError(
+                f"The loss must be a scalar (0-dim) tensor. Got shape {tuple(loss.shape)}: reduce it, e.g. with .mean()."
+            )
+        if not loss.is_floating_point():
+            raise TypeError(f"The loss must be a real floating-point tensor. Got {loss.dtype}.")
+        return loss, figure
+
+
+def _check_adaptable(name: str, parameter: Tensor) -> None:
+    if is_lazy(parameter):
+        raise ValueError(f"Parameter {name!r} is not initialised yet. Run one forward pass of the model first.")
+    if not parameter.is_floating_point():
+        raise TypeError(
+            f"Parameter {name!r} must be of a real floating-point dtype to be adapted. Got {parameter.dtype}: leave it out "
+            "of `adapt`, or convert it."
+        )
+
+
+class _ModelProgram:
+    def __init__(self, model: nn.Module, loss: Callable[..., Any], metric: Callable[..., Any] | None) -> None:
+        self.model, self.loss, self.metric = model, loss, metric
+
+    def parameters(self) -> dict[str, Tensor]:
+        return dict(self.model.named_parameters())
+
+    def trainable(self, parameter: Tensor) -> bool:
+        return parameter.requires_grad
+
+    def constants(self) -> dict[str, Tensor]:
+        return {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
+
+    def check(self) -> None:
+        for name, module in self.model.named_modules():
+            if module.training and getattr(module, "track_running_stats", False):
+                raise ValueError(
+                    f"{type(module).__name__} {name!r} updates running statistics in training mode, which would leak from "
+                    "task to task. Build it with track_running_stats=False (batch statistics), or call .eval() on it "
+                    "(fixed statistics)."
+                )
+
+    def evaluate(self, values: Parameters, batch: Batch, metric: bool) -> tuple[Any, Any]:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise ValueError(
+                f"A model's batch must be (input, target). Got {type(batch).__name__}"
+                + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
+                + ": for other batches use Objective.from_function."
+            )
+        inputs, target = batch
+        args = () if isinstance(inputs, dict) else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+        output = functional_call(self.model, dict(values), args, inputs if isinstance(inputs, dict) else None)
+        return self.loss(output, target), self.metric(output, target) if metric and self.metric else None
+
+
+class _FunctionProgram:
+    def __init__(self, params: dict[str, Tensor], loss: Callable[..., Any], metric: Callable[..., Any] | None) -> None:
+        self.params, self.loss, self.metric = params, loss, metric
+
+    def parameters(self) -> dict[str, Tensor]:
+        return self.params
+
+    def trainable(self, parameter: Tensor) -> bool:
+        return True
+
+    def constants(self) -> dict[str, Tensor]:
+        return {}
+
+    def check(self) -> None:
+        pass
+
+    def evaluate(self, values: Parameters, batch: Batch, metric: bool) -> tuple[Any, Any]:
+        named = {name: values[name] for name in self.params}
+        return self.loss(named, batch), self.metric(named, batch) if metric and self.metric else None

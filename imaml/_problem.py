@@ -1,0 +1,109 @@
+"""One chunk of tasks as the strategies see it: the inner problem and the query loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from imaml._chunk import ChunkLoss, Gradient
+from imaml._errors import DivergenceError, NonFiniteError
+from imaml._inner import GradientDescent
+
+EXPLOSION = 1e6
+"""A support loss that grows by this factor has diverged, finite or not."""
+
+
+@dataclass
+class Problem:
+    """min over phi of L_support(phi) + 1/2 (phi - theta)' Lambda (phi - theta), followed by L_query(phi)."""
+
+    support: ChunkLoss
+    query: ChunkLoss
+    inner: GradientDescent
+    theta: Tensor
+    """Where the inner loop starts and what the proximal term pulls to, `(tasks, n)`, shared by the tasks."""
+    damping: Tensor | None
+    """Lambda, the regularisation of each entry: 0-dim or `(n,)`; None for none."""
+    positions: list[int]
+    """Which tasks of the user's these are."""
+    support_losses: list[Tensor] = field(default_factory=list)
+    """L_support `(tasks,)` before each inner step."""
+
+    def gradient(self, phi: Tensor, step: int) -> Tensor:
+        """The gradient of the inner objective, proximal term included, `(tasks, n)`."""
+        support = self.support.gradient(phi, step)
+        self.support.context.counts.gradients += self.support.tasks
+        if step == len(self.support_losses):
+            self.support_losses.append(support.losses)
+        return self.add_proximal(support.adapted, phi)
+
+    def add_proximal(self, gradient: Tensor, phi: Tensor) -> Tensor:
+        """Add Lambda (phi - theta) to a gradient of the support loss."""
+        return gradient if self.damping is None else torch.addcmul(gradient, phi - self.theta, self.damping)
+
+    def step(self, phi: Tensor, step: int) -> Tensor:
+        """One inner step from phi_step to phi_{step+1}."""
+        return self.inner.update(phi, self.gradient(phi, step))
+
+    def adapt(self) -> Tensor:
+        """The whole inner loop, keeping nothing but the last state."""
+        phi = self.theta
+        for step in range(self.inner.steps):
+            phi = self.step(phi, step)
+        return phi
+
+    def judge(self, phi: Tensor) -> Gradient:
+        """The query loss at the adapted parameters, with its gradient v."""
+        self.check_inner_loop()
+        gradient = self.query.gradient(phi, self.inner.steps, fixed=True, metric=True)
+        self.query.context.counts.gradients += self.query.tasks
+        self.check_query(gradient.losses)
+        return gradient
+
+    def evaluate(self, phi: Tensor) -> Gradient:
+        """The query loss alone."""
+        self.check_inner_loop()
+        losses, metric = self.query.value(phi, self.inner.steps)
+        self.check_query(losses)
+        return Gradient(losses, phi, None, metric)
+
+    def history(self) -> Tensor:
+        """L_support before each inner step, `(steps, tasks)`."""
+        if not self.support_losses:
+            return self.theta.new_empty(0, len(self.theta))
+        return torch.stack(self.support_losses)
+
+    def check_inner_loop(self) -> None:
+        """Raise where a support loss was NaN or infinite, or exploded: one look at all steps, after the loop."""
+        history = self.history()
+        if not len(history):
+            return
+        exploded = history.abs() > EXPLOSION * history[0].abs().clamp(min=1)
+        bad = ~torch.isfinite(history) | exploded
+        if not bad.any():
+            return
+        step, column = (int(i) for i in bad.nonzero()[0])
+        where, first, loss = f"task {self.positions[column]}", history[0, column].item(), history[step, column].item()
+        if step == 0:
+            raise NonFiniteError(
+                f"The support loss of {where} is {loss} at inner step 0, before any adaptation: look for NaN or infinite "
+                "values in the task's data or the model's parameters."
+            )
+        raise DivergenceError(
+            f"The inner loop of {where} diverged: its support loss went from {first:.4g} at inner step 0 to {loss:.4g} at "
+            f"inner step {step}. Use a smaller inner step size than lr={self.inner.lr:g}"
+            + (", below 2 / (largest curvature + regularization)." if self.damping is not None else ".")
+        )
+
+    def check_query(self, losses: Tensor) -> None:
+        """Raise where a query loss is NaN or infinite."""
+        bad = ~torch.isfinite(losses)
+        if bad.any():
+            column = int(bad.nonzero()[0])
+            raise NonFiniteError(
+                f"The query loss of task {self.positions[column]} is {losses[column].item()} after {self.inner.steps} inner "
+                "steps: look for NaN or infinite values in its query data, or use a smaller inner step size than "
+                f"lr={self.inner.lr:g}."
+            )

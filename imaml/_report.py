@@ -1,0 +1,77 @@
+"""What a call did: losses, the solver's outcome, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from imaml_solvers import Status
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What happened in one call. Tensors are detached, one entry per task, in the order of the input."""
+
+    query_loss: Tensor
+    """L_query after adaptation, `(tasks,)`."""
+    support_loss: Tensor
+    """L_support before each inner step, without the proximal term, `(steps, tasks)`."""
+    metric: Tensor | None = None
+    """The objective's metric on the query set after adaptation, `(tasks,)`; None without a metric."""
+    stationarity: Tensor | None = None
+    """|gradient of (L_support + proximal term)| at the adapted parameters, `(tasks,)`: how far the inner loop is from the
+    stationary point that implicit differentiation assumes. None for strategies that do not assume one."""
+    solver_status: Tensor | None = None
+    """A `Status` per task, `(tasks,)` integers; None where no system is solved, as for the next two."""
+    solver_steps: Tensor | None = None
+    """Steps of the linear solver, `(tasks,)`."""
+    solver_residual: Tensor | None = None
+    """Relative residual |b - A x| / |b| of the linear solve, `(tasks,)`."""
+    gradients: int = 0
+    """Gradients evaluated, summed over tasks; building a linearisation counts as one, gradients within a Hessian-vector
+    product do not."""
+    hvps: int = 0
+    """Hessian-vector products, summed over tasks."""
+    hvp_mode: str | None = None
+    """How the products were computed; None if there were none."""
+    unused: tuple[str, ...] = ()
+    """Adapted parameters that the support loss does not depend on: the inner loop leaves them as they are."""
+
+    def __str__(self) -> str:
+        """A few lines to read."""
+        lines = [f"query loss {self.query_loss.mean().item():.6g} (mean of {len(self.query_loss)} tasks)"]
+        if self.metric is not None:
+            lines.append(f"metric {self.metric.mean().item():.6g}")
+        if self.stationarity is not None:
+            lines.append(f"stationarity {self.stationarity.max().item():.3g} (worst task)")
+        if self.solver_status is not None and self.solver_steps is not None and self.solver_residual is not None:
+            codes = self.solver_status.tolist()
+            counts = ", ".join(f"{codes.count(s)} {s.name}" for s in Status if s in codes)
+            lines.append(
+                f"solver {counts}; {self.solver_steps.double().mean().item():.3g} steps, relative residual "
+                f"{self.solver_residual.max().item():.3g} (worst task)"
+            )
+        cost = f"{self.gradients} gradients, {self.hvps} Hessian-vector products"
+        lines.append(cost + (f" ({self.hvp_mode})" if self.hvp_mode else ""))
+        if self.unused:
+            lines.append(f"not used by the support loss: {', '.join(self.unused)}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class MetaResult:
+    """The result of a call: `loss` to call backward on, and what happened."""
+
+    loss: Tensor
+    """The mean query loss after adaptation, 0-dim; its backward delivers the meta-gradient."""
+    report: Report
+
+
+def in_order(parts: Sequence[Tensor | None], positions: Tensor) -> Tensor | None:
+    """Join per-chunk tensors `(..., tasks)` and put the tasks back in the user's order; None if any part is None."""
+    present = [p for p in parts if p is not None]
+    if len(present) < len(parts):
+        return None
+    return torch.cat(present, dim=-1)[..., torch.argsort(positions)]

@@ -1,0 +1,255 @@
+"""The interface of all strategies: one call from tasks to a loss that carries the meta-gradient."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from imaml._chunk import QUERY, SUPPORT, ChunkLoss, Context
+from imaml._errors import NonFiniteError
+from imaml._inner import GradientDescent
+from imaml._layout import Layout
+from imaml._node import MetaLoss
+from imaml._objective import Objective
+from imaml._problem import Problem
+from imaml._random import Replay
+from imaml._report import MetaResult, Report, in_order
+from imaml._tasks import Batch, Task, TaskBatch, group
+
+
+@dataclass
+class Pullback:
+    """What a strategy makes of one chunk."""
+
+    query_loss: Tensor
+    """`(tasks,)`"""
+    metric: Tensor | None
+    theta: Tensor
+    """The meta-gradient of each task, `(tasks, n)`."""
+    fixed: Tensor | None
+    """That for the fixed parameters, summed over tasks, `(m,)`; None if there are none."""
+    stationarity: Tensor | None = None
+    solver_status: Tensor | None = None
+    solver_steps: Tensor | None = None
+    solver_residual: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaGradient(ABC):
+    """A strategy for the meta-gradient, the gradient of the mean query loss after adaptation.
+
+    The inner loop of task i adapts phi from theta on L_support,i(phi) + 1/2 (phi - theta)' Lambda (phi - theta); the result is
+    the mean over tasks of L_query,i(phi_i), and its gradient for theta and for every other parameter that requires grad.
+
+    `engine(objective, tasks)` returns a `MetaResult`; `result.loss.backward()` accumulates the meta-gradient into `.grad`
+    of the parameters like that of any loss. The meta-gradient is computed in the call, its memory is given back at once,
+    and backward only scales it (it cannot be differentiated again). Under `torch.no_grad()` a call only evaluates. The
+    model, its buffers and `.grad`s and the tasks are never changed; the global random state ends as if one forward pass
+    had run, and every evaluation at one inner step of a task sees the same draws (dropout masks).
+
+    Args:
+        inner: The inner loop.
+        regularization: lambda >= 0, the weight of the proximal term: one number, or one per adapted parameter by name.
+        chunk_size: How many tasks run at once, vectorised; None: all. Memory grows with it. 1 runs task by task without
+            `torch.func.vmap`, for models that cannot be vectorised. The numbers are the same (without dropout).
+    """
+
+    inner: GradientDescent
+    regularization: float | Mapping[str, float] = 0.0
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the configuration; raises TypeError or ValueError."""
+        if not isinstance(self.inner, GradientDescent):
+            raise TypeError(f"`inner` must be an inner optimiser such as GradientDescent. Got {self.inner!r}.")
+        per_name = self.regularization if isinstance(self.regularization, Mapping) else {"": self.regularization}
+        for name, value in per_name.items():
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"`regularization` must be >= 0. Got {value}" + (f" for {name!r}." if name else "."))
+        if self.chunk_size is not None and (not isinstance(self.chunk_size, int) or self.chunk_size < 1):
+            raise ValueError(f"`chunk_size` must be a positive integer or None. Got {self.chunk_size!r}.")
+
+    def __call__(self, objective: Objective, tasks: TaskBatch | Sequence[Task]) -> MetaResult:
+        """Adapt to every task, and return the mean query loss with the meta-gradient behind it.
+
+        Args:
+            objective: Model and loss.
+            tasks: A `TaskBatch`, or a list of `Task` whose shapes may differ.
+
+        Returns:
+            The loss and a report.
+
+        Raises:
+            NonFiniteError: A loss or the meta-gradient is NaN or infinite.
+            DivergenceError: The inner loop diverged.
+            TypeError: An argument of a wrong type.
+            ValueError: The loss is not a scalar or depends on no parameter, BatchNorm with running statistics in
+                training mode, or a name in `regularization` that is not adapted.
+        """
+        parameters = objective.parameters() if isinstance(objective, Objective) else {}
+        wanted = torch.is_grad_enabled() and any(p.requires_grad for p in parameters.values())
+        loss, gradients, report = self._run(objective, tasks, derivatives=wanted)
+        if wanted:
+            loss = MetaLoss.apply(loss, list(gradients.values()), *parameters.values())
+        return MetaResult(loss, report)
+
+    def value_and_grad(
+        self, objective: Objective, tasks: TaskBatch | Sequence[Task]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean query loss and the meta-gradient by parameter name, as detached tensors; `.grad` is not touched.
+
+        Args:
+            objective: Model and loss.
+            tasks: As in a call.
+
+        Returns:
+            The 0-dim loss, and one gradient per parameter of `objective.parameters()`, in its shape and dtype.
+        """
+        loss, gradients, _ = self._run(objective, tasks, derivatives=True)
+        return loss, gradients
+
+    def adapt(self, objective: Objective, support: Batch) -> dict[str, Tensor]:
+        """The adapted parameters of one task by name, for deployment with `torch.func.functional_call`.
+
+        Args:
+            objective: Model and loss.
+            support: One task's support set, without a task dimension.
+
+        Returns:
+            The adapted parameters, detached, in shape and dtype of the originals; the model is not changed.
+        """
+        support = tree_map(lambda t: t.unsqueeze(0), support)
+        with torch.inference_mode(False):
+            context, theta, damping = self._context(objective)
+            try:
+                problem = self._problem(context, theta, damping, [0], TaskBatch(support=support, query=support))
+                phi = problem.adapt()
+                problem.check_inner_loop()
+            finally:
+                context.replay.restore()
+            return {name: value.squeeze(0).clone() for name, value in context.layout.named(phi).items()}
+
+    @abstractmethod
+    def _pull_back(self, problem: Problem) -> Pullback:
+        """Adapt, judge, and pull the query gradient back to theta, for one chunk of tasks."""
+
+    def _run(
+        self, objective: Objective, tasks: TaskBatch | Sequence[Task], *, derivatives: bool
+    ) -> tuple[Tensor, dict[str, Tensor], Report]:
+        groups = group(tasks)
+        with torch.inference_mode(False), torch.no_grad():
+            context, theta, damping = self._context(objective)
+            parts: list[Pullback] = []
+            histories: list[Tensor] = []
+            positions: list[int] = []
+            total, total_fixed = torch.zeros_like(theta), context.fixed_layout.gather(
+                [None] * len(context.fixed), theta
+            )
+            try:
+                for where, batch in self._chunks(groups):
+                    problem = self._problem(context, theta, damping, where, batch)
+                    part = self._pull_back(problem) if derivatives else _evaluate(problem)
+                    if derivatives:
+                        _check_finite(part.theta, where)
+                        total += part.theta.sum(0)
+                        if part.fixed is not None:
+                            total_fixed += part.fixed
+                    part.theta, part.fixed = theta, None
+                    parts.append(part)
+                    positions += where
+                    histories.append(problem.history())
+            finally:
+                context.replay.restore()
+            order = torch.tensor(positions, device=theta.device)
+            losses = in_order([p.query_loss for p in parts], order)
+            support_losses = in_order(histories, order)
+            assert losses is not None and support_losses is not None
+            count = len(positions)
+            named = context.layout.named(total.div_(count)) | context.fixed_layout.named(total_fixed.div_(count))
+            report = Report(
+                query_loss=losses,
+                support_loss=support_losses,
+                metric=in_order([p.metric for p in parts], order),
+                stationarity=in_order([p.stationarity for p in parts], order),
+                solver_status=in_order([p.solver_status for p in parts], order),
+                solver_steps=in_order([p.solver_steps for p in parts], order),
+                solver_residual=in_order([p.solver_residual for p in parts], order),
+                gradients=context.counts.gradients,
+                hvps=context.counts.hvps,
+                hvp_mode=context.hvp_mode if context.counts.hvps else None,
+                unused=context.unused,
+            )
+            return losses.mean(), named, report
+
+    def _context(self, objective: Objective) -> tuple[Context, Tensor, Tensor | None]:
+        if not isinstance(objective, Objective):
+            raise TypeError(f"Expected an Objective(model, loss). Got {type(objective).__name__}.")
+        objective.check()
+        named = objective.parameters()
+        adapted = {n: p for n, p in named.items() if n in objective.adapted}
+        fixed = {n: p.detach() for n, p in named.items() if n not in objective.adapted}
+        devices = {p.device for p in adapted.values()}
+        if len(devices) > 1:
+            raise ValueError(f"Adapted parameters must be on one device. Got {sorted(map(str, devices))}.")
+        layout = Layout.of(adapted)
+        theta = layout.flatten(list(adapted.values()))
+        context = Context(
+            objective=objective,
+            layout=layout,
+            fixed_layout=Layout.of(fixed),
+            fixed=list(fixed.values()),
+            constants=objective.constants(),
+            replay=Replay(theta.device),
+            hvp_mode=getattr(self, "hvp", "auto"),
+        )
+        return context, theta, self._damping(layout, theta)
+
+    def _damping(self, layout: Layout, theta: Tensor) -> Tensor | None:
+        if not isinstance(self.regularization, Mapping):
+            return theta.new_tensor(self.regularization) if self.regularization else None
+        if set(self.regularization) != set(layout.names):
+            missing, unknown = set(layout.names) - set(self.regularization), set(self.regularization) - set(layout.names)
+            raise ValueError(
+                "`regularization` must name every adapted parameter and no other. "
+                f"Missing: {sorted(missing) or 'none'}; unknown: {sorted(unknown) or 'none'}."
+            )
+        values = [torch.full(s, self.regularization[n]) for n, s in zip(layout.names, layout.shapes, strict=True)]
+        return layout.flatten(values).to(theta.device)
+
+    def _chunks(self, groups: list[tuple[list[int], TaskBatch]]) -> Iterator[tuple[list[int], TaskBatch]]:
+        for positions, batch in groups:
+            size = self.chunk_size or len(batch)
+            for start in range(0, len(batch), size):
+                yield positions[start : start + size], batch[start : start + size]
+
+    def _problem(
+        self, context: Context, theta: Tensor, damping: Tensor | None, positions: list[int], batch: TaskBatch
+    ) -> Problem:
+        return Problem(
+            support=ChunkLoss(context, batch.support, len(batch), positions[0], SUPPORT),
+            query=ChunkLoss(context, batch.query, len(batch), positions[0], QUERY),
+            inner=self.inner,
+            theta=theta.expand(len(batch), -1),
+            damping=damping,
+            positions=positions,
+        )
+
+
+def _evaluate(problem: Problem) -> Pullback:
+    losses, metric = problem.evaluate(problem.adapt())
+    return Pullback(losses, metric, problem.theta, None)
+
+
+def _check_finite(gradient: Tensor, positions: list[int]) -> None:
+    bad = ~torch.isfinite(gradient.sum(-1))
+    if bad.any():
+        raise NonFiniteError(
+            f"The meta-gradient of task {positions[int(bad.nonzero()[0])]} is not finite although its losses are: look for an "
+            "operation with an infinite second derivative, such as sqrt or norm at 0."
+        )

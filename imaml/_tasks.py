@@ -1,0 +1,138 @@
+"""Tasks: a support set to adapt on and a query set to judge by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+Batch = Any
+"""What a loss is evaluated on: a tensor, or any nesting of tuples, lists and dicts of tensors, `(input, target)` as a rule."""
+
+
+def _signature(task: Task) -> tuple[Any, ...]:
+    leaves, structure = tree_flatten((task.support, task.query))
+    return (structure, *((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves))
+
+
+def _check_tensors(name: str, batch: Batch) -> list[Tensor]:
+    leaves = tree_flatten(batch)[0]
+    if not leaves:
+        raise ValueError(f"`{name}` holds no tensor. Expected tensors such as `(input, target)`.")
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"Every leaf of `{name}` must be a tensor. Got {type(leaf).__name__}: convert it with torch.as_tensor."
+            )
+    return leaves
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One task: tensors of any nesting, without a leading task dimension.
+
+    Args:
+        support: What the model adapts on, `(input, target)` as a rule. With a model objective `input` may be a
+            tensor, a tuple (positional arguments) or a dict (keyword arguments).
+        query: What the adapted model is judged by, nested likewise.
+
+    Raises:
+        TypeError: A leaf is not a tensor.
+        ValueError: A set holds no tensor.
+    """
+
+    support: Batch
+    query: Batch
+
+    def __post_init__(self) -> None:
+        _check_tensors("support", self.support)
+        _check_tensors("query", self.query)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskBatch:
+    """Many tasks of equal shapes: every tensor is `(tasks, ...)`.
+
+    Args:
+        support: The support sets, stacked: `(xs, ys)` with `xs: (tasks, examples, ...)` as a rule.
+        query: The query sets, stacked likewise; their number of examples may differ from that of the support.
+
+    Raises:
+        TypeError: A leaf is not a tensor.
+        ValueError: A set holds no tensor, a tensor has no task dimension, the numbers of tasks differ, or there are none.
+    """
+
+    support: Batch
+    query: Batch
+
+    def __post_init__(self) -> None:
+        counts: dict[str, set[int]] = {}
+        for name, batch in (("support", self.support), ("query", self.query)):
+            leaves = _check_tensors(name, batch)
+            if any(leaf.ndim == 0 for leaf in leaves):
+                raise ValueError(f"Every tensor of `{name}` must be (tasks, ...). Got a 0-dim tensor.")
+            counts[name] = {leaf.shape[0] for leaf in leaves}
+        if len(counts["support"] | counts["query"]) > 1:
+            raise ValueError(
+                "Support and query must hold the same number of tasks in the first dimension of every tensor. "
+                f"Got {sorted(counts['support'])} in support and {sorted(counts['query'])} in query. "
+                "For tasks of different sizes pass a list of Task."
+            )
+        if len(self) == 0:
+            raise ValueError("A TaskBatch needs at least one task. Got 0.")
+
+    def __len__(self) -> int:
+        """The number of tasks."""
+        return int(tree_flatten(self.support)[0][0].shape[0])
+
+    def __getitem__(self, index: int | slice) -> Any:
+        """One `Task` for an integer, a smaller `TaskBatch` for a slice; both are views."""
+        if isinstance(index, slice):
+            return TaskBatch(
+                support=tree_map(lambda t: t[index], self.support), query=tree_map(lambda t: t[index], self.query)
+            )
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"Task {index} of a batch of {len(self)}.")
+        return Task(support=tree_map(lambda t: t[index], self.support), query=tree_map(lambda t: t[index], self.query))
+
+    def __iter__(self) -> Iterator[Task]:
+        """The tasks, one by one."""
+        return (self[i] for i in range(len(self)))
+
+    def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TaskBatch:
+        """Return the batch on `device`, its floating-point tensors as `dtype`; labels keep their integer dtype."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+        return TaskBatch(support=tree_map(move, self.support), query=tree_map(move, self.query))
+
+    @classmethod
+    def stack(cls, tasks: Sequence[Task]) -> TaskBatch:
+        """Stack tasks of equal shapes into a batch; raises ValueError where the shapes differ."""
+        if len({_signature(task) for task in tasks}) != 1:
+            raise ValueError(f"Only tasks of one shape can be stacked. Got {len(tasks)} tasks of different shapes.")
+
+        def stacked(batches: list[Batch]) -> Batch:
+            columns = zip(*(tree_flatten(batch)[0] for batch in batches), strict=True)
+            return tree_flatten(batches[0])[1].unflatten([torch.stack(column) for column in columns])
+
+        return cls(support=stacked([t.support for t in tasks]), query=stacked([t.query for t in tasks]))
+
+
+def group(tasks: TaskBatch | Sequence[Task]) -> list[tuple[list[int], TaskBatch]]:
+    """Partition tasks into batches of equal shapes, each with the positions of its tasks in the input."""
+    if isinstance(tasks, TaskBatch):
+        return [(list(range(len(tasks))), tasks)]
+    if isinstance(tasks, (str, bytes)) or not isinstance(tasks, Sequence) or not all(isinstance(t, Task) for t in tasks):
+        raise TypeError(f"Expected a TaskBatch or a list of Task. Got {type(tasks).__name__}.")
+    if not tasks:
+        raise ValueError("Expected at least one task. Got an empty list.")
+    positions: dict[tuple[Any, ...], list[int]] = {}
+    for i, task in enumerate(tasks):
+        positions.setdefault(_signature(task), []).append(i)
+    return [(where, TaskBatch.stack([tasks[i] for i in where])) for where in positions.values()]

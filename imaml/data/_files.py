@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 import warnings
@@ -30,11 +31,15 @@ def read_arrays(path: Path) -> Arrays:
     Raises:
         ValueError: The file is truncated, damaged, or no `.npz`. Of an absent one the OSError comes through.
     """
+    content = io.BytesIO(path.read_bytes())
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            if not isinstance(stored, np.lib.npyio.NpzFile):
-                raise ValueError("it holds a single array")
-            return {name: stored[name] for name in stored.files}
+        stored = np.load(content, allow_pickle=False)
+        if not isinstance(stored, np.lib.npyio.NpzFile):
+            raise ValueError("it holds a single array")
+        arrays = dict(stored)
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise ValueError("it holds other things than arrays")
+        return arrays
     except BROKEN as error:
         raise ValueError(
             f"{path} is not a readable .npz file ({error}). It may be truncated or damaged: get it again."

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch.func import vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from imaml._layout import Layout
@@ -60,7 +61,8 @@ SUPPORT, QUERY = 0, 1
 
 def _vectorised(one: Callable[..., tuple[Tensor, ...]], adapted: list[Tensor], batch: Batch) -> tuple[Tensor, ...]:
     try:
-        return vmap(one, randomness="different")(adapted, batch)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no batching rule
+            return vmap(one, randomness="different")(adapted, batch)
     except RuntimeError as error:
         if any(sign in str(error) for sign in ("vmap", "batching rule", "functorch")):
             raise RuntimeError(

@@ -77,7 +77,7 @@ class ForwardOverReverse:
         self._loss, self._phi, self._step = loss, phi, step
         self._data, self._structure = tree_flatten(loss.batch)
         self._moving = [i for i, t in enumerate(self._data) if t.is_floating_point()]
-        adapted, fixed = loss.leaves(phi, fixed=False)
+        adapted, fixed = loss.leaves(phi.contiguous(), fixed=False)
         self._primals = ([t.detach() for t in adapted], fixed, [self._data[i] for i in self._moving])
         self._rest = [[torch.zeros_like(t) for t in still] for still in self._primals[1:]]
         self.gradient: Tensor | None = None
@@ -106,14 +106,16 @@ class ForwardOverReverse:
 class FiniteDifference:
     """(g(phi + h w) - g(phi - h w)) / 2h: two gradients a product, first derivatives only, inexact.
 
-    Each task's step moves phi by eps^(1/3) of its norm, h = eps^(1/3) (1 + |phi|) / |w|, which balances the truncation error
-    O(h^2) of a smooth loss against the rounding error O(eps / h). There is nothing to linearise.
+    Each task's step moves phi by a fraction r of its norm, h = r (1 + |phi|) / |w|. For a smooth loss r = eps^(1/3) balances the
+    truncation error O(h^2) against the rounding error O(eps / h), and is used below float64. A ReLU that switches between
+    the two points adds O(1 / h), with a probability of O(h): float64 can afford r = eps^(1/2), where that is rare.
+    There is nothing to linearise.
     """
 
     def __init__(self, loss: ChunkLoss, phi: Tensor, step: int, linearize: bool) -> None:
         self._loss, self._phi, self._step = loss, phi, step
         self.gradient: Tensor | None = None
-        self._move = torch.finfo(phi.dtype).eps ** (1 / 3) * (1 + phi.norm(dim=-1, keepdim=True))
+        self._move = torch.finfo(phi.dtype).eps ** (1 / 2 if phi.dtype == torch.float64 else 1 / 3) * (1 + phi.norm(dim=-1, keepdim=True))
 
     def __call__(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
         norm = w.norm(dim=-1, keepdim=True)

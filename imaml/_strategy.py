@@ -148,18 +148,15 @@ class MetaGradient(ABC):
             parts: list[Pullback] = []
             histories: list[Tensor] = []
             positions: list[int] = []
-            total, total_fixed = torch.zeros_like(theta), context.fixed_layout.gather(
-                [None] * len(context.fixed), theta
-            )
+            sums: list[Tensor] = []
             try:
                 for where, batch in self._chunks(groups):
                     problem = self._problem(context, theta, damping, where, batch)
                     part = self._pull_back(problem) if derivatives else _evaluate(problem)
                     if derivatives:
                         _check_finite(part.theta, where)
-                        total += part.theta.sum(0)
-                        if part.fixed is not None:
-                            total_fixed += part.fixed
+                        summed = [part.theta.sum(0)] + ([] if part.fixed is None else [part.fixed])
+                        sums = [a + b for a, b in zip(sums, summed, strict=True)] if sums else summed
                     part.theta, part.fixed = theta, None
                     parts.append(part)
                     positions += where
@@ -171,7 +168,8 @@ class MetaGradient(ABC):
             support_losses = in_order(histories, order)
             assert losses is not None and support_losses is not None
             count = len(positions)
-            named = context.layout.named(total.div_(count)) | context.fixed_layout.named(total_fixed.div_(count))
+            layouts = (context.layout, context.fixed_layout)
+            named = {n: g for layout, flat in zip(layouts, sums, strict=False) for n, g in layout.named(flat / count).items()}
             report = Report(
                 query_loss=losses,
                 support_loss=support_losses,
@@ -242,8 +240,8 @@ class MetaGradient(ABC):
 
 
 def _evaluate(problem: Problem) -> Pullback:
-    losses, metric = problem.evaluate(problem.adapt())
-    return Pullback(losses, metric, problem.theta, None)
+    query = problem.evaluate(problem.adapt())
+    return Pullback(query.losses, query.metric, query.adapted, query.fixed)
 
 
 def _check_finite(gradient: Tensor, positions: list[int]) -> None:

@@ -1,0 +1,7 @@
+"""`python -m imaml` is `imaml`."""
+
+import sys
+
+from imaml.cli import main
+
+sys.exit(main())

@@ -83,6 +83,8 @@ def test_examples_stay_inside_and_differ(pen):
 
 def test_an_example_depends_on_its_character_alone():
     np.testing.assert_array_equal(glyphs.render(["g"], FACES)[0], glyphs.render(["A", "g"], FACES)[1])
+    latin, greek = glyphs.render(["O", "Ο"], FACES)
+    assert not (latin == greek).all((1, 2)).any(), "two characters are turned and shifted alike"
 
 
 def test_the_splits_hold_every_class_once(drawn):

@@ -97,6 +97,7 @@ def test_rotations_are_classes_in_every_split(packed, split):
     )
     assert turns.unique().tolist() == [0, 1, 2, 3]
     assert (turns == turns[..., :1]).all() and (query_turns == turns[..., :1]).all()
+    assert any(len(set(task.tolist())) > 1 for task in turns[..., 0]), "all classes of a task turn together"
     assert (query_characters == characters[..., :1]).all()
     assert all(len(set(task.tolist())) == 4 for task in characters[..., 0]), (
         "a character competes with itself"

@@ -1,0 +1,32 @@
+"""The program `imaml`: meta-train a model, or compare the strategies."""
+
+import sys
+from collections.abc import Sequence
+
+USER_ERRORS = (OSError, ValueError, FloatingPointError)
+"""What a wrong option, file or hyper-parameter raises: one line on stderr instead of a traceback."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run `imaml train` or `imaml compare`.
+
+    Args:
+        args: Command line without the program's name; None: that of the process.
+
+    Returns:
+        The exit code: 0, 2 after an error of the user's, 130 after Ctrl-C.
+    """
+    try:
+        from imaml.cli import _compare, _options, _train
+    except ModuleNotFoundError as error:
+        print(f"imaml: the program needs {error.name}: pip install 'imaml[train]'", file=sys.stderr)
+        return 2
+    try:
+        options = _options.parse(sys.argv[1:] if args is None else args)
+        return _train.train(options) if isinstance(options, _options.Train) else _compare.compare(options)
+    except USER_ERRORS as error:
+        print(f"imaml: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("imaml: interrupted", file=sys.stderr)
+        return 130

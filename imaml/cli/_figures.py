@@ -1,0 +1,101 @@
+"""Figures: of one run, and of a comparison on a light or a dark page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from imaml.cli._outcome import COLORS, NAMES, Outcome, Point
+from imaml.cli._problem import Metric
+from imaml.training import replace_file
+
+_WINDOW = 25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Theme:
+    """Colours of text and of grid lines; the background is the page's."""
+
+    ink: str
+    grid: str
+
+
+LIGHT = Theme(ink="#3c4043", grid="#dadce0")
+DARK = Theme(ink="#c4c7c5", grid="#3c4043")
+
+
+def training_curve(metrics: Sequence[dict[str, Any]], metric: Metric) -> Figure:
+    """The metric over the steps of a run: training as a running mean, validation with its interval."""
+    figure, axes = _axes(LIGHT, (7.0, 4.0))
+    steps = [record["step"] for record in metrics]
+    values = [metric.scale * record["metric"] for record in metrics]
+    means = [sum(part := values[max(0, i - _WINDOW + 1) : i + 1]) / len(part) for i in range(len(values))]
+    axes.plot(steps, values, color=COLORS["maml"], alpha=0.15, linewidth=0.7)
+    axes.plot(steps, means, color=COLORS["maml"], label=f"training, mean of {_WINDOW} steps")
+    vals = [(record["step"], record["val"]) for record in metrics if "val" in record]
+    if vals:
+        means = [metric.scale * val["mean"] for _, val in vals]
+        intervals = [metric.scale * val["interval"] for _, val in vals]
+        at = [step for step, _ in vals]
+        color = COLORS["fomaml"]
+        axes.errorbar(at, means, intervals, color=color, marker="o", ms=3, label="validation, 95 % interval")
+    axes.set(xlabel="meta-step", ylabel=metric.label)
+    axes.legend(frameon=False)
+    return figure
+
+
+def learning_curves(outcomes: Sequence[Outcome], metric: Metric, theme: Theme, *, by_seconds: bool) -> Figure:
+    """Validation over meta-steps or over the seconds they took, with 95 % bands."""
+    figure, axes = _axes(theme, (5.2, 3.6))
+    x: Callable[[Point], float] = (lambda point: point.seconds) if by_seconds else (lambda point: point.step)
+    for outcome in outcomes:
+        xs = [x(point) for point in outcome.curve]
+        means = [metric.scale * point.value.mean for point in outcome.curve]
+        widths = [metric.scale * point.value.interval for point in outcome.curve]
+        color = COLORS[outcome.strategy]
+        axes.plot(xs, means, color=color, linewidth=1.8, label=NAMES[outcome.strategy])
+        lows, highs = ([m + sign * w for m, w in zip(means, widths, strict=True)] for sign in (-1, 1))
+        axes.fill_between(xs, lows, highs, color=color, alpha=0.18, linewidth=0)
+    axes.set(xlabel="seconds of meta-steps" if by_seconds else "meta-step", ylabel=f"validation {metric.label}")
+    axes.set_xlim(left=0)
+    axes.legend(frameon=False, labelcolor=theme.ink)
+    return figure
+
+
+def bars(outcomes: Sequence[Outcome], values: Sequence[float], label: str, theme: Theme) -> Figure:
+    """One horizontal bar for each strategy, with its number."""
+    figure, axes = _axes(theme, (5.2, 0.7 + 0.42 * len(outcomes)))
+    names = [NAMES[outcome.strategy] for outcome in outcomes]
+    drawn = axes.barh(names, values, color=[COLORS[outcome.strategy] for outcome in outcomes], height=0.62)
+    axes.bar_label(drawn, fmt="{:.3g}", padding=4, color=theme.ink)
+    axes.set_xlabel(label)
+    axes.margins(x=0.12)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    return figure
+
+
+def save_png(path: Path, figure: Figure) -> None:
+    """Write a figure on white."""
+    replace_file(path, lambda stream: figure.savefig(stream, format="png", dpi=150, facecolor="white"))
+
+
+def _axes(theme: Theme, size: tuple[float, float]) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(theme.grid)
+    axes.tick_params(colors=theme.ink)
+    axes.xaxis.label.set_color(theme.ink)
+    axes.yaxis.label.set_color(theme.ink)
+    axes.grid(color=theme.grid, alpha=0.6, linewidth=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes

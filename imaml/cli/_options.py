@@ -1,0 +1,193 @@
+"""The command line: every flag is a field of one of these dataclasses or of `Plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import tyro
+
+from imaml._curvature import HvpMode
+from imaml.training import Plan, RunFolder
+
+Dataset = Literal["sinusoid", "glyphs", "omniglot"]
+Strategy = Literal["maml", "fomaml", "imaml"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeOptions:
+    """What to learn. An option left at None does not apply to the dataset, or takes its default.
+
+    Args:
+        dataset: Sine curves, characters in many typefaces, or handwritten characters.
+        data: omniglot: packed file, archive, or folder; None downloads it once.
+        split: omniglot: characters dealt at random, or the original background and evaluation alphabets.
+        ways: glyphs, omniglot: classes of a task.
+        shots: Support examples (of each class).
+        queries: Query examples (of each class).
+        seed: Of the tasks and of the initial parameters.
+    """
+
+    dataset: Dataset = "glyphs"
+    data: Path | None = None
+    split: Literal["random", "original"] | None = None
+    ways: int | None = None
+    shots: int = 1
+    queries: int = 15
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How to compute the meta-gradient. An option left at None does not apply, or takes its default.
+
+    Args:
+        inner_lr: Step size of the inner gradient descent.
+        inner_steps: Its steps.
+        regularization: Weight of the proximal term.
+        cg_steps: imaml: conjugate gradient steps of a solve.
+        checkpoints: maml: inner states kept in memory; None keeps all.
+        chunk_size: Tasks vectorised at once; None: all of a batch.
+        hvp: maml, imaml: how Hessian-vector products are computed.
+    """
+
+    inner_lr: float | None = None
+    inner_steps: int | None = None
+    regularization: float | None = None
+    cg_steps: int | None = None
+    checkpoints: int | None = None
+    chunk_size: int | None = None
+    hvp: HvpMode | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineOptions:
+    """Where to compute.
+
+    Args:
+        device: A device of torch, such as cpu or cuda.
+        threads: CPU threads; None: as torch chooses. A run repeats bit for bit with the same number.
+    """
+
+    device: str = "cpu"
+    threads: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Meta-train a model, then test it on unseen classes. Defaults follow the dataset and the strategy.
+
+    Args:
+        strategy: Of the meta-gradient: exact, first-order, or implicit.
+        out: Run folder; None: runs/DATASET-STRATEGY.
+        resume: Continue the run in the folder; other options may then be left out.
+    """
+
+    strategy: Strategy = "maml"
+    out: Path | None = None
+    resume: bool = False
+    episodes: EpisodeOptions = field(default_factory=EpisodeOptions)
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    plan: Plan = field(default_factory=Plan)
+    machine: MachineOptions = field(default_factory=MachineOptions)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.out or Path("runs", f"{self.episodes.dataset}-{self.strategy}")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the numbers of a run depend on, as plain values."""
+        data = self.episodes.data
+        episodes = {**asdict(self.episodes), "data": None if data is None else str(data)}
+        return {
+            "strategy": self.strategy,
+            "episodes": episodes,
+            "engine": asdict(self.engine),
+            "plan": asdict(self.plan),
+            "machine": asdict(self.machine),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], **others: Any) -> Train:
+        """The options that `config` came from."""
+        data = config["episodes"]["data"]
+        return cls(
+            strategy=config["strategy"],
+            episodes=EpisodeOptions(**{**config["episodes"], "data": None if data is None else Path(data)}),
+            engine=EngineOptions(**config["engine"]),
+            plan=Plan(**config["plan"]),
+            machine=MachineOptions(**config["machine"]),
+            **others,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Train every strategy from the same start on the same tasks, and write a report.
+
+    An engine option goes to every strategy that has it. --minutes is the budget of everything together.
+
+    Args:
+        strategies: Which to compare.
+        out: Folder of the report, written over; None: runs/compare-DATASET.
+    """
+
+    strategies: tuple[Strategy, ...] = STRATEGIES
+    out: Path | None = None
+    episodes: EpisodeOptions = field(default_factory=EpisodeOptions)
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    plan: Plan = field(default_factory=Plan)
+    machine: MachineOptions = field(default_factory=MachineOptions)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the report."""
+        return self.out or Path("runs", f"compare-{self.episodes.dataset}")
+
+
+def parse(args: Sequence[str]) -> Train | Compare:
+    """Read the command line twice: for what the defaults depend on, then with these defaults.
+
+    Args:
+        args: Command line without the program's name.
+
+    Returns:
+        The options of the chosen subcommand.
+
+    Raises:
+        SystemExit: After --help, or a flag that does not parse.
+    """
+    from imaml.cli import _presets
+
+    if not args or args[0] in HELP:
+        return _parse(args, Train(), Compare())
+    first = _parse([arg for arg in args if arg not in HELP], Train(), Compare())
+    if isinstance(first, Compare):
+        return _parse(args, Train(), _presets.compare(first.episodes.dataset))
+    if first.resume:
+        stored = Train.from_config(RunFolder(first.folder).config, out=first.out)
+        return _parse(args, stored, Compare())
+    return _parse(args, _presets.train(first.episodes.dataset, first.strategy), Compare())
+
+
+HELP = ("-h", "--help")
+
+
+def _parse(args: Sequence[str], train: Train, compare: Compare) -> Train | Compare:
+    command = (
+        Annotated[Train, tyro.conf.subcommand("train", default=train)]
+        | Annotated[Compare, tyro.conf.subcommand("compare", default=compare)]
+    )
+    options: Train | Compare = tyro.cli(
+        command,
+        args=args,
+        prog="imaml",
+        description="Meta-learning with exact, first-order and implicit meta-gradients.",
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+    return options

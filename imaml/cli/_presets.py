@@ -1,0 +1,59 @@
+"""Defaults that work, by dataset and strategy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from imaml.cli._options import Compare, Dataset, EngineOptions, EpisodeOptions, Strategy, Train
+from imaml.training import Plan
+
+
+class Preset(NamedTuple):
+    """The defaults of one dataset."""
+
+    episodes: EpisodeOptions
+    plan: Plan
+    engines: dict[Strategy, EngineOptions]
+
+
+PRESETS: dict[Dataset, Preset] = {
+    "sinusoid": Preset(
+        EpisodeOptions(dataset="sinusoid", shots=10, queries=10),
+        Plan(steps=10_000, meta_batch=25, eval_every=500),
+        {
+            "maml": EngineOptions(inner_lr=0.01, inner_steps=5),
+            "fomaml": EngineOptions(inner_lr=0.01, inner_steps=5),
+            "imaml": EngineOptions(inner_lr=0.01, inner_steps=16, regularization=10.0, cg_steps=5),
+        },
+    ),
+    "glyphs": Preset(
+        EpisodeOptions(dataset="glyphs", ways=5, shots=1, queries=5),
+        Plan(steps=1000, meta_batch=8, eval_every=50),
+        {
+            "maml": EngineOptions(inner_lr=0.4, inner_steps=1, chunk_size=4),
+            "fomaml": EngineOptions(inner_lr=0.4, inner_steps=1, chunk_size=4),
+            "imaml": EngineOptions(inner_lr=0.1, inner_steps=5, regularization=2.0, cg_steps=5, chunk_size=4),
+        },
+    ),
+    "omniglot": Preset(
+        EpisodeOptions(dataset="omniglot", ways=5, shots=1, queries=15),
+        Plan(steps=5000, meta_batch=32, eval_every=250, val_tasks=200),
+        {
+            "maml": EngineOptions(inner_lr=0.4, inner_steps=1, chunk_size=4),
+            "fomaml": EngineOptions(inner_lr=0.4, inner_steps=1, chunk_size=4),
+            "imaml": EngineOptions(inner_lr=0.1, inner_steps=16, regularization=2.0, cg_steps=5, chunk_size=4),
+        },
+    ),
+}
+
+
+def train(dataset: Dataset, strategy: Strategy) -> Train:
+    """The defaults of `imaml train`."""
+    preset = PRESETS[dataset]
+    return Train(strategy=strategy, episodes=preset.episodes, engine=preset.engines[strategy], plan=preset.plan)
+
+
+def compare(dataset: Dataset) -> Compare:
+    """The defaults of `imaml compare`."""
+    preset = PRESETS[dataset]
+    return Compare(episodes=preset.episodes, plan=preset.plan)

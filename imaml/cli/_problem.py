@@ -1,0 +1,152 @@
+"""From options to the things that train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, MetaGradient, Objective, data
+from imaml.cli._options import Dataset, EngineOptions, EpisodeOptions, MachineOptions, Strategy
+from imaml.models import MLP, Conv4
+from imaml.training import Episodes
+
+_EPISODES: dict[Dataset, type[data.Episodes]] = {
+    "sinusoid": data.Sinusoid,
+    "glyphs": data.Glyphs,
+    "omniglot": data.Omniglot,
+}
+_ENGINES: dict[Strategy, type[MetaGradient]] = {"maml": MAML, "fomaml": FOMAML, "imaml": ImplicitMAML}
+_FIELD_OF = {"data": "path", "cg_steps": "solver"}
+
+
+def accuracy(output: Tensor, target: Tensor) -> Tensor:
+    """The fraction of examples whose largest logit is that of their class."""
+    return (output.argmax(-1) == target).to(output.dtype).mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """What is measured on query sets, and how it is written."""
+
+    name: str
+    function: Callable[[Tensor, Tensor], Tensor]
+    percent: bool
+
+    @property
+    def scale(self) -> int:
+        """Factor from a value to its axis in a figure."""
+        return 100 if self.percent else 1
+
+    @property
+    def label(self) -> str:
+        """Name and unit."""
+        return f"{self.name} (%)" if self.percent else self.name
+
+    def text(self, value: float) -> str:
+        """One value, such as "97.3 %"."""
+        return f"{100 * value:.1f} %" if self.percent else f"{value:.3f}"
+
+    def interval(self, mean: float, interval: float) -> str:
+        """A mean and the half-width of its interval, such as "97.3 ± 0.4 %"."""
+        return f"{100 * mean:.1f} ± {100 * interval:.1f} %" if self.percent else f"{mean:.3f} ± {interval:.3f}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Tasks, a model to meta-train, and how it is judged."""
+
+    episodes: Episodes
+    model: nn.Module
+    loss: Callable[[Tensor, Tensor], Tensor]
+    metric: Metric
+
+    def fresh_model(self) -> nn.Module:
+        """A copy of the model with the initial parameters."""
+        return deepcopy(self.model)
+
+    def objective(self, model: nn.Module) -> Objective:
+        """The objective of `model`."""
+        return Objective(model, self.loss, metric=self.metric.function)
+
+
+def build_problem(options: EpisodeOptions, machine: MachineOptions) -> Problem:
+    """Make the episodes and the model.
+
+    Args:
+        options: What to learn.
+        machine: Where.
+
+    Returns:
+        The problem; data files are read when the first tasks are drawn.
+
+    Raises:
+        ValueError: An option is out of range, or does not apply to the dataset.
+    """
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
+    kind = _EPISODES[options.dataset]
+    given = _applicable(options, kind, f"--dataset {options.dataset}", aside=("dataset",))
+    episodes = kind(**given)
+    torch.manual_seed(options.seed)
+    if options.dataset == "sinusoid":
+        mse = Metric(name="MSE", function=F.mse_loss, percent=False)
+        return Problem(episodes=episodes, model=MLP().to(machine.device), loss=F.mse_loss, metric=mse)
+    correct = Metric(name="accuracy", function=accuracy, percent=True)
+    model = Conv4(given["ways"]).to(machine.device)
+    return Problem(episodes=episodes, model=model, loss=F.cross_entropy, metric=correct)
+
+
+def build_engine(strategy: Strategy, options: EngineOptions) -> MetaGradient:
+    """Make the strategy.
+
+    Args:
+        strategy: Which.
+        options: `inner_lr` and `inner_steps` must be given.
+
+    Returns:
+        The engine. Failed solves of an implicit one are in its reports; it does not warn.
+
+    Raises:
+        ValueError: An option is out of range, or does not apply to the strategy.
+    """
+    kind = _ENGINES[strategy]
+    given = _applicable(options, kind, f"--strategy {strategy}", aside=("inner_lr", "inner_steps"))
+    given["inner"] = GradientDescent(lr=given.pop("inner_lr"), steps=given.pop("inner_steps"))
+    if strategy == "imaml":
+        given["on_failure"] = "ignore"
+    if "solver" in given:
+        given["solver"] = CG(max_steps=given["solver"], rtol=0.0, atol=0.0)
+    return kind(**given)
+
+
+def flag(name: str) -> str:
+    """The command line's name of an option, such as "--inner-lr"."""
+    return "--" + name.replace("_", "-")
+
+
+def applies(name: str, strategy: Strategy) -> bool:
+    """Whether the engine option `name` means something to `strategy`."""
+    return name in ("inner_lr", "inner_steps") or _FIELD_OF.get(name, name) in _names(_ENGINES[strategy])
+
+
+def _names(kind: type) -> set[str]:
+    return {field.name for field in fields(kind)}
+
+
+def _applicable(options: Any, kind: type, chosen: str, *, aside: tuple[str, ...]) -> dict[str, Any]:
+    """The given options as fields of `kind`; those of `aside` are kept as they are."""
+    known, given = _names(kind), {}
+    for name, value in vars(options).items():
+        key = _FIELD_OF.get(name, name)
+        if value is None or name == "dataset":
+            continue
+        if key not in known and name not in aside:
+            raise ValueError(f"{flag(name)} does not apply to {chosen}. Got {value}: leave it out.")
+        given[key] = value
+    return given

@@ -1,0 +1,85 @@
+"""What a training shows while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import monotonic
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from imaml.cli._problem import Metric
+from imaml.training import Evaluation, StepRecord, Trainer
+
+_LINE_SECONDS = 15.0
+Show = Callable[[StepRecord], None]
+
+
+@contextmanager
+def progress(console: Console, trainer: Trainer, metric: Metric, *, label: str) -> Iterator[Show]:
+    """A bar with loss, metric and time left; where there is no terminal, a line now and then instead.
+
+    Args:
+        console: Where to.
+        trainer: Its progress is shown.
+        metric: How its metric is written.
+        label: Name of the training.
+
+    Yields:
+        What to call after every meta-step.
+    """
+    smooth = _Smooth()
+    if not console.is_terminal:
+        last_line = monotonic()
+
+        def print_line(record: StepRecord) -> None:
+            nonlocal last_line
+            smooth.update(record)
+            if record.val or monotonic() - last_line > _LINE_SECONDS:
+                last_line = monotonic()
+                done = f"{100 * min(trainer.progress, 1):3.0f} %"
+                console.print(f"{label}  {done}  {smooth.text(record, metric)}", highlight=False, soft_wrap=True)
+
+        yield print_line
+        return
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[text]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(label, total=1.0, text="")
+
+        def move_bar(record: StepRecord) -> None:
+            smooth.update(record)
+            bar.update(task, completed=min(trainer.progress, 1), text=smooth.text(record, metric))
+
+        yield move_bar
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line as it is: no colours for numbers, no breaks in paths."""
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+class _Smooth:
+    """Exponential averages of loss and metric over some twenty steps, and the last validation."""
+
+    def __init__(self) -> None:
+        self.loss: float | None = None
+        self.metric = 0.0
+        self.val: Evaluation | None = None
+
+    def update(self, record: StepRecord) -> None:
+        weight = 1.0 if self.loss is None else 0.05
+        self.loss = (1 - weight) * (self.loss or 0.0) + weight * record.loss
+        self.metric = (1 - weight) * self.metric + weight * record.metric
+        self.val = record.val or self.val
+
+    def text(self, record: StepRecord, metric: Metric) -> str:
+        val = f"  val {metric.interval(self.val.mean, self.val.interval)}" if self.val else ""
+        return f"step {record.step}  loss {self.loss:.3f}  {metric.name} {metric.text(self.metric)}{val}"

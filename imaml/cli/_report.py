@@ -1,0 +1,75 @@
+"""One HTML page that carries everything in itself."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Callable, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from matplotlib.figure import Figure
+
+from imaml.cli._figures import DARK, LIGHT, Theme, bars, learning_curves, save_png
+from imaml.cli._outcome import COLORS, NAMES, Outcome
+from imaml.cli._problem import Metric, flag
+from imaml.training import replace_file
+
+FOOTNOTES = {
+    "test": "Test: mean over tasks of unseen classes and its 95 % interval, 1.96 standard errors.",
+    "cost": "ms per step: median over the training. Peak MB: what a meta-gradient holds at once, in 10^6 bytes.",
+    "cosine": (
+        "Cosine: between a strategy's meta-gradient and the exact derivative, in float64, of the query loss "
+        "through the inner loop it runs; at the shared initial parameters, and at those it reached. iMAML "
+        "differentiates the stationary point of its inner problem, so a loop that stops before that point "
+        "lowers its cosine."
+    ),
+}
+
+
+def write_report(folder: Path, outcomes: Sequence[Outcome], metric: Metric, settings: dict[str, Any]) -> Path:
+    """Write the plots as PNG files and the page `report.html`.
+
+    Args:
+        folder: Must exist.
+        outcomes: One for each strategy.
+        metric: How the metric is written.
+        settings: Episodes, plan and environment.
+
+    Returns:
+        Path of the page.
+    """
+    draw: dict[str, Callable[[Theme], Figure]] = {
+        "by-step": lambda theme: learning_curves(outcomes, metric, theme, by_seconds=False),
+        "by-seconds": lambda theme: learning_curves(outcomes, metric, theme, by_seconds=True),
+        "memory": lambda theme: bars(outcomes, [o.peak_bytes / 1e6 for o in outcomes], "peak MB of a meta-step", theme),
+        "time": lambda theme: bars(outcomes, [o.milliseconds for o in outcomes], "milliseconds per meta-step", theme),
+    }
+    for name, plot in draw.items():
+        save_png(folder / f"{name}.png", plot(LIGHT))
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("imaml.cli", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    page = environment.get_template("report.html.j2").render(
+        outcomes=outcomes,
+        metric=metric,
+        settings=settings,
+        figures={name: [_svg_uri(drawing(theme)) for theme in (LIGHT, DARK)] for name, drawing in draw.items()},
+        names=NAMES,
+        colors=COLORS,
+        footnotes=FOOTNOTES,
+        flag=flag,
+    )
+    path = folder / "report.html"
+    replace_file(path, lambda stream: stream.write(page.encode()))
+    return path
+
+
+def _svg_uri(figure: Figure) -> str:
+    stream = BytesIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + b64encode(stream.getvalue()).decode()

@@ -1,0 +1,13 @@
+"""Meta-training: a plan, a trainer that follows it, evaluation, and a folder that outlives interruptions."""
+
+from imaml.training._checkpoint import CheckpointError as CheckpointError
+from imaml.training._checkpoint import load_checkpoint as load_checkpoint
+from imaml.training._checkpoint import replace_file as replace_file
+from imaml.training._checkpoint import save_checkpoint as save_checkpoint
+from imaml.training._evaluation import Episodes as Episodes
+from imaml.training._evaluation import Evaluation as Evaluation
+from imaml.training._evaluation import evaluate as evaluate
+from imaml.training._plan import Plan as Plan
+from imaml.training._run import RunFolder as RunFolder
+from imaml.training._trainer import StepRecord as StepRecord
+from imaml.training._trainer import Trainer as Trainer

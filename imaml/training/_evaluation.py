@@ -1,0 +1,80 @@
+"""The mean metric over many tasks, with its confidence interval."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from imaml import MetaGradient, Objective, Report, TaskBatch
+from imaml.data import Split
+
+_CHUNK = 20  # fixed, so that the tasks of an evaluation do not depend on an option
+
+
+class Episodes(Protocol):
+    """A source of tasks."""
+
+    def batch(self, split: Split, index: int, tasks: int) -> TaskBatch:
+        """Batch `index` of "train", "val" or "test": a function of these arguments and the seed alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A mean over tasks.
+
+    Args:
+        mean: Mean of the metric over tasks.
+        interval: Half-width of its 95 % confidence interval, `1.96 * std / sqrt(tasks)`.
+        tasks: Number of tasks.
+    """
+
+    mean: float
+    interval: float
+    tasks: int
+
+
+def evaluate(
+    engine: MetaGradient,
+    objective: Objective,
+    episodes: Episodes,
+    split: Split,
+    *,
+    tasks: int,
+    device: torch.device | str = "cpu",
+) -> Evaluation:
+    """Adapt to the first `tasks` tasks of a split and average the metric of `objective` on their query sets.
+
+    The tasks are batches 0, 1, ... of 20 tasks, the same in every call. No meta-gradient is computed: the cost
+    is that of the inner loop.
+
+    Args:
+        engine: Its inner loop adapts.
+        objective: Must have a `metric`.
+        episodes: Where the tasks come from.
+        split: "val" or "test" as a rule.
+        tasks: How many.
+        device: Where the model lives.
+
+    Returns:
+        Mean and interval.
+
+    Raises:
+        ValueError: The objective has no metric.
+    """
+    values: list[torch.Tensor] = []
+    for index, start in enumerate(range(0, tasks, _CHUNK)):
+        batch = episodes.batch(split, index, _CHUNK)[: tasks - start].to(device=device)
+        with torch.no_grad():
+            values.append(task_metrics(engine(objective, batch).report))
+    metrics = torch.cat(values).double()
+    spread = metrics.std().item() if tasks > 1 else float("inf")
+    return Evaluation(mean=metrics.mean().item(), interval=1.96 * spread / tasks**0.5, tasks=tasks)
+
+
+def task_metrics(report: Report) -> torch.Tensor:
+    """The metric of every task; a ValueError where the objective has none."""
+    if report.metric is None:
+        raise ValueError("Training and evaluation need an Objective with a `metric`, such as its accuracy. Got None.")
+    return report.metric

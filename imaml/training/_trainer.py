@@ -1,0 +1,146 @@
+"""The outer loop."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from imaml import MetaGradient, Objective, Report, Status
+from imaml.data import Split
+from imaml.training._evaluation import Episodes, Evaluation, evaluate, task_metrics
+from imaml.training._plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """What one meta-step did.
+
+    Args:
+        step: Its number, from 1.
+        loss: Mean query loss before the update.
+        metric: Mean query metric before the update.
+        learning_rate: Of the outer optimiser.
+        milliseconds: Of the meta-step: batch, meta-gradient and update, without validation.
+        seconds: Trained so far, validation included.
+        solver: For implicit strategies: how many solves ended in each status, mean steps, worst residual.
+        val: The validation after this step, where one was due.
+    """
+
+    step: int
+    loss: float
+    metric: float
+    learning_rate: float
+    milliseconds: float
+    seconds: float
+    solver: dict[str, Any] | None = None
+    val: Evaluation | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, without what is None."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+class Trainer:
+    """Meta-trains the initialisation of one model with Adam, step by step.
+
+    Batch i of the tasks is a function of the seed and i alone, so a trainer that loads the state of another
+    continues it bit for bit (same machine, same number of threads).
+
+    Args:
+        model: The model of `objective`; its parameters are updated in place.
+        objective: With a `metric`.
+        engine: The strategy.
+        episodes: Where tasks come from.
+        plan: How long and how fast.
+    """
+
+    def __init__(
+        self, *, model: nn.Module, objective: Objective, engine: MetaGradient, episodes: Episodes, plan: Plan
+    ) -> None:
+        self.model = model
+        self.objective = objective
+        self.engine = engine
+        self.episodes = episodes
+        self.plan = plan
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=plan.meta_lr)
+        self.device = next(model.parameters()).device
+        self.step = 0
+        self.seconds = 0.0
+
+    @property
+    def progress(self) -> float:
+        """The fraction of the plan that is done; 1 or more: finished."""
+        return self.plan.progress(self.step, self.seconds)
+
+    def __iter__(self) -> Iterator[StepRecord]:
+        """Meta-steps until the plan is done; a loop left early can be taken up again, or the trainer saved."""
+        while self.progress < 1:
+            yield self._advance()
+
+    def evaluate(self, split: Split, *, tasks: int) -> Evaluation:
+        """The metric over tasks of `split`, with the inner steps the plan wants for evaluation."""
+        engine = self.engine
+        if self.plan.eval_inner_steps is not None:
+            engine = replace(engine, inner=replace(engine.inner, steps=self.plan.eval_inner_steps))
+        return evaluate(engine, self.objective, self.episodes, split, tasks=tasks, device=self.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a continued run depends on."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "rng": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where the trainer that gave `state` stopped."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        self.seconds = state["seconds"]
+        torch.set_rng_state(state["rng"])
+
+    def _advance(self) -> StepRecord:
+        start = perf_counter()
+        learning_rate = self.plan.learning_rate(self.progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        tasks = self.episodes.batch("train", self.step, self.plan.meta_batch).to(device=self.device)
+        self.optimizer.zero_grad()
+        result = self.engine(self.objective, tasks)
+        result.loss.backward()
+        self.optimizer.step()
+        loss = result.loss.item()
+        milliseconds = 1000 * (perf_counter() - start)
+        self.step += 1
+        due = self.step % self.plan.eval_every == 0 or self.step == self.plan.steps
+        val = self.evaluate("val", tasks=self.plan.val_tasks) if due else None
+        self.seconds += perf_counter() - start
+        return StepRecord(
+            step=self.step,
+            loss=loss,
+            metric=task_metrics(result.report).mean().item(),
+            learning_rate=learning_rate,
+            milliseconds=milliseconds,
+            seconds=self.seconds,
+            solver=_solver_outcome(result.report),
+            val=val,
+        )
+
+
+def _solver_outcome(report: Report) -> dict[str, Any] | None:
+    if report.solver_status is None or report.solver_steps is None or report.solver_residual is None:
+        return None
+    return {
+        "status": dict(Counter(Status(code).name.lower() for code in report.solver_status.tolist())),
+        "steps": report.solver_steps.double().mean().item(),
+        "residual": report.solver_residual.max().item(),
+    }

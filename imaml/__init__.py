@@ -3,15 +3,6 @@
 Exact `MAML`, first-order `FOMAML` and `ImplicitMAML` share one interface, `MetaGradient`.
 """
 
-from imaml_solvers import CG as CG
-from imaml_solvers import Dense as Dense
-from imaml_solvers import LinearOperator as LinearOperator
-from imaml_solvers import LinearSolver as LinearSolver
-from imaml_solvers import Neumann as Neumann
-from imaml_solvers import ScipySolver as ScipySolver
-from imaml_solvers import Solution as Solution
-from imaml_solvers import Status as Status
-
 from imaml._errors import DivergenceError as DivergenceError
 from imaml._errors import NonFiniteError as NonFiniteError
 from imaml._errors import SolverError as SolverError
@@ -26,3 +17,11 @@ from imaml._report import Report as Report
 from imaml._strategy import MetaGradient as MetaGradient
 from imaml._tasks import Task as Task
 from imaml._tasks import TaskBatch as TaskBatch
+from imaml_solvers import CG as CG
+from imaml_solvers import Dense as Dense
+from imaml_solvers import LinearOperator as LinearOperator
+from imaml_solvers import LinearSolver as LinearSolver
+from imaml_solvers import Neumann as Neumann
+from imaml_solvers import ScipySolver as ScipySolver
+from imaml_solvers import Solution as Solution
+from imaml_solvers import Status as Status

@@ -47,8 +47,7 @@ class Context:
 
 @dataclass
 class Gradient:
-    """Losses `(tasks,)`, their gradients `(tasks, n)`, and if asked the gradient `(m,)` for the fixed parameters, summed over
-    tasks."""
+    """Losses `(tasks,)` and their gradients `(tasks, n)`; if asked, that `(m,)` for the fixed parameters, summed."""
 
     losses: Tensor
     adapted: Tensor
@@ -91,7 +90,7 @@ class ChunkLoss:
     def losses(
         self, adapted: Sequence[Tensor], fixed: Sequence[Tensor], batch: Batch, step: int, *, metric: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Losses `(tasks,)` (and metric) at parameters given per tensor: adapted `(tasks, *shape)`, fixed `(*shape)`."""
+        """Losses `(tasks,)` (and metric) at parameters per tensor: adapted `(tasks, *shape)`, fixed `(*shape)`."""
         context = self.context
         shared = dict(zip(context.fixed_layout.names, fixed, strict=True)) | context.constants
 
@@ -120,18 +119,15 @@ class ChunkLoss:
         if not losses.requires_grad:
             name = ("support", "query")[self.kind]
             raise ValueError(
-                f"The {name} loss depends on no adapted parameter. Expected a loss computed from the model's output with "
-                "gradients enabled: look for .detach(), .item() or torch.no_grad() in the model or the loss."
+                f"The {name} loss depends on no adapted parameter. Expected a loss computed from the model's output "
+                "with gradients enabled: look for .detach(), .item() or torch.no_grad() in the model or the loss."
             )
 
     @torch.enable_grad()
     def gradient(
         self, phi: Tensor, step: int, *, fixed: bool = False, metric: bool = False, weights: Tensor | None = None
     ) -> Gradient:
-        """First derivatives at phi `(tasks, n)`, of `weights` `(tasks,)` times the losses where given.
-
-        The gradient for the fixed parameters and the metric are computed only if asked.
-        """
+        """First derivatives at phi `(tasks, n)`, of `weights` `(tasks,)` times the losses where given."""
         adapted, others = self.leaves(phi, fixed=fixed)
         losses, figure = self.losses(adapted, others, self.batch, step, metric=metric)
         self.check_depends(losses)
@@ -145,10 +141,7 @@ class ChunkLoss:
         return self.losses(self.context.layout.views(phi), self.context.fixed, self.batch, step, metric=True)
 
     def collect(self, grads: Sequence[Tensor | None], phi: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Flatten gradients for the adapted and, where present, the fixed parameters.
-
-        A parameter without a gradient gets zeros in its own place.
-        """
+        """Flatten gradients of the adapted, then any fixed parameters; None becomes zeros in its own place."""
         context = self.context
         adapted, fixed = grads[: len(context.layout.names)], grads[len(context.layout.names) :]
         if self.kind == SUPPORT:

@@ -37,7 +37,7 @@ class Curvature:
         return self._product.gradient
 
     def product(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
-        """H w `(tasks, n)` and, if `mixed`, the derivative `(m,)` of g' w by the fixed parameters, summed over tasks."""
+        """H w `(tasks, n)` and, if `mixed`, the derivative of g' w by the fixed parameters, summed over tasks."""
         self._context.counts.hvps += self._loss.tasks
         result = self._or_finite_difference(lambda: self._product(w, mixed=mixed))
         if isinstance(result, FiniteDifference):
@@ -55,8 +55,7 @@ class Curvature:
         return kind(self._loss, self._phi, self._step, linearize)
 
     def _or_finite_difference(self, compute: Callable[[], T]) -> T | FiniteDifference:
-        """The result, or finite differences for the rest of the call where `auto` meets an operation that has no second
-        derivative."""
+        """The result; or finite differences, where `auto` meets an operation without second derivatives."""
         try:
             return compute()
         except RuntimeError as error:
@@ -64,8 +63,8 @@ class Curvature:
                 raise
             if self._context.hvp_mode != "auto":
                 raise RuntimeError(
-                    f"hvp={self._context.hvp_mode!r} met an operation that does not support it ({error}). Use hvp='auto', "
-                    "another exact mode, or 'finite-difference', which needs first derivatives only."
+                    f"hvp={self._context.hvp_mode!r} met an operation that does not support it ({error}). Use "
+                    "hvp='auto', another exact mode, or 'finite-difference', which needs first derivatives only."
                 ) from error
             self._context.hvp_mode = "finite-difference"
             return FiniteDifference(self._loss, self._phi, self._step, linearize=False)

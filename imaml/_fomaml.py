@@ -10,7 +10,7 @@ from imaml._strategy import MetaGradient, Pullback
 
 @dataclass(frozen=True, kw_only=True)
 class FOMAML(MetaGradient):
-    """First-order MAML (Finn et al. 2017, section 5.2): the gradient of L_query at phi, taken as if d phi / d theta = I.
+    """First-order MAML (Finn et al. 2017, section 5.2): grad L_query(phi), as if d phi / d theta = I.
 
     Equal to `MAML` where the support Hessian is zero and there is no proximal term; otherwise biased, more so for large
     `lr * steps`. Other parameters that require grad get the direct part of their gradient only.

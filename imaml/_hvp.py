@@ -1,8 +1,8 @@
 """Hessian-vector products of a chunk's loss at one point, in three modes.
 
-For w `(tasks, n)` a product returns H w `(tasks, n)` and, if `mixed`, the derivative `(m,)` of g' w, summed over tasks, by the
-fixed parameters that the loss uses besides (None where there are none). Both are the derivative of the full gradient along
-(w, 0).
+For w `(tasks, n)` a product returns H w `(tasks, n)` and, if `mixed`, the derivative `(m,)` of g' w, summed over tasks,
+by the fixed parameters that the loss uses besides (None where there are none). Both are the derivative of the full
+gradient along (w, 0).
 
 Never `grad(jvp)` and never a `vmap` between the derivatives: both are wrong in silence for affine normalisation layers.
 """
@@ -69,8 +69,9 @@ class ReverseOverReverse:
 class ForwardOverReverse:
     """The directional derivative of g along w: `jvp` of `grad`, with `linearize` by `torch.func.linearize`.
 
-    Every floating tensor of the batch is an argument with an explicit zero tangent: without one, losses such as `mse_loss`
-    fail, and their linearisation crashes the process. As it can crash where `jvp` only raises, `jvp` is tried first.
+    Every floating tensor of the batch is an argument with an explicit zero tangent: without one, losses such as
+    `mse_loss` fail, and their linearisation crashes the process. As it can crash where `jvp` only raises, `jvp` is
+    tried first.
     """
 
     def __init__(self, loss: ChunkLoss, phi: Tensor, step: int, linearize: bool) -> None:
@@ -106,16 +107,18 @@ class ForwardOverReverse:
 class FiniteDifference:
     """(g(phi + h w) - g(phi - h w)) / 2h: two gradients a product, first derivatives only, inexact.
 
-    Each task's step moves phi by a fraction r of its norm, h = r (1 + |phi|) / |w|. For a smooth loss r = eps^(1/3) balances the
-    truncation error O(h^2) against the rounding error O(eps / h), and is used below float64. A ReLU that switches between
-    the two points adds O(1 / h), with a probability of O(h): float64 can afford r = eps^(1/2), where that is rare.
-    There is nothing to linearise.
+    Each task's step moves phi by a fraction r of its norm, h = r (1 + |phi|) / |w|. For a smooth loss r = eps^(1/3)
+    balances the truncation error O(h^2) against the rounding error O(eps / h), and is used below float64. A ReLU that
+    switches between the two points adds O(1 / h), with a probability of O(h): float64 can afford r = eps^(1/2), where
+    that is rare. There is nothing to linearise.
     """
 
     def __init__(self, loss: ChunkLoss, phi: Tensor, step: int, linearize: bool) -> None:
         self._loss, self._phi, self._step = loss, phi, step
         self.gradient: Tensor | None = None
-        self._move = torch.finfo(phi.dtype).eps ** (1 / 2 if phi.dtype == torch.float64 else 1 / 3) * (1 + phi.norm(dim=-1, keepdim=True))
+        self._move = torch.finfo(phi.dtype).eps ** (1 / 2 if phi.dtype == torch.float64 else 1 / 3) * (
+            1 + phi.norm(dim=-1, keepdim=True)
+        )
 
     def __call__(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
         norm = w.norm(dim=-1, keepdim=True)

@@ -7,39 +7,38 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from imaml_solvers import CG, LinearOperator, LinearSolver, Solution, Status
 from torch import Tensor
 
 from imaml._curvature import Curvature, HvpMode, check_mode
 from imaml._errors import SolverError, SolverWarning
 from imaml._problem import Problem
 from imaml._strategy import MetaGradient, Pullback
+from imaml_solvers import CG, LinearOperator, LinearSolver, Solution, Status
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImplicitMAML(MetaGradient):
-    """Implicit MAML (Rajeswaran et al. 2019, eq. 6): (I + H / lambda)^-1 v, with v the gradient of L_query at phi and H the
-    Hessian of L_support at phi.
+    """Implicit MAML (Rajeswaran et al. 2019, eq. 6): (I + H / lambda)^-1 v at the adapted parameters phi.
 
-    Exact when phi is the stationary point of L_support + lambda/2 |phi - theta|^2 and the solve converged: see
-    `report.stationarity` and `report.solver_status`. With one lambda per parameter, Lambda = diag(lambda), the result is
-    Lambda (H + Lambda)^-1 v, computed from the symmetric system I + Lambda^-1/2 H Lambda^-1/2. For other parameters eta that require
-    grad it is d_eta L_query - (d_eta grad L_support)' (H + Lambda)^-1 v.
+    v is the gradient of L_query and H the Hessian of L_support, both at phi. Exact when phi is the stationary point of L_support + lambda/2 |phi - theta|^2 and the solve converged: see
+    `report.stationarity` and `report.solver_status`. With one lambda per parameter, Lambda = diag(lambda), the result
+    is Lambda (H + Lambda)^-1 v, computed from the symmetric system I + Lambda^-1/2 H Lambda^-1/2. For other parameters
+    eta that require grad it is d_eta L_query - (d_eta grad L_support)' (H + Lambda)^-1 v.
 
     Cost per task: K + 1 gradients for the inner loop and the query, one for the stationarity (free with
-    reverse-over-reverse linearised once), and the solver's Hessian-vector products. Memory: one product and a few vectors
-    `(n,)`, whatever K. Not for few inner steps far from stationarity, where it differs from `MAML`, nor for small lambda on
-    non-convex losses, where I + H / lambda is indefinite.
+    reverse-over-reverse linearised once), and the solver's Hessian-vector products. Memory: one product and a few
+    vectors `(n,)`, whatever K. Not for few inner steps far from stationarity, where it differs from `MAML`, nor for
+    small lambda on non-convex losses, where I + H / lambda is indefinite.
 
     Args:
         inner: See `MetaGradient`, as for `chunk_size`.
         regularization: lambda > 0, one number or one per adapted parameter by name.
         solver: Any `LinearSolver`; it solves all tasks of a chunk at once.
         hvp: See `MAML`.
-        linearize: Linearise the gradient once per solve, so that a product costs about one gradient less; False rebuilds
-            it in every product, which holds no graph between them.
-        on_failure: What a solve that failed leads to: "raise" a `SolverError`, "warn" once per engine, or "ignore". The last
-            good iterate is used, and the report has every task's status either way.
+        linearize: Linearise the gradient once per solve, so that a product costs about one gradient less; False
+            rebuilds it in every product, which holds no graph between them.
+        on_failure: What a solve that failed leads to: "raise" a `SolverError`, "warn" once per engine, or "ignore". The
+            last good iterate is used, and the report has every task's status either way.
     """
 
     regularization: float | Mapping[str, float] = 2.0
@@ -105,7 +104,7 @@ class ImplicitMAML(MetaGradient):
         worst = Status(codes[failed[0]])
         message = (
             f"{len(failed)} of {len(codes)} linear solves failed, the first that of task {positions[failed[0]]}: "
-            f"{worst.name}. {worst.message} In I + H / lambda, a larger `regularization` raises the smallest eigenvalue."
+            f"{worst.name}. {worst.message} A larger `regularization` raises the smallest eigenvalue of I + H / lambda."
         )
         if self.on_failure == "raise":
             raise SolverError(message)

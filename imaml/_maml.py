@@ -17,19 +17,20 @@ class MAML(MetaGradient):
     """Exact second-order MAML (Finn et al. 2017): (d phi_K / d theta)' v with v the gradient of L_query at phi_K.
 
     Computed by a reverse sweep over the inner steps, never through a K-step graph. With a the cotangent of phi_{k+1} =
-    U(phi_k, g_k) and g_k = grad L_support(phi_k) + Lambda (phi_k - theta): pull a through the elementwise U to get its cotangents
-    (a, w) for (phi_k, g_k), then a <- a + H_k w + Lambda w, one Hessian-vector product a step.
+    U(phi_k, g_k) and g_k = grad L_support(phi_k) + Lambda (phi_k - theta): pull a through the elementwise U to get its
+    cotangents (a, w) for (phi_k, g_k), then a <- a + H_k w + Lambda w, one Hessian-vector product a step.
 
-    Cost per task: K + 1 gradients and K Hessian-vector products. Memory: one product plus the K states, `(n,)` each; with
-    `checkpoints=m` at most m states, and the steps between them are recomputed on the binomial schedule that minimises
-    recomputation (Griewank & Walther 2000, Algorithm 799).
+    Cost per task: K + 1 gradients and K Hessian-vector products. Memory: one product plus the K states, `(n,)` each;
+    with `checkpoints=m` at most m states, and the steps between them are recomputed on the binomial schedule that
+    minimises recomputation (Griewank & Walther 2000, Algorithm 799).
 
     Args:
         inner: See `MetaGradient`, as for `regularization` and `chunk_size`.
         checkpoints: How many inner states are kept at most besides theta, >= 0; None: all of them.
-        hvp: How Hessian-vector products are computed. "auto" uses "reverse-over-reverse", or "finite-difference" where the
-            model has an operation without second derivatives; the report says which. "forward-over-reverse" is exact too.
-            Finite differences are inexact, about 1e-3 relative in float32 and 1e-9 in float64 on smooth models.
+        hvp: How Hessian-vector products are computed. "auto" uses "reverse-over-reverse", or "finite-difference" where
+            the model has an operation without second derivatives; the report says which. "forward-over-reverse" is
+            exact too. Finite differences are inexact, about 1e-3 relative in float32 and 1e-9 in float64 on smooth
+            models.
     """
 
     checkpoints: int | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import is_lazy
@@ -19,9 +18,10 @@ Parameters = Mapping[str, Tensor]
 class Objective:
     """A loss of named parameters and a batch, of which some parameters adapt in the inner loop.
 
-    `Objective(model, loss)` evaluates `loss(model(input), target)` on a batch `(input, target)`; a tuple `input` is passed
-    as positional arguments, a dict as keyword arguments. `Objective.from_function` takes any `loss(params, batch)`.
-    The model is used as it is, by reference: its parameters are read anew at every call, and it is never changed.
+    `Objective(model, loss)` evaluates `loss(model(input), target)` on a batch `(input, target)`; a tuple `input` is
+    passed as positional arguments, a dict as keyword arguments. `Objective.from_function` takes any `loss(params,
+    batch)`. The model is used as it is, by reference: its parameters are read anew at every call, and it is never
+    changed.
 
     Meta-gradients are computed for every adapted parameter and for every other parameter that requires grad (the
     support loss may depend on those, so they are meta-learned through the adaptation). The rest are constants.
@@ -31,11 +31,12 @@ class Objective:
         loss: `(output, target) -> 0-dim floating-point tensor`, a mean over examples as a rule.
         adapt: Which parameters the inner loop changes: names, module names or shell patterns (`["head"]`,
             `["*.bias"]`). None: every parameter that requires grad.
-        metric: `(output, target) -> 0-dim tensor`, evaluated on the query set from the same forward pass and returned in
-            `report.metric`; never differentiated. For example an accuracy.
+        metric: `(output, target) -> 0-dim tensor`, evaluated on the query set from the same forward pass and returned
+            in `report.metric`; never differentiated. For example an accuracy.
 
     Raises:
-        TypeError: `model` is not a module, `loss` is not callable, an adapted parameter is not of a real floating dtype.
+        TypeError: `model` is not a module, `loss` is not callable, an adapted parameter is not of a real floating
+            dtype.
         ValueError: No parameter to adapt, or an unknown name.
     """
 
@@ -67,9 +68,9 @@ class Objective:
 
         Args:
             loss: `(params, batch) -> 0-dim floating-point tensor`; it must read every parameter from `params`.
-            params: Named tensors. Leaves that require grad receive `.grad`; a tensor that another network produced passes
-                the meta-gradient on to it. Tensors that do not require grad are adapted too, and `value_and_grad`
-                returns their gradients.
+            params: Named tensors. Leaves that require grad receive `.grad`; a tensor that another network produced
+                passes the meta-gradient on to it. Tensors that do not require grad are adapted too, and
+                `value_and_grad` returns their gradients.
             adapt: Which of them the inner loop changes; None: all.
             metric: `(params, batch) -> 0-dim tensor`, see the class.
 
@@ -90,14 +91,14 @@ class Objective:
         """Names of the adapted parameters, in the model's order."""
         if not self.adapted:
             raise ValueError(
-                f"No parameter to adapt among {len(named)}: none requires grad. Call requires_grad_(True) on some, or name "
-                "them in `adapt`."
+                f"No parameter to adapt among {len(named)}: none requires grad. Call requires_grad_(True) on some, or "
+                "name them in `adapt`."
             )
         for name in self.adapted:
             _check_adaptable(name, named[name])
 
     def parameters(self) -> dict[str, Tensor]:
-        """The parameters that receive meta-gradients by name, as the user holds them: the adapted first, then the fixed."""
+        """The parameters that receive meta-gradients, as the user holds them: the adapted first, then the fixed."""
         named = self._program.parameters()
         fixed = {
             n: p
@@ -121,7 +122,7 @@ class Objective:
             raise TypeError(f"The loss must return a tensor. Got {type(loss).__name__}.")
         if loss.ndim != 0:
             raise ValueError(
-                f"The loss must be a scalar (0-dim) tensor. Got shape {tuple(loss.shape)}: reduce it, e.g. with .mean()."
+                f"The loss must be a scalar (0-dim) tensor. Got shape {tuple(loss.shape)}: reduce it, e.g. by .mean()."
             )
         if not loss.is_floating_point():
             raise TypeError(f"The loss must be a real floating-point tensor. Got {loss.dtype}.")
@@ -133,8 +134,8 @@ def _check_adaptable(name: str, parameter: Tensor) -> None:
         raise ValueError(f"Parameter {name!r} is not initialised yet. Run one forward pass of the model first.")
     if not parameter.is_floating_point():
         raise TypeError(
-            f"Parameter {name!r} must be of a real floating-point dtype to be adapted. Got {parameter.dtype}: leave it out "
-            "of `adapt`, or convert it."
+            f"Parameter {name!r} must be of a real floating-point dtype to be adapted. Got {parameter.dtype}: leave it "
+            "out of `adapt`, or convert it."
         )
 
 
@@ -155,8 +156,8 @@ class _ModelProgram:
         for name, module in self.model.named_modules():
             if module.training and getattr(module, "track_running_stats", False):
                 raise ValueError(
-                    f"{type(module).__name__} {name!r} updates running statistics in training mode, which would leak from "
-                    "task to task. Build it with track_running_stats=False (batch statistics), or call .eval() on it "
+                    f"{type(module).__name__} {name!r} updates running statistics in training mode, which would leak "
+                    "from task to task. Build it with track_running_stats=False (batch statistics), or call .eval() on it "
                     "(fixed statistics)."
                 )
 

@@ -88,12 +88,12 @@ class Problem:
         where, first, loss = f"task {self.positions[column]}", history[0, column].item(), history[step, column].item()
         if step == 0:
             raise NonFiniteError(
-                f"The support loss of {where} is {loss} at inner step 0, before any adaptation: look for NaN or infinite "
-                "values in the task's data or the model's parameters."
+                f"The support loss of {where} is {loss} at inner step 0, before any adaptation: look for NaN or "
+                "infinite values in the task's data or the model's parameters."
             )
         raise DivergenceError(
-            f"The inner loop of {where} diverged: its support loss went from {first:.4g} at inner step 0 to {loss:.4g} at "
-            f"inner step {step}. Use a smaller inner step size than lr={self.inner.lr:g}"
+            f"The inner loop of {where} diverged: its support loss went from {first:.4g} at inner step 0 to {loss:.4g} "
+            f"at inner step {step}. Use a smaller inner step size than lr={self.inner.lr:g}"
             + (", below 2 / (largest curvature + regularization)." if self.damping is not None else ".")
         )
 
@@ -103,7 +103,7 @@ class Problem:
         if bad.any():
             column = int(bad.nonzero()[0])
             raise NonFiniteError(
-                f"The query loss of task {self.positions[column]} is {losses[column].item()} after {self.inner.steps} inner "
-                "steps: look for NaN or infinite values in its query data, or use a smaller inner step size than "
+                f"The query loss of task {self.positions[column]} is {losses[column].item()} after {self.inner.steps} "
+                "inner steps: look for NaN or infinite values in its query data, or use a smaller inner step size than "
                 f"lr={self.inner.lr:g}."
             )

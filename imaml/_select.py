@@ -13,6 +13,9 @@ def select(patterns: Iterable[str], names: Iterable[str]) -> tuple[str, ...]:
     A pattern is a full name (`head.weight`), the name of a module (`head`, every parameter below it), or a shell
     pattern (`*.bias`).
 
+    Returns:
+        The chosen names.
+
     Raises:
         TypeError: `patterns` is a single string.
         ValueError: A pattern matches no name.

@@ -44,14 +44,15 @@ class Pullback:
 class MetaGradient(ABC):
     """A strategy for the meta-gradient, the gradient of the mean query loss after adaptation.
 
-    The inner loop of task i adapts phi from theta on L_support,i(phi) + 1/2 (phi - theta)' Lambda (phi - theta); the result is
-    the mean over tasks of L_query,i(phi_i), and its gradient for theta and for every other parameter that requires grad.
+    The inner loop of task i adapts phi from theta on L_support,i(phi) + 1/2 (phi - theta)' Lambda (phi - theta); the
+    result is the mean over tasks of L_query,i(phi_i), and its gradient for theta and for every other parameter that
+    requires grad.
 
-    `engine(objective, tasks)` returns a `MetaResult`; `result.loss.backward()` accumulates the meta-gradient into `.grad`
-    of the parameters like that of any loss. The meta-gradient is computed in the call, its memory is given back at once,
-    and backward only scales it (it cannot be differentiated again). Under `torch.no_grad()` a call only evaluates. The
-    model, its buffers and `.grad`s and the tasks are never changed; the global random state ends as if one forward pass
-    had run, and every evaluation at one inner step of a task sees the same draws (dropout masks).
+    `engine(objective, tasks)` returns a `MetaResult`; `result.loss.backward()` accumulates the meta-gradient into
+    `.grad` of the parameters like that of any loss. The meta-gradient is computed in the call, its memory is given back
+    at once, and backward only scales it (it cannot be differentiated again). Under `torch.no_grad()` a call only
+    evaluates. The model, its buffers and `.grad`s and the tasks are never changed; the global random state ends as if
+    one forward pass had run, and every evaluation at one inner step of a task sees the same draws (dropout masks).
 
     Args:
         inner: The inner loop.
@@ -169,7 +170,9 @@ class MetaGradient(ABC):
             assert losses is not None and support_losses is not None
             count = len(positions)
             layouts = (context.layout, context.fixed_layout)
-            named = {n: g for layout, flat in zip(layouts, sums, strict=False) for n, g in layout.named(flat / count).items()}
+            named = {
+                n: g for layout, flat in zip(layouts, sums, strict=False) for n, g in layout.named(flat / count).items()
+            }
             report = Report(
                 query_loss=losses,
                 support_loss=support_losses,
@@ -212,7 +215,10 @@ class MetaGradient(ABC):
         if not isinstance(self.regularization, Mapping):
             return theta.new_tensor(self.regularization) if self.regularization else None
         if set(self.regularization) != set(layout.names):
-            missing, unknown = set(layout.names) - set(self.regularization), set(self.regularization) - set(layout.names)
+            missing, unknown = (
+                set(layout.names) - set(self.regularization),
+                set(self.regularization) - set(layout.names),
+            )
             raise ValueError(
                 "`regularization` must name every adapted parameter and no other. "
                 f"Missing: {sorted(missing) or 'none'}; unknown: {sorted(unknown) or 'none'}."
@@ -248,6 +254,6 @@ def _check_finite(gradient: Tensor, positions: list[int]) -> None:
     bad = ~torch.isfinite(gradient.sum(-1))
     if bad.any():
         raise NonFiniteError(
-            f"The meta-gradient of task {positions[int(bad.nonzero()[0])]} is not finite although its losses are: look for an "
-            "operation with an infinite second derivative, such as sqrt or norm at 0."
+            f"The meta-gradient of task {positions[int(bad.nonzero()[0])]} is not finite although its losses are: look for "
+            "an operation with an infinite second derivative, such as sqrt or norm at 0."
         )

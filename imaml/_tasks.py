@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 Batch = Any
-"""What a loss is evaluated on: a tensor, or any nesting of tuples, lists and dicts of tensors, `(input, target)` as a rule."""
+"""What a loss is evaluated on: tensors in any nesting of tuples, lists and dicts, `(input, target)` as a rule."""
 
 
 def _signature(task: Task) -> tuple[Any, ...]:
@@ -63,7 +63,8 @@ class TaskBatch:
 
     Raises:
         TypeError: A leaf is not a tensor.
-        ValueError: A set holds no tensor, a tensor has no task dimension, the numbers of tasks differ, or there are none.
+        ValueError: A set holds no tensor, a tensor has no task dimension, the numbers of tasks differ, or there are
+            none.
     """
 
     support: Batch
@@ -128,7 +129,11 @@ def group(tasks: TaskBatch | Sequence[Task]) -> list[tuple[list[int], TaskBatch]
     """Partition tasks into batches of equal shapes, each with the positions of its tasks in the input."""
     if isinstance(tasks, TaskBatch):
         return [(list(range(len(tasks))), tasks)]
-    if isinstance(tasks, (str, bytes)) or not isinstance(tasks, Sequence) or not all(isinstance(t, Task) for t in tasks):
+    if (
+        isinstance(tasks, (str, bytes))
+        or not isinstance(tasks, Sequence)
+        or not all(isinstance(t, Task) for t in tasks)
+    ):
         raise TypeError(f"Expected a TaskBatch or a list of Task. Got {type(tasks).__name__}.")
     if not tasks:
         raise ValueError("Expected at least one task. Got an empty list.")

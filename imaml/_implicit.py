@@ -20,10 +20,11 @@ from imaml_solvers import CG, LinearOperator, LinearSolver, Solution, Status
 class ImplicitMAML(MetaGradient):
     """Implicit MAML (Rajeswaran et al. 2019, eq. 6): (I + H / lambda)^-1 v at the adapted parameters phi.
 
-    v is the gradient of L_query and H the Hessian of L_support, both at phi. Exact when phi is the stationary point of L_support + lambda/2 |phi - theta|^2 and the solve converged: see
-    `report.stationarity` and `report.solver_status`. With one lambda per parameter, Lambda = diag(lambda), the result
-    is Lambda (H + Lambda)^-1 v, computed from the symmetric system I + Lambda^-1/2 H Lambda^-1/2. For other parameters
-    eta that require grad it is d_eta L_query - (d_eta grad L_support)' (H + Lambda)^-1 v.
+    v is the gradient of L_query and H the Hessian of L_support, both at phi. Exact when phi is the stationary point of
+    L_support + lambda/2 |phi - theta|^2 and the solve converged: see `report.stationarity` and `report.solver_status`.
+    With one lambda per parameter, Lambda = diag(lambda), the result is Lambda (H + Lambda)^-1 v, computed from the
+    symmetric system I + Lambda^-1/2 H Lambda^-1/2. For other parameters eta that require grad it is d_eta L_query -
+    (d_eta grad L_support)' (H + Lambda)^-1 v.
 
     Cost per task: K + 1 gradients for the inner loop and the query, one for the stationarity (free with
     reverse-over-reverse linearised once), and the solver's Hessian-vector products. Memory: one product and a few
@@ -101,10 +102,10 @@ class ImplicitMAML(MetaGradient):
             return
         codes = solution.status.tolist()
         failed = [i for i, ok in enumerate(solution.success.tolist()) if not ok]
-        worst = Status(codes[failed[0]])
+        first = next(status for status in Status if status == codes[failed[0]])
         message = (
             f"{len(failed)} of {len(codes)} linear solves failed, the first that of task {positions[failed[0]]}: "
-            f"{worst.name}. {worst.message} A larger `regularization` raises the smallest eigenvalue of I + H / lambda."
+            f"{first.name}. {first.message} A larger `regularization` raises the smallest eigenvalue of I + H / lambda."
         )
         if self.on_failure == "raise":
             raise SolverError(message)

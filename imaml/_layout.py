@@ -48,7 +48,7 @@ class Layout:
         return dict(zip(self.names, self.views(flat), strict=True))
 
     def gather(self, tensors: Sequence[Tensor | None], like: Tensor) -> Tensor:
-        """Write one tensor `(*batch, *shape)` per parameter, or None for zeros, into a new flat; `like`: `(*batch, any)`."""
+        """Write one tensor `(*batch, *shape)` per parameter, None for zeros, into a new flat; `like`: `(*batch, m)`."""
         flat = torch.empty(*like.shape[:-1], sum(self.sizes), dtype=self.dtype, device=like.device)
         for part, tensor in zip(flat.split(self.sizes, dim=-1), tensors, strict=True):
             if tensor is None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-class MetaLoss(torch.autograd.Function):
+class _MetaLoss(torch.autograd.Function):
     """A loss whose gradients were computed in forward; backward only scales them by the incoming gradient."""
 
     @staticmethod
@@ -23,3 +23,9 @@ class MetaLoss(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         """Scale."""
         return None, None, *(outer[0] * gradient for gradient in ctx.saved_tensors)
+
+
+def attach(loss: Tensor, gradients: list[Tensor], parameters: list[Tensor]) -> Tensor:
+    """The loss as a function of the parameters, with these gradients."""
+    result: Tensor = _MetaLoss.apply(loss, gradients, *parameters)  # type: ignore[no-untyped-call]
+    return result

@@ -157,8 +157,8 @@ class _ModelProgram:
             if module.training and getattr(module, "track_running_stats", False):
                 raise ValueError(
                     f"{type(module).__name__} {name!r} updates running statistics in training mode, which would leak "
-                    "from task to task. Build it with track_running_stats=False (batch statistics), or call .eval() on it "
-                    "(fixed statistics)."
+                    "from task to task. Build it with track_running_stats=False (batch statistics), or call .eval() "
+                    "on it (fixed statistics)."
                 )
 
     def evaluate(self, values: Parameters, batch: Batch, metric: bool) -> tuple[Any, Any]:

@@ -22,8 +22,8 @@ class Report:
     metric: Tensor | None = None
     """The objective's metric on the query set after adaptation, `(tasks,)`; None without a metric."""
     stationarity: Tensor | None = None
-    """Norm of the gradient of L_support + proximal term at the adapted parameters, `(tasks,)`: how far the inner loop is
-    from the stationary point that implicit differentiation assumes. None for strategies that do not assume one."""
+    """Norm of the gradient of L_support + proximal term at the adapted parameters, `(tasks,)`: how far the inner loop
+    is from the stationary point that implicit differentiation assumes. None for strategies that do not assume one."""
     solver_status: Tensor | None = None
     """A `Status` per task, `(tasks,)` integers; None where no system is solved, as for the next two."""
     solver_steps: Tensor | None = None

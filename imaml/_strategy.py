@@ -15,7 +15,7 @@ from imaml._chunk import QUERY, SUPPORT, ChunkLoss, Context
 from imaml._errors import NonFiniteError
 from imaml._inner import GradientDescent
 from imaml._layout import Layout
-from imaml._node import MetaLoss
+from imaml._node import attach
 from imaml._objective import Objective
 from imaml._problem import Problem
 from imaml._random import Replay
@@ -97,7 +97,7 @@ class MetaGradient(ABC):
         wanted = torch.is_grad_enabled() and any(p.requires_grad for p in parameters.values())
         loss, gradients, report = self._run(objective, tasks, derivatives=wanted)
         if wanted:
-            loss = MetaLoss.apply(loss, list(gradients.values()), *parameters.values())
+            loss = attach(loss, list(gradients.values()), list(parameters.values()))
         return MetaResult(loss, report)
 
     def value_and_grad(
@@ -254,6 +254,6 @@ def _check_finite(gradient: Tensor, positions: list[int]) -> None:
     bad = ~torch.isfinite(gradient.sum(-1))
     if bad.any():
         raise NonFiniteError(
-            f"The meta-gradient of task {positions[int(bad.nonzero()[0])]} is not finite although its losses are: look for "
-            "an operation with an infinite second derivative, such as sqrt or norm at 0."
+            f"The meta-gradient of task {positions[int(bad.nonzero()[0])]} is not finite although its losses are: look "
+            "for an operation with an infinite second derivative, such as sqrt or norm at 0."
         )

@@ -55,12 +55,12 @@ def timed(fn: Callable[[], object], *, repeats: int = 5) -> Timing:
 
 
 def peak_memory(fn: Callable[[], object], *, device: torch.device | str = "cpu") -> int:
-    """The most bytes a call holds at once, above what was held when it began.
+    """The most bytes that a call has allocated and not yet released.
 
     On the CPU every allocation and release of torch's allocator is recorded by `torch.profiler`, and the peak
     of their running sum is returned: exact, unlike the resident set of the process. It slows the call, so do
-    not time and measure at once; memory that other libraries or Python take is not seen. On CUDA the same
-    account is kept by `torch.cuda.max_memory_allocated`.
+    not time and measure at once. Memory that other libraries take is not seen, nor the release of what was held
+    before the call. On CUDA it is `torch.cuda.max_memory_allocated` less what was held before.
 
     Args:
         fn: What to measure; called once. What it returns is released after the measurement.
@@ -76,7 +76,7 @@ def peak_memory(fn: Callable[[], object], *, device: torch.device | str = "cpu")
         fn()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         kept = fn()
     del kept
     kineto = recorded.profiler.kineto_results if recorded.profiler else None

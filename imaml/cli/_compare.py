@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, replace
-from statistics import median
 from time import monotonic
+from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from imaml import TaskBatch
+from imaml.cli._arena import Arena
 from imaml.cli._environment import environment
 from imaml.cli._options import Compare, EngineOptions, Strategy
-from imaml.cli._outcome import COLORS, NAMES, Outcome, Point, cosine_to_exact
+from imaml.cli._outcome import COLORS, FOOTNOTES, NAMES, Outcome, columns
 from imaml.cli._presets import PRESETS
-from imaml.cli._problem import Metric, Problem, applies, build_engine, build_problem, flag
-from imaml.cli._progress import progress, say
-from imaml.cli._report import FOOTNOTES, write_report
-from imaml.measure import peak_memory
-from imaml.training import Plan, Trainer, replace_file
+from imaml.cli._problem import Metric, applies, build_engine, build_problem, flag
+from imaml.cli._progress import say
+from imaml.cli._report import write_report
+from imaml.training import replace_file
 
 
 def compare(options: Compare) -> int:
@@ -31,130 +32,71 @@ def compare(options: Compare) -> int:
 
     Returns:
         The exit code, 0.
-
-    Raises:
-        ValueError: An option is out of range, or applies to none of the strategies.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself on stderr
+    began = monotonic()
     console = Console()
-    deadline = None if options.plan.minutes is None else monotonic() + 60 * options.plan.minutes
     problem = build_problem(options.episodes, options.machine)
-    engines = {strategy: _engine_options(options, strategy) for strategy in options.strategies}
-    for strategy, engine in engines.items():
-        build_engine(strategy, engine)
-    options.folder.mkdir(parents=True, exist_ok=True)
+    engines = _engines(options)
     settings = {
         "episodes": asdict(options.episodes),
         "plan": asdict(options.plan),
         "engines": {strategy: asdict(engine) for strategy, engine in engines.items()},
         **environment(),
     }
-    _write(options, {"settings": settings})
+    options.folder.mkdir(parents=True, exist_ok=True)
+    _write(options, settings, [])
     with console.status("Preparing the tasks"):
-        tasks = problem.episodes.batch("val", 0, options.plan.meta_batch).to(device=options.machine.device)
+        probe = problem.episodes.batch("val", 0, options.plan.meta_batch).to(device=options.machine.device)
+    arena = Arena(problem=problem, plan=options.plan, probe=probe, console=console)
     outcomes: list[Outcome] = []
-    for number, (strategy, engine) in enumerate(engines.items()):
-        share = None if deadline is None else (deadline - monotonic()) / (len(engines) - number)
-        label = f"{number + 1}/{len(engines)} {NAMES[strategy]}"
-        outcomes.append(_outcome(strategy, engine, problem, options.plan, tasks, share, console, label))
-        _write(options, {"settings": settings, "outcomes": [asdict(outcome) for outcome in outcomes]})
+    for number, (strategy, engine) in enumerate(engines.items(), start=1):
+        seconds = None
+        if options.plan.minutes is not None:
+            seconds = (began + 60 * options.plan.minutes - monotonic()) / (len(engines) - number + 1)
+        label = f"{number}/{len(engines)} {NAMES[strategy]}"
+        outcomes.append(arena.judge(strategy, engine, label=label, seconds=seconds))
+        _write(options, settings, outcomes)
     console.print(_table(outcomes, problem.metric))
-    for note in FOOTNOTES.values():
+    for note in FOOTNOTES:
         console.print(Text(note, style="dim"))
     report = write_report(options.folder, outcomes, problem.metric, settings)
     say(console, f"Report: {report.resolve().as_uri()}")
     return 0
 
 
-def _engine_options(options: Compare, strategy: Strategy) -> EngineOptions:
-    """The default of dataset and strategy, with what was given and applies."""
+def _engines(options: Compare) -> dict[Strategy, EngineOptions]:
+    """For each strategy the defaults of the dataset, and what was given as far as it applies."""
+    if not options.strategies:
+        raise ValueError("--strategies needs at least one strategy. Got none.")
     given = {name: value for name, value in vars(options.engine).items() if value is not None}
     for name, value in given.items():
-        if not any(applies(name, other) for other in options.strategies):
-            raise ValueError(
-                f"{flag(name)} applies to none of {', '.join(options.strategies)}. Got {value}: leave it out."
-            )
-    preset = PRESETS[options.episodes.dataset].engines[strategy]
-    return replace(preset, **{name: value for name, value in given.items() if applies(name, strategy)})
+        if not any(applies(name, strategy) for strategy in options.strategies):
+            which = ", ".join(options.strategies)
+            raise ValueError(f"{flag(name)} applies to none of {which}. Got {value}: leave it out.")
+    presets = PRESETS[options.episodes.dataset].engines
+    engines = {
+        strategy: replace(presets[strategy], **{name: given[name] for name in given if applies(name, strategy)})
+        for strategy in options.strategies
+    }
+    for strategy, engine in engines.items():
+        build_engine(strategy, engine)  # raises for a bad value before anything is trained
+    return engines
 
 
-def _outcome(
-    strategy: Strategy,
-    options: EngineOptions,
-    problem: Problem,
-    plan: Plan,
-    tasks: TaskBatch,
-    share: float | None,
-    console: Console,
-    label: str,
-) -> Outcome:
-    """Measure, train and test one strategy within `share` seconds."""
-    began = monotonic()
-    engine, model = build_engine(strategy, options), problem.fresh_model()
-    objective = problem.objective(model)
-    trainer = Trainer(model=model, objective=objective, engine=engine, episodes=problem.episodes, plan=plan)
-    with console.status(f"{label}: measuring"):
-        cosine_start = cosine_to_exact(problem, model, engine, tasks)
-        measuring = monotonic() - began
-        peak_bytes = peak_memory(lambda: engine(objective, tasks).loss.backward(), device=trainer.device)
-        before = monotonic()
-        curve = [Point(step=0, seconds=0.0, value=trainer.evaluate("val", tasks=plan.val_tasks))]
-    if share is not None:
-        testing = (monotonic() - before) * plan.eval_tasks / plan.val_tasks
-        left = share - (monotonic() - began) - measuring - testing
-        trainer.plan = replace(plan, minutes=max(left, 1.0) / 60)
-    milliseconds = []
-    with progress(console, trainer, problem.metric, label=label) as show:
-        for record in trainer:
-            milliseconds.append(record.milliseconds)
-            if record.val:
-                curve.append(Point(step=record.step, seconds=sum(milliseconds) / 1000, value=record.val))
-            show(record)
-    with console.status(f"{label}: testing"):
-        test = trainer.evaluate("test", tasks=plan.eval_tasks)
-        cosine_end = cosine_to_exact(problem, model, engine, tasks)
-    return Outcome(
-        strategy=strategy,
-        options=options,
-        test=test,
-        steps=trainer.step,
-        milliseconds=median(milliseconds),
-        peak_bytes=peak_bytes,
-        cosine_start=cosine_start,
-        cosine_end=cosine_end,
-        curve=tuple(curve),
-    )
-
-
-def _write(options: Compare, results: dict[str, object]) -> None:
+def _write(options: Compare, settings: dict[str, Any], outcomes: list[Outcome]) -> None:
+    results = {"settings": settings, "outcomes": [asdict(outcome) for outcome in outcomes]}
     text = json.dumps(results, indent=2, default=str) + "\n"
     replace_file(options.folder / "results.json", lambda stream: stream.write(text.encode()))
 
 
 def _table(outcomes: list[Outcome], metric: Metric) -> Table:
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("strategy", no_wrap=True)
-    headings = (
-        f"test {metric.name}",
-        "meta-steps",
-        "ms per step",
-        "peak MB",
-        "cosine at start",
-        "cosine at end",
-    )
-    for heading in headings:
-        table.add_column(heading, justify="right", overflow="fold")
+    shown = columns(metric)
+    for heading in shown:
+        table.add_column(heading, justify="right")
     for outcome in outcomes:
-        table.add_row(
-            Text(NAMES[outcome.strategy], style=f"bold {COLORS[outcome.strategy]}"),
-            metric.interval(outcome.test.mean, outcome.test.interval),
-            str(outcome.steps),
-            f"{outcome.milliseconds:.0f}",
-            f"{outcome.peak_bytes / 1e6:.1f}",
-            f"{outcome.cosine_start:.4f}",
-            f"{outcome.cosine_end:.4f}",
-        )
+        name = Text(NAMES[outcome.strategy], style=f"bold {COLORS[outcome.strategy]}")
+        table.add_row(name, *(text(outcome) for text in shown.values()))
     return table
-
-
-def _headings(metric: Metric) -> tuple[str, ...]:
-    return (f"test {metric.name}", "meta-steps", "ms per step", "peak MB", "cosine at start", "cosine at end")

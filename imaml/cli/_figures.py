@@ -63,7 +63,7 @@ def learning_curves(outcomes: Sequence[Outcome], metric: Metric, theme: Theme, *
         axes.fill_between(xs, lows, highs, color=color, alpha=0.18, linewidth=0)
     axes.set(xlabel="seconds of meta-steps" if by_seconds else "meta-step", ylabel=f"validation {metric.label}")
     axes.set_xlim(left=0)
-    axes.legend(frameon=False, labelcolor=theme.ink)
+    axes.legend(frameon=False, labelcolor=theme.ink, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
 
 

@@ -164,30 +164,30 @@ def parse(args: Sequence[str]) -> Train | Compare:
     """
     from imaml.cli import _presets
 
-    if not args or args[0] in HELP:
-        return _parse(args, Train(), Compare())
-    first = _parse([arg for arg in args if arg not in HELP], Train(), Compare())
+    if not args or args[0] not in _COMMANDS:
+        tyro.cli(
+            Annotated[Train, tyro.conf.subcommand("train")] | Annotated[Compare, tyro.conf.subcommand("compare")],
+            args=args or ["--help"],
+            prog="imaml",
+            description="Meta-learning with exact, first-order and implicit meta-gradients.",
+        )
+    command, *flags = args
+    first = _parse(command, [flag for flag in flags if flag not in ("-h", "--help")], _COMMANDS[command]())
     if isinstance(first, Compare):
-        return _parse(args, Train(), _presets.compare(first.episodes.dataset))
+        return _parse(command, flags, _presets.compare(first.episodes.dataset))
     if first.resume:
-        stored = Train.from_config(RunFolder(first.folder).config, out=first.out)
-        return _parse(args, stored, Compare())
-    return _parse(args, _presets.train(first.episodes.dataset, first.strategy), Compare())
+        return _parse(command, flags, Train.from_config(RunFolder(first.folder).config, out=first.out))
+    return _parse(command, flags, _presets.train(first.episodes.dataset, first.strategy))
 
 
-HELP = ("-h", "--help")
+_COMMANDS: dict[str, type[Train | Compare]] = {"train": Train, "compare": Compare}
 
 
-def _parse(args: Sequence[str], train: Train, compare: Compare) -> Train | Compare:
-    command = (
-        Annotated[Train, tyro.conf.subcommand("train", default=train)]
-        | Annotated[Compare, tyro.conf.subcommand("compare", default=compare)]
-    )
-    options: Train | Compare = tyro.cli(
-        command,
-        args=args,
-        prog="imaml",
-        description="Meta-learning with exact, first-order and implicit meta-gradients.",
+def _parse(command: str, flags: Sequence[str], default: Train | Compare) -> Train | Compare:
+    return tyro.cli(
+        type(default),
+        args=flags,
+        default=default,
+        prog=f"imaml {command}",
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
-    return options

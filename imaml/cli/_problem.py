@@ -88,8 +88,7 @@ def build_problem(options: EpisodeOptions, machine: MachineOptions) -> Problem:
     Raises:
         ValueError: An option is out of range, or does not apply to the dataset.
     """
-    if machine.threads is not None:
-        torch.set_num_threads(machine.threads)
+    _set_up(machine)
     kind = _EPISODES[options.dataset]
     given = _applicable(options, kind, f"--dataset {options.dataset}", aside=("dataset",))
     episodes = kind(**given)
@@ -100,6 +99,17 @@ def build_problem(options: EpisodeOptions, machine: MachineOptions) -> Problem:
     correct = Metric(name="accuracy", function=accuracy, percent=True)
     model = Conv4(given["ways"]).to(machine.device)
     return Problem(episodes=episodes, model=model, loss=F.cross_entropy, metric=correct)
+
+
+def _set_up(machine: MachineOptions) -> None:
+    if machine.threads is not None:
+        if machine.threads < 1:
+            raise ValueError(f"--threads must be at least 1. Got {machine.threads}.")
+        torch.set_num_threads(machine.threads)
+    try:
+        torch.empty(0, device=machine.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {machine.device} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def build_engine(strategy: Strategy, options: EngineOptions) -> MetaGradient:

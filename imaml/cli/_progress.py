@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from time import monotonic
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from imaml.cli._problem import Metric
 from imaml.training import Evaluation, StepRecord, Trainer
@@ -39,19 +40,18 @@ def progress(console: Console, trainer: Trainer, metric: Metric, *, label: str) 
             if record.val or monotonic() - last_line > _LINE_SECONDS:
                 last_line = monotonic()
                 done = f"{100 * min(trainer.progress, 1):3.0f} %"
-                console.print(f"{label}  {done}  {smooth.text(record, metric)}", highlight=False, soft_wrap=True)
+                say(console, f"{label}  {done}  {smooth.text(record, metric)}")
 
         yield print_line
         return
     columns = (
         TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=8)),
         TextColumn("{task.fields[text]}"),
-        TimeElapsedColumn(),
+        TimeRemainingColumn(compact=True),
         TextColumn("left"),
-        TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=console, expand=True) as bar:
         task = bar.add_task(label, total=1.0, text="")
 
         def move_bar(record: StepRecord) -> None:
@@ -81,5 +81,5 @@ class _Smooth:
         self.val = record.val or self.val
 
     def text(self, record: StepRecord, metric: Metric) -> str:
-        val = f"  val {metric.interval(self.val.mean, self.val.interval)}" if self.val else ""
-        return f"step {record.step}  loss {self.loss:.3f}  {metric.name} {metric.text(self.metric)}{val}"
+        val = f" val {metric.interval(self.val.mean, self.val.interval)}" if self.val else ""
+        return f"step {record.step} loss {self.loss:.3f} {metric.name} {metric.text(self.metric)}{val}"

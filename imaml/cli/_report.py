@@ -12,20 +12,9 @@ import jinja2
 from matplotlib.figure import Figure
 
 from imaml.cli._figures import DARK, LIGHT, Theme, bars, learning_curves, save_png
-from imaml.cli._outcome import COLORS, NAMES, Outcome
+from imaml.cli._outcome import COLORS, FOOTNOTES, NAMES, Outcome, columns
 from imaml.cli._problem import Metric, flag
 from imaml.training import replace_file
-
-FOOTNOTES = {
-    "test": "Test: mean over tasks of unseen classes and its 95 % interval, 1.96 standard errors.",
-    "cost": "ms per step: median over the training. Peak MB: what a meta-gradient holds at once, in 10^6 bytes.",
-    "cosine": (
-        "Cosine: between a strategy's meta-gradient and the exact derivative, in float64, of the query loss "
-        "through the inner loop it runs; at the shared initial parameters, and at those it reached. iMAML "
-        "differentiates the stationary point of its inner problem, so a loop that stops before that point "
-        "lowers its cosine."
-    ),
-}
 
 
 def write_report(folder: Path, outcomes: Sequence[Outcome], metric: Metric, settings: dict[str, Any]) -> Path:
@@ -62,6 +51,7 @@ def write_report(folder: Path, outcomes: Sequence[Outcome], metric: Metric, sett
         names=NAMES,
         colors=COLORS,
         footnotes=FOOTNOTES,
+        columns=columns(metric),
         flag=flag,
     )
     path = folder / "report.html"

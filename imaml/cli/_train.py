@@ -46,8 +46,7 @@ def train(options: Train) -> int:
     else:
         folder = RunFolder.create(options.folder, options.config)
         folder.save(trainer)
-    label = f"{options.episodes.dataset} {options.strategy}"
-    if not _run(trainer, folder, problem.metric, console, label):
+    if not _run(trainer, folder, problem.metric, console, options.strategy):
         save_png(folder.path / "curve.png", training_curve(folder.metrics(), problem.metric))
         say(
             console,

@@ -48,9 +48,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: The file is truncated, damaged or not a checkpoint.
         FileNotFoundError: There is no such file.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint {path}.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"{path} is truncated, damaged or not a checkpoint ({type(error).__name__}). "
             "Restore it from a copy, or train anew in another folder."

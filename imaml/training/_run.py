@@ -87,12 +87,10 @@ class RunFolder:
         theirs, ours = _flat(state["config"]), _flat(config)
         differing = [name for name in ours if name not in free and ours[name] != theirs.get(name)]
         if differing:
-            listing = "; ".join(
-                f"{name}: the checkpoint has {theirs.get(name)}. Got {ours[name]}" for name in differing
-            )
+            listing = "; ".join(f"{name} is {theirs.get(name)} there. Got {ours[name]}" for name in differing)
             raise CheckpointError(
-                f"{self.path} was trained with another configuration: {listing}. "
-                "Leave these options out to resume, or train in another folder."
+                f"{self.path} was trained with other options: {listing}. "
+                "Leave them out to resume, or train in another folder."
             )
         trainer.load_state_dict(state)
         lines = [line for line in self._lines() if json.loads(line)["step"] <= trainer.step]

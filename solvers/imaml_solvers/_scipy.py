@@ -1,0 +1,176 @@
+"""The solvers of scipy.sparse.linalg."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import numpy as np
+import scipy.sparse.linalg
+import torch
+from torch import Tensor
+
+from imaml_solvers._operator import LinearOperator
+from imaml_solvers._solution import Solution, Status
+from imaml_solvers._solver import LinearSolver
+from imaml_solvers._start import check_stopping
+
+Vector = np.ndarray[Any, np.dtype[np.float64]]
+Method = Literal["bicgstab", "cg", "cgs", "gcrotmk", "gmres", "lgmres", "minres", "tfqmr"]
+
+_CYCLES = {"gmres": ("restart", 20), "lgmres": ("inner_m", 30), "gcrotmk": ("m", 20)}
+"""Methods whose `maxiter` counts cycles: the keyword and scipy's default for the length of a cycle."""
+
+
+_MINRES_BREAKDOWNS = ("indefinite preconditioner", "non-symmetric matrix", "non-symmetric preconditioner")
+
+
+class _NonFiniteProductError(ArithmeticError):
+    """Leaves scipy from inside a product; never leaves this module."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScipySolver(LinearSolver):
+    """The iterative solvers of scipy.sparse.linalg, behind the interface of this package.
+
+    `minres` is for symmetric A that may be indefinite, `gmres` and the others for any regular A, `cg` to compare with.
+
+    CONVERGED is decided by the true residual, |b - A x| <= max(rtol |b|, atol), and not by what scipy reports: its
+    MINRES stops by |A| |x|, its CG does not see negative curvature. Where scipy is content and the residual is not, the
+    next round solves for what is left; two rounds in a row that do not halve the residual are STAGNATED. MAX_STEPS is
+    scipy's spent `maxiter`, BREAKDOWN its negative codes and values that are not finite, NONFINITE a product that is
+    not finite. Its x is the result of the round of least residual.
+
+    Cost: systems are solved one by one in float64 on the CPU, with products in the dtype and on the device of b. A
+    product evaluates the whole batch, with zeros for the other systems: solve large systems one at a time. `num_steps`
+    counts scipy's products (two a step for `bicgstab` and `cgs`); one more checks each round.
+
+    Args:
+        method: The function of scipy.sparse.linalg.
+        rtol: Relative tolerance; `rtol` and `atol` cannot both be 0.
+        atol: Absolute tolerance, in the units of b.
+        max_steps: Most steps of a round, for scipy's `maxiter`; those of `gmres`, `lgmres` and `gcrotmk` come in cycles
+            of 20 to 30, rounded up. None is 10 n.
+    """
+
+    method: Method = "cg"
+    rtol: float = 1e-5
+    atol: float = 0.0
+    max_steps: int | None = None
+    _uses_x0: ClassVar[bool] = True
+    _uses_preconditioner: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check the fields; raises ValueError."""
+        check_stopping(self.max_steps, self.rtol, self.atol)
+        if self.method not in get_args(Method):
+            raise ValueError(f"`method` must be one of {', '.join(get_args(Method))}. Got {self.method!r}.")
+        if self.rtol == self.atol == 0:
+            raise ValueError("`rtol` or `atol` must be > 0. Got 0 for both; for a fixed budget use CG(max_steps=...).")
+
+    def _solve(
+        self, op: LinearOperator, b: Tensor, x0: Tensor | None, preconditioner: LinearOperator | None
+    ) -> Solution:
+        start = torch.zeros_like(b) if x0 is None else x0
+        x, residual = torch.zeros_like(b), torch.zeros_like(b[..., 0])
+        status, num_steps = (torch.zeros(b.shape[:-1], dtype=torch.int64, device=b.device) for _ in range(2))
+        for index in np.ndindex(b.shape[:-1]):
+            apply = _product(op, b, index)
+            precondition = None if preconditioner is None else _product(preconditioner, b, index)
+            outcome = self._solve_one(apply, _to_numpy(b[index]), _to_numpy(start[index]), precondition)
+            x[index] = torch.as_tensor(outcome[0]).to(b)
+            status[index], num_steps[index], residual[index] = outcome[1:]
+        return Solution(x, status, num_steps, residual)
+
+    def _solve_one(
+        self,
+        apply: Callable[[Vector], Vector],
+        b: Vector,
+        x: Vector,
+        precondition: Callable[[Vector], Vector] | None,
+    ) -> tuple[Vector, Status, int, float]:
+        """Return x, status, products and true residual of one system."""
+        if not b.any():
+            return np.zeros_like(b), Status.CONVERGED, 0, 0.0
+        if not (np.isfinite(b).all() and np.isfinite(x).all()):
+            return np.zeros_like(b), Status.NONFINITE, 0, float(np.linalg.norm(b))
+        tolerance = max(self.rtol * float(np.linalg.norm(b)), self.atol)
+        products, stalls, gain = 0, 0, 1.0
+
+        def counted(v: Vector) -> Vector:
+            nonlocal products
+            products += 1
+            return apply(v)
+
+        r, start = b, x
+        x = np.zeros_like(b)
+        try:
+            r, x = (b - apply(start), start) if start.any() else (r, x)
+            while (size := float(np.linalg.norm(r))) > tolerance:
+                # MINRES leaves `gain` times what it was asked for: ask for less in the next round.
+                target = tolerance / size / gain
+                d, info = self._call(counted, r / size, target, precondition)
+                if not np.isfinite(d).all():
+                    return x, Status.BREAKDOWN, products, size
+                left = b - apply(x + size * d)
+                share = float(np.linalg.norm(left)) / size
+                if share < 1:
+                    r, x = left, x + size * d
+                stalls = stalls + 1 if share > 0.5 else 0
+                gain = max(gain, share / target)
+                if share * size > tolerance and (info or stalls == 2):
+                    status = Status.MAX_STEPS if info > 0 else Status.BREAKDOWN if info else Status.STAGNATED
+                    return x, status, products, min(share, 1.0) * size
+        except _NonFiniteProductError:
+            return x, Status.NONFINITE, products, float(np.linalg.norm(r))
+        return x, Status.CONVERGED, products, size
+
+    def _call(
+        self,
+        apply: Callable[[Vector], Vector],
+        b: Vector,
+        rtol: float,
+        precondition: Callable[[Vector], Vector] | None,
+    ) -> tuple[Vector, int]:
+        """Return x and the code that scipy returns for one system."""
+        n = len(b)
+        max_steps = 10 * n if self.max_steps is None else self.max_steps
+        options: dict[str, Any] = {"rtol": rtol, "maxiter": max_steps}
+        if self.method in _CYCLES:
+            keyword, length = _CYCLES[self.method]
+            length = min(length, max_steps)
+            options |= {keyword: length, "maxiter": -(-max_steps // length)}
+        if self.method != "minres":
+            options["atol"] = 0.0
+        if precondition is not None:
+            options["M"] = scipy.sparse.linalg.LinearOperator((n, n), matvec=precondition, dtype=np.float64)
+        matrix = scipy.sparse.linalg.LinearOperator((n, n), matvec=apply, dtype=np.float64)
+        try:
+            with np.errstate(all="ignore"):
+                x, info = getattr(scipy.sparse.linalg, self.method)(matrix, b, **options)
+        except ValueError as error:
+            if str(error) not in _MINRES_BREAKDOWNS:
+                raise
+            return np.zeros_like(b), -1
+        return x, int(info)
+
+
+def _product(op: LinearOperator, b: Tensor, index: tuple[int, ...]) -> Callable[[Vector], Vector]:
+    """The products of one system of a batch."""
+
+    def apply(v: Vector) -> Vector:
+        x = torch.zeros_like(b)
+        x[index] = torch.as_tensor(v).to(b)
+        y = _to_numpy(op.mv(x)[index])
+        if not np.isfinite(y).all():
+            raise _NonFiniteProductError
+        return y
+
+    return apply
+
+
+def _to_numpy(x: Tensor) -> Vector:
+    # NumPy has no bfloat16.
+    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return x.numpy(force=True).astype(np.float64)

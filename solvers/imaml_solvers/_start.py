@@ -1,0 +1,73 @@
+"""What iterative solvers share: where a solve starts, in units in which squares neither overflow nor underflow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from imaml_solvers._operator import LinearOperator
+from imaml_solvers._solution import Status
+
+RUNNING = -1
+"""The status of a system that still iterates."""
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """The inner products over the last dimension, `(*batch,)`."""
+    return (x * y).sum(-1)
+
+
+def norm(x: Tensor) -> Tensor:
+    """The 2-norms over the last dimension, `(*batch,)`."""
+    size: Tensor = torch.linalg.vector_norm(x, dim=-1)
+    return size
+
+
+def check_stopping(max_steps: int | None, rtol: float | None, atol: float) -> None:
+    """Check the fields that say when to stop; raises ValueError."""
+    if max_steps is not None and max_steps < 1:
+        raise ValueError(f"`max_steps` must be >= 1. Got {max_steps}.")
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if value is not None and not 0 <= value < float("inf"):
+            raise ValueError(f"`{name}` must be finite and >= 0. Got {value}.")
+
+
+@dataclass(frozen=True)
+class Start:
+    """A batch of systems before the first step; b, x, r and the tolerance are in multiples of `unit`."""
+
+    b: Tensor
+    x: Tensor
+    r: Tensor
+    """b - A x."""
+    unit: Tensor
+    """A power of two per system, `(*batch, 1)`: scaling by it is exact."""
+    tolerance: Tensor
+    """max(rtol |b|, atol), or the rounding unit times |b| where both are zero, `(*batch,)`."""
+    status: Tensor
+    """RUNNING, CONVERGED where x is within the tolerance, or NONFINITE."""
+
+
+def start(op: LinearOperator, b: Tensor, x0: Tensor | None, rtol: float, atol: float) -> Start:
+    """The start at x0, or at 0: without a product if x0 is None."""
+    zero = (b == 0).all(-1, keepdim=True)
+    x = torch.zeros_like(b) if x0 is None else x0.masked_fill(zero, 0)
+    r = b if x0 is None else b - op.mv(x)
+    bad = ~(torch.isfinite(x) & torch.isfinite(r)).all(-1, keepdim=True)
+    x, r = x.masked_fill(bad, 0), torch.where(bad, b, r)
+    unit = _power_of_two(torch.maximum(b.abs(), r.abs()).amax(-1, keepdim=True))
+    b, x, r = b / unit, x / unit, r / unit
+    least = torch.finfo(b.dtype).eps if rtol == atol == 0 else rtol
+    tolerance = (least * norm(b)).maximum(atol / unit.squeeze(-1))
+    status = torch.full(b.shape[:-1], RUNNING, device=b.device)
+    status = status.masked_fill(norm(r) <= tolerance, Status.CONVERGED).masked_fill(bad.squeeze(-1), Status.NONFINITE)
+    return Start(b, x, r, unit, tolerance, status)
+
+
+def _power_of_two(peak: Tensor) -> Tensor:
+    """A power of two within a factor of two of `peak`; 1 where peak is zero or not finite."""
+    usable = (peak > 0) & torch.isfinite(peak)
+    safe = peak.where(usable, 1)
+    return safe / (2 * torch.frexp(safe).mantissa)

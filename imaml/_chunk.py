@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,38 +11,8 @@ from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from imaml._layout import Layout
-from imaml._objective import Objective
-from imaml._random import Replay
+from imaml._context import Context
 from imaml._tasks import Batch
-
-
-@dataclass
-class Counts:
-    """Evaluations so far, summed over tasks: one call on a chunk of 8 tasks counts 8."""
-
-    gradients: int = 0
-    hvps: int = 0
-
-
-@dataclass
-class Context:
-    """What every evaluation of one engine call shares."""
-
-    objective: Objective
-    layout: Layout
-    """Of the adapted parameters."""
-    fixed_layout: Layout
-    """Of the other parameters that receive meta-gradients."""
-    fixed: list[Tensor]
-    """Their values."""
-    constants: dict[str, Tensor]
-    replay: Replay
-    hvp_mode: str
-    """As asked; once a product was computed with `auto`, the mode that it used."""
-    counts: Counts = field(default_factory=Counts)
-    unused: tuple[str, ...] = ()
-    """Adapted parameters that the support loss does not depend on."""
 
 
 @dataclass

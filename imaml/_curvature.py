@@ -25,10 +25,12 @@ def check_mode(mode: str) -> None:
 
 
 class Curvature:
-    """The Hessian of the support loss of a chunk at `phi`, in the mode of the call."""
+    """The Hessian of the support loss of a chunk at `phi`."""
 
-    def __init__(self, loss: ChunkLoss, phi: Tensor, step: int, *, linearize: bool) -> None:
+    def __init__(self, loss: ChunkLoss, phi: Tensor, step: int, *, mode: HvpMode, linearize: bool) -> None:
         self._loss, self._phi, self._step, self._context = loss, phi, step, loss.context
+        self._asked = mode
+        self._mode = (self._context.hvp_mode or "reverse-over-reverse") if mode == "auto" else mode
         self._product: Product = self._or_finite_difference(lambda: self._build(linearize))
 
     @property
@@ -38,20 +40,18 @@ class Curvature:
 
     def product(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
         """H w `(tasks, n)` and, if `mixed`, the derivative of g' w by the fixed parameters, summed over tasks."""
-        self._context.counts.hvps += self._loss.tasks
+        self._context.hvps += self._loss.tasks
         result = self._or_finite_difference(lambda: self._product(w, mixed=mixed))
         if isinstance(result, FiniteDifference):
             self._product = result
             result = result(w, mixed=mixed)
-        if self._context.hvp_mode == "auto":
-            self._context.hvp_mode = "reverse-over-reverse"
+        self._context.hvp_mode = self._mode
         return result
 
     def _build(self, linearize: bool) -> Product:
-        mode = self._context.hvp_mode
-        kind = MODES["reverse-over-reverse" if mode == "auto" else mode]
+        kind = MODES[self._mode]
         if linearize and kind is not FiniteDifference:
-            self._context.counts.gradients += self._loss.tasks
+            self._context.gradients += self._loss.tasks
         return kind(self._loss, self._phi, self._step, linearize)
 
     def _or_finite_difference(self, compute: Callable[[], T]) -> T | FiniteDifference:
@@ -61,10 +61,10 @@ class Curvature:
         except RuntimeError as error:
             if not any(sign in str(error) for sign in _NOT_TWICE_DIFFERENTIABLE):
                 raise
-            if self._context.hvp_mode != "auto":
+            if self._asked != "auto":
                 raise RuntimeError(
-                    f"hvp={self._context.hvp_mode!r} met an operation that does not support it ({error}). Use "
-                    "hvp='auto', another exact mode, or 'finite-difference', which needs first derivatives only."
+                    f"hvp={self._asked!r} met an operation that does not support it ({error}). Use hvp='auto', another "
+                    "exact mode, or 'finite-difference', which needs first derivatives only."
                 ) from error
-            self._context.hvp_mode = "finite-difference"
+            self._mode = "finite-difference"
             return FiniteDifference(self._loss, self._phi, self._step, linearize=False)

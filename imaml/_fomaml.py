@@ -21,4 +21,4 @@ class FOMAML(MetaGradient):
 
     def _pull_back(self, problem: Problem) -> Pullback:
         query = problem.judge(problem.adapt())
-        return Pullback(query.losses, query.metric, query.adapted, query.fixed)
+        return Pullback(query.adapted, query.fixed, problem.outcome(query))

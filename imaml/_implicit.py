@@ -66,7 +66,7 @@ class ImplicitMAML(MetaGradient):
         steps = problem.inner.steps
         phi = problem.adapt()
         query = problem.judge(phi)
-        curvature = Curvature(problem.support, phi, steps, linearize=self.linearize)
+        curvature = Curvature(problem.support, phi, steps, mode=self.hvp, linearize=self.linearize)
         if curvature.gradient is None:
             stationarity = problem.gradient(phi, steps)
         else:
@@ -86,16 +86,14 @@ class ImplicitMAML(MetaGradient):
             mixed = curvature.product(theta / problem.damping, mixed=True)[1]
             fixed = fixed if mixed is None else fixed - mixed
         norm = rhs.norm(dim=-1)
-        return Pullback(
-            query.losses,
-            query.metric,
-            theta,
-            fixed,
+        outcome = problem.outcome(
+            query,
             stationarity=stationarity.norm(dim=-1),
             solver_status=solution.status,
             solver_steps=solution.num_steps,
             solver_residual=solution.residual_norm / norm.where(norm > 0, 1),
         )
+        return Pullback(theta, fixed, outcome)
 
     def _look_at(self, solution: Solution, positions: list[int]) -> None:
         if self.on_failure == "ignore" or bool(solution.success.all()):

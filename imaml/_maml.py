@@ -46,14 +46,16 @@ class MAML(MetaGradient):
     def _pull_back(self, problem: Problem) -> Pullback:
         states = states_backwards(problem, self.checkpoints)
         query = problem.judge(next(states))
-        cotangent, fixed, proximal = query.adapted, query.fixed, torch.zeros_like(query.adapted)
+        cotangent, fixed, damping = query.adapted, query.fixed, problem.damping
+        pulled_by_theta = 0 if damping is None else torch.zeros_like(cotangent)
         for step, phi in zip(reversed(range(problem.inner.steps)), states, strict=True):
             cotangent, w = problem.inner.pullback(cotangent)
-            product, mixed = Curvature(problem.support, phi, step, linearize=False).product(w, mixed=fixed is not None)
+            curvature = Curvature(problem.support, phi, step, mode=self.hvp, linearize=False)
+            product, mixed = curvature.product(w, mixed=fixed is not None)
             cotangent = product.add_(cotangent)
-            if problem.damping is not None:
-                cotangent.addcmul_(w, problem.damping)
-                proximal.addcmul_(w, problem.damping, value=-1)
+            if damping is not None:
+                cotangent.addcmul_(w, damping)
+                pulled_by_theta -= damping * w
             if fixed is not None and mixed is not None:
                 fixed.add_(mixed)
-        return Pullback(query.losses, query.metric, cotangent + proximal, fixed)
+        return Pullback(cotangent + pulled_by_theta, fixed, problem.outcome(query))

@@ -10,6 +10,7 @@ from torch import Tensor
 from imaml._chunk import ChunkLoss, Gradient
 from imaml._errors import DivergenceError, NonFiniteError
 from imaml._inner import GradientDescent
+from imaml._report import Outcome
 
 EXPLOSION = 1e6
 """A support loss that grows by this factor has diverged, finite or not."""
@@ -34,7 +35,7 @@ class Problem:
     def gradient(self, phi: Tensor, step: int) -> Tensor:
         """The gradient of the inner objective, proximal term included, `(tasks, n)`."""
         support = self.support.gradient(phi, step)
-        self.support.context.counts.gradients += self.support.tasks
+        self.support.context.gradients += self.support.tasks
         if step == len(self.support_losses):
             self.support_losses.append(support.losses)
         return self.add_proximal(support.adapted, phi)
@@ -58,16 +59,20 @@ class Problem:
         """The query loss at the adapted parameters, with its gradient v."""
         self.check_inner_loop()
         gradient = self.query.gradient(phi, self.inner.steps, fixed=True, metric=True)
-        self.query.context.counts.gradients += self.query.tasks
+        self.query.context.gradients += self.query.tasks
         self.check_query(gradient.losses)
         return gradient
 
-    def evaluate(self, phi: Tensor) -> Gradient:
+    def evaluate(self, phi: Tensor) -> Outcome:
         """The query loss alone."""
         self.check_inner_loop()
         losses, metric = self.query.value(phi, self.inner.steps)
         self.check_query(losses)
-        return Gradient(losses, phi, None, metric)
+        return Outcome(query_loss=losses, support_loss=self.history(), metric=metric)
+
+    def outcome(self, query: Gradient, **solve: Tensor) -> Outcome:
+        """What the report says of these tasks, with the stationarity and the solver's outcome where there are any."""
+        return Outcome(query_loss=query.losses, support_loss=self.history(), metric=query.metric, **solve)
 
     def history(self) -> Tensor:
         """L_support before each inner step, `(steps, tasks)`."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from imaml._context import Context
 from imaml_solvers import Status
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """What happened in one call. Tensors are detached, one entry per task, in the order of the input."""
+class Outcome:
+    """The part of a report that has an entry per task. Tensors are detached, in the order of the tasks."""
 
     query_loss: Tensor
     """L_query after adaptation, `(tasks,)`."""
@@ -30,15 +32,37 @@ class Report:
     """Steps of the linear solver, `(tasks,)`."""
     solver_residual: Tensor | None = None
     """Relative residual |b - A x| / |b| of the linear solve, `(tasks,)`."""
-    gradients: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Outcome):
+    """What happened in one call: the outcome of every task, in the order of the input, and what the call cost."""
+
+    gradients: int
     """Gradients evaluated, summed over tasks; building a linearisation counts as one, gradients within a Hessian-vector
     product do not."""
-    hvps: int = 0
+    hvps: int
     """Hessian-vector products, summed over tasks."""
-    hvp_mode: str | None = None
+    hvp_mode: str | None
     """How the products were computed; None if there were none."""
-    unused: tuple[str, ...] = ()
+    unused: tuple[str, ...]
     """Adapted parameters that the support loss does not depend on: the inner loop leaves them as they are."""
+
+    @classmethod
+    def of(cls, context: Context, outcomes: Sequence[Outcome], positions: Sequence[int]) -> Report:
+        """Join the outcomes of all chunks, whose tasks have these positions in the input."""
+        order = torch.argsort(torch.tensor(positions, device=context.theta.device))
+        joined: dict[str, Any] = {}
+        for field in fields(Outcome):
+            parts = [getattr(outcome, field.name) for outcome in outcomes]
+            joined[field.name] = None if parts[0] is None else torch.cat(parts, dim=-1)[..., order]
+        return cls(
+            **joined,
+            gradients=context.gradients,
+            hvps=context.hvps,
+            hvp_mode=context.hvp_mode,
+            unused=context.unused,
+        )
 
     def __str__(self) -> str:
         """A few lines to read."""
@@ -68,11 +92,3 @@ class MetaResult:
     loss: Tensor
     """The mean query loss after adaptation, 0-dim; its backward delivers the meta-gradient."""
     report: Report
-
-
-def in_order(parts: Sequence[Tensor | None], positions: Tensor) -> Tensor | None:
-    """Join per-chunk tensors `(..., tasks)` and put the tasks back in the user's order; None if any part is None."""
-    present = [p for p in parts if p is not None]
-    if len(present) < len(parts):
-        return None
-    return torch.cat(present, dim=-1)[..., torch.argsort(positions)]

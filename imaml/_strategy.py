@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from imaml._chunk import QUERY, SUPPORT, ChunkLoss, Context
+from imaml._chunk import QUERY, SUPPORT, ChunkLoss
+from imaml._context import Context
 from imaml._errors import NonFiniteError
 from imaml._inner import GradientDescent
-from imaml._layout import Layout
 from imaml._node import attach
 from imaml._objective import Objective
 from imaml._problem import Problem
-from imaml._random import Replay
-from imaml._report import MetaResult, Report, in_order
+from imaml._report import MetaResult, Outcome, Report
 from imaml._tasks import Batch, Task, TaskBatch, group
 
 
@@ -27,17 +26,11 @@ from imaml._tasks import Batch, Task, TaskBatch, group
 class Pullback:
     """What a strategy makes of one chunk."""
 
-    query_loss: Tensor
-    """`(tasks,)`"""
-    metric: Tensor | None
     theta: Tensor
     """The meta-gradient of each task, `(tasks, n)`."""
     fixed: Tensor | None
     """That for the fixed parameters, summed over tasks, `(m,)`; None if there are none."""
-    stationarity: Tensor | None = None
-    solver_status: Tensor | None = None
-    solver_steps: Tensor | None = None
-    solver_residual: Tensor | None = None
+    outcome: Outcome
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +119,10 @@ class MetaGradient(ABC):
             The adapted parameters, detached, in shape and dtype of the originals; the model is not changed.
         """
         support = tree_map(lambda t: t.unsqueeze(0), support)
-        with torch.inference_mode(False):
-            context, theta, damping = self._context(objective)
+        with torch.inference_mode(False), torch.no_grad():
+            context = Context.of(objective)
             try:
-                problem = self._problem(context, theta, damping, [0], TaskBatch(support=support, query=support))
+                problem = self._problem(context, [0], TaskBatch(support=support, query=support))
                 phi = problem.adapt()
                 problem.check_inner_loop()
             finally:
@@ -145,86 +138,29 @@ class MetaGradient(ABC):
     ) -> tuple[Tensor, dict[str, Tensor], Report]:
         groups = group(tasks)
         with torch.inference_mode(False), torch.no_grad():
-            context, theta, damping = self._context(objective)
-            parts: list[Pullback] = []
-            histories: list[Tensor] = []
+            context = Context.of(objective)
             positions: list[int] = []
+            outcomes: list[Outcome] = []
             sums: list[Tensor] = []
             try:
                 for where, batch in self._chunks(groups):
-                    problem = self._problem(context, theta, damping, where, batch)
-                    part = self._pull_back(problem) if derivatives else _evaluate(problem)
+                    problem = self._problem(context, where, batch)
                     if derivatives:
-                        _check_finite(part.theta, where)
-                        summed = [part.theta.sum(0)] + ([] if part.fixed is None else [part.fixed])
-                        sums = [a + b for a, b in zip(sums, summed, strict=True)] if sums else summed
-                    part.theta, part.fixed = theta, None
-                    parts.append(part)
+                        pullback = self._pull_back(problem)
+                        summed = _sum_over_tasks(pullback, where)
+                        sums = [a.add_(b) for a, b in zip(sums, summed, strict=True)] if sums else summed
+                        outcomes.append(pullback.outcome)
+                    else:
+                        outcomes.append(problem.evaluate(problem.adapt()))
                     positions += where
-                    histories.append(problem.history())
             finally:
                 context.replay.restore()
-            order = torch.tensor(positions, device=theta.device)
-            losses = in_order([p.query_loss for p in parts], order)
-            support_losses = in_order(histories, order)
-            assert losses is not None and support_losses is not None
-            count = len(positions)
+            report = Report.of(context, outcomes, positions)
             layouts = (context.layout, context.fixed_layout)
-            named = {
-                n: g for layout, flat in zip(layouts, sums, strict=False) for n, g in layout.named(flat / count).items()
-            }
-            report = Report(
-                query_loss=losses,
-                support_loss=support_losses,
-                metric=in_order([p.metric for p in parts], order),
-                stationarity=in_order([p.stationarity for p in parts], order),
-                solver_status=in_order([p.solver_status for p in parts], order),
-                solver_steps=in_order([p.solver_steps for p in parts], order),
-                solver_residual=in_order([p.solver_residual for p in parts], order),
-                gradients=context.counts.gradients,
-                hvps=context.counts.hvps,
-                hvp_mode=context.hvp_mode if context.counts.hvps else None,
-                unused=context.unused,
-            )
-            return losses.mean(), named, report
-
-    def _context(self, objective: Objective) -> tuple[Context, Tensor, Tensor | None]:
-        if not isinstance(objective, Objective):
-            raise TypeError(f"Expected an Objective(model, loss). Got {type(objective).__name__}.")
-        objective.check()
-        named = objective.parameters()
-        adapted = {n: p for n, p in named.items() if n in objective.adapted}
-        fixed = {n: p.detach() for n, p in named.items() if n not in objective.adapted}
-        devices = {p.device for p in adapted.values()}
-        if len(devices) > 1:
-            raise ValueError(f"Adapted parameters must be on one device. Got {sorted(map(str, devices))}.")
-        layout = Layout.of(adapted)
-        theta = layout.flatten(list(adapted.values()))
-        context = Context(
-            objective=objective,
-            layout=layout,
-            fixed_layout=Layout.of(fixed),
-            fixed=list(fixed.values()),
-            constants=objective.constants(),
-            replay=Replay(theta.device),
-            hvp_mode=getattr(self, "hvp", "auto"),
-        )
-        return context, theta, self._damping(layout, theta)
-
-    def _damping(self, layout: Layout, theta: Tensor) -> Tensor | None:
-        if not isinstance(self.regularization, Mapping):
-            return theta.new_tensor(self.regularization) if self.regularization else None
-        if set(self.regularization) != set(layout.names):
-            missing, unknown = (
-                set(layout.names) - set(self.regularization),
-                set(self.regularization) - set(layout.names),
-            )
-            raise ValueError(
-                "`regularization` must name every adapted parameter and no other. "
-                f"Missing: {sorted(missing) or 'none'}; unknown: {sorted(unknown) or 'none'}."
-            )
-        values = [torch.full(s, self.regularization[n]) for n, s in zip(layout.names, layout.shapes, strict=True)]
-        return layout.flatten(values).to(theta.device)
+            named: dict[str, Tensor] = {}
+            for layout, total in zip(layouts, sums, strict=False):
+                named |= layout.named(total.div_(len(positions)))
+            return report.query_loss.mean(), named, report
 
     def _chunks(self, groups: list[tuple[list[int], TaskBatch]]) -> Iterator[tuple[list[int], TaskBatch]]:
         for positions, batch in groups:
@@ -232,28 +168,37 @@ class MetaGradient(ABC):
             for start in range(0, len(batch), size):
                 yield positions[start : start + size], batch[start : start + size]
 
-    def _problem(
-        self, context: Context, theta: Tensor, damping: Tensor | None, positions: list[int], batch: TaskBatch
-    ) -> Problem:
+    def _problem(self, context: Context, positions: list[int], batch: TaskBatch) -> Problem:
         return Problem(
             support=ChunkLoss(context, batch.support, len(batch), positions[0], SUPPORT),
             query=ChunkLoss(context, batch.query, len(batch), positions[0], QUERY),
             inner=self.inner,
-            theta=theta.expand(len(batch), -1),
-            damping=damping,
+            theta=context.theta.expand(len(batch), -1),
+            damping=self._damping(context),
             positions=positions,
         )
 
+    def _damping(self, context: Context) -> Tensor | None:
+        """Lambda: 0-dim, or `(n,)` where given by name; None for no proximal term."""
+        layout, theta = context.layout, context.theta
+        if not isinstance(self.regularization, Mapping):
+            return theta.new_tensor(self.regularization) if self.regularization else None
+        given, adapted = set(self.regularization), set(layout.names)
+        if given != adapted:
+            raise ValueError(
+                "`regularization` must name every adapted parameter and no other. "
+                f"Missing: {sorted(adapted - given) or 'none'}; unknown: {sorted(given - adapted) or 'none'}."
+            )
+        values = [theta.new_full(s, self.regularization[n]) for n, s in zip(layout.names, layout.shapes, strict=True)]
+        return layout.flatten(values)
 
-def _evaluate(problem: Problem) -> Pullback:
-    query = problem.evaluate(problem.adapt())
-    return Pullback(query.losses, query.metric, query.adapted, query.fixed)
 
-
-def _check_finite(gradient: Tensor, positions: list[int]) -> None:
-    bad = ~torch.isfinite(gradient.sum(-1))
+def _sum_over_tasks(pullback: Pullback, positions: list[int]) -> list[Tensor]:
+    """The summed gradients for theta and for any fixed parameters; raises NonFiniteError, naming the task."""
+    bad = ~torch.isfinite(pullback.theta.sum(-1))
     if bad.any():
         raise NonFiniteError(
             f"The meta-gradient of task {positions[int(bad.nonzero()[0])]} is not finite although its losses are: look "
             "for an operation with an infinite second derivative, such as sqrt or norm at 0."
         )
+    return [pullback.theta.sum(0)] + ([] if pullback.fixed is None else [pullback.fixed])

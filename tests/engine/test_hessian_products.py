@@ -8,10 +8,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from imaml import GradientDescent, Objective, Task, TaskBatch
-from imaml._chunk import SUPPORT, ChunkLoss, Context
+from imaml._chunk import SUPPORT, ChunkLoss
+from imaml._context import Context
 from imaml._curvature import Curvature
-from imaml._layout import Layout
-from imaml._random import Replay
 from tests.oracles import Setting, hessian, mixed_derivatives, model_loss
 
 EXACT = ("forward-over-reverse", "reverse-over-reverse")
@@ -43,20 +42,10 @@ def models(draw):
 def curvature(model, tasks, *, hvp, linearize, loss, adapt=None):
     """The support curvature of every task at the model's own parameters, and a vector to multiply."""
     objective = Objective(model, loss, adapt=adapt)
-    named = {n: p.detach() for n, p in objective.parameters().items()}
-    layout = Layout.of({n: named[n] for n in objective.adapted})
-    fixed = {n: p for n, p in named.items() if n not in objective.adapted}
-    context = Context(
-        objective=objective,
-        layout=layout,
-        fixed_layout=Layout.of(fixed),
-        fixed=list(fixed.values()),
-        constants=objective.constants(),
-        replay=Replay(torch.device("cpu")),
-        hvp_mode=hvp,
-    )
-    phi = layout.flatten([named[n] for n in layout.names]).repeat(len(tasks), 1)
-    return Curvature(ChunkLoss(context, tasks.support, len(tasks), 0, SUPPORT), phi, 0, linearize=linearize), phi
+    context = Context.of(objective)
+    phi = context.theta.repeat(len(tasks), 1)
+    support = ChunkLoss(context, tasks.support, len(tasks), 0, SUPPORT)
+    return Curvature(support, phi, 0, mode=hvp, linearize=linearize), phi
 
 
 def draw_tasks(count):

@@ -1,0 +1,70 @@
+"""What every evaluation of one engine call shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from imaml._layout import Layout
+from imaml._objective import Objective
+from imaml._random import Replay
+
+
+@dataclass
+class Context:
+    """A snapshot of the objective's parameters and buffers, and what the call has done so far."""
+
+    objective: Objective
+    layout: Layout
+    """Of the adapted parameters."""
+    theta: Tensor
+    """Their values, flat `(n,)`."""
+    fixed_layout: Layout
+    """Of the other parameters that receive meta-gradients."""
+    fixed: list[Tensor]
+    """Their values."""
+    constants: dict[str, Tensor]
+    """Copies of the model's buffers."""
+    replay: Replay
+    gradients: int = 0
+    """Evaluations so far, summed over tasks: one call on a chunk of 8 tasks counts 8."""
+    hvps: int = 0
+    hvp_mode: str | None = None
+    """How Hessian-vector products were computed; None before the first."""
+    unused: tuple[str, ...] = field(default=())
+    """Adapted parameters that the support loss does not depend on."""
+
+    @classmethod
+    def of(cls, objective: Objective) -> Context:
+        """Check the objective in its present state, and take the snapshot.
+
+        Args:
+            objective: Model and loss.
+
+        Returns:
+            The context of one call.
+
+        Raises:
+            TypeError: Not an objective.
+            ValueError: The model's present state cannot be adapted, or its parameters are on several devices.
+        """
+        if not isinstance(objective, Objective):
+            raise TypeError(f"Expected an Objective(model, loss). Got {type(objective).__name__}.")
+        objective.check()
+        named = objective.parameters()
+        adapted = {n: p for n, p in named.items() if n in objective.adapted}
+        fixed = {n: p.detach() for n, p in named.items() if n not in objective.adapted}
+        devices = {p.device for p in adapted.values()}
+        if len(devices) > 1:
+            raise ValueError(f"Adapted parameters must be on one device. Got {sorted(map(str, devices))}.")
+        layout = Layout.of(adapted)
+        return cls(
+            objective=objective,
+            layout=layout,
+            theta=layout.flatten(list(adapted.values())),
+            fixed_layout=Layout.of(fixed),
+            fixed=list(fixed.values()),
+            constants=objective.constants(),
+            replay=Replay(devices.pop()),
+        )

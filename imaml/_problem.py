@@ -36,7 +36,7 @@ class Problem:
         """The gradient of the inner objective, proximal term included, `(tasks, n)`."""
         support = self.support.gradient(phi, step)
         self.support.context.gradients += self.support.tasks
-        if step == len(self.support_losses):
+        if len(self.support_losses) == step < self.inner.steps:
             self.support_losses.append(support.losses)
         return self.add_proximal(support.adapted, phi)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -90,7 +90,13 @@ class TaskBatch:
         """The number of tasks."""
         return int(tree_flatten(self.support)[0][0].shape[0])
 
-    def __getitem__(self, index: int | slice) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> Task: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> TaskBatch: ...
+
+    def __getitem__(self, index: int | slice) -> Task | TaskBatch:
         """One `Task` for an integer, a smaller `TaskBatch` for a slice; both are views."""
         if isinstance(index, slice):
             return TaskBatch(

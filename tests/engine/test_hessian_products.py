@@ -59,7 +59,9 @@ def dense(model, task: Task, loss, adapted=None):
 
 
 @settings(max_examples=12)
-@given(models(), st.sampled_from(EXACT), st.booleans(), st.sampled_from([1, 2]), st.sampled_from([F.mse_loss, F.l1_loss]))
+@given(
+    models(), st.sampled_from(EXACT), st.booleans(), st.sampled_from([1, 2]), st.sampled_from([F.mse_loss, F.l1_loss])
+)
 def test_exact_modes_multiply_by_the_hessian(model, hvp, linearize, count, loss):
     tasks = draw_tasks(count)
     h, phi = curvature(model, tasks, hvp=hvp, linearize=linearize, loss=loss)
@@ -127,7 +129,9 @@ def test_the_inner_step_size_is_no_part_of_a_product():
 
 @pytest.mark.parametrize("hvp", EXACT)
 @pytest.mark.parametrize("linearize", [True, False])
-@pytest.mark.parametrize("loss", [F.mse_loss, F.smooth_l1_loss, F.binary_cross_entropy_with_logits], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "loss", [F.mse_loss, F.smooth_l1_loss, F.binary_cross_entropy_with_logits], ids=lambda f: f.__name__
+)
 def test_losses_with_a_floating_target(hvp, linearize, loss):
     """Forward AD of some needs explicit zero tangents for the target."""
     model, tasks = nn.Sequential(nn.Linear(3, 2)).double(), draw_tasks(2)

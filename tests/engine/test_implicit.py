@@ -75,7 +75,12 @@ def test_maml_with_the_same_proximal_term_converges_to_it_geometrically():
 
 @pytest.mark.parametrize(
     "solver",
-    [Dense(), Neumann(max_steps=400, rtol=1e-11), ScipySolver(method="minres", rtol=1e-12), ScipySolver(method="cg", rtol=1e-12)],
+    [
+        Dense(),
+        Neumann(max_steps=400, rtol=1e-11),
+        ScipySolver(method="minres", rtol=1e-12),
+        ScipySolver(method="cg", rtol=1e-12),
+    ],
     ids=lambda s: type(s).__name__ + getattr(s, "method", ""),
 )
 def test_any_solver_plugs_in(solver):
@@ -91,7 +96,9 @@ def test_any_solver_plugs_in(solver):
 def test_stationarity_is_the_norm_of_the_inner_gradient(hvp, linearize, steps):
     model, objective, tasks = problem(mlp)
     inner = GradientDescent(lr=0.2, steps=steps)
-    engine = ImplicitMAML(inner=inner, regularization=0.9, solver=CG(max_steps=1, rtol=0.0), hvp=hvp, linearize=linearize)
+    engine = ImplicitMAML(
+        inner=inner, regularization=0.9, solver=CG(max_steps=1, rtol=0.0), hvp=hvp, linearize=linearize
+    )
     report = engine(objective, tasks).report
     theta = dict(model.named_parameters())
     for i, task in enumerate(tasks):
@@ -114,7 +121,9 @@ def test_the_solver_stops_at_its_budget_and_the_residual_is_true():
         leaves = {n: p.requires_grad_() for n, p in phi.items()}
         v = torch.autograd.grad(setup.loss(leaves, task.query), list(leaves.values()))
         b = torch.cat([g.flatten() for g in v])
-        matrix = torch.eye(len(b)).double() + hessian(setup, {n: p.detach() for n, p in phi.items()}, task.support) / 0.5
+        matrix = (
+            torch.eye(len(b)).double() + hessian(setup, {n: p.detach() for n, p in phi.items()}, task.support) / 0.5
+        )
         expected = (b - matrix @ x).norm() / b.norm()
         torch.testing.assert_close(report.solver_residual[i], expected, rtol=1e-6, atol=0)
         assert expected > 1e-4

@@ -1,0 +1,84 @@
+"""Peak memory as the inner loop grows: the allocator's own account of a small transformer."""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, Objective, TaskBatch
+from imaml.measure import peak_memory
+
+VOCABULARY, WIDTH, LENGTH = 50, 32, 12
+STEPS = (1, 4, 12)
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        layer = nn.TransformerEncoderLayer(WIDTH, 4, 2 * WIDTH, dropout=0.0, batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.layers(self.embed(tokens)).mean(1))
+
+
+@cache
+def problem():
+    torch.manual_seed(0)
+    model = Classifier()
+
+    def batch():
+        return torch.randint(VOCABULARY, (1, 4, LENGTH)), torch.randint(5, (1, 4))
+
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return Objective(model, F.cross_entropy), TaskBatch(support=batch(), query=batch()), size
+
+
+def peaks(strategy, steps=STEPS, **options):
+    objective, tasks, _ = problem()
+    engines = [strategy(inner=GradientDescent(lr=0.01, steps=k), **options) for k in steps]
+    engines[-1](objective, tasks)  # what torch sets up once
+    return [peak_memory(lambda engine=engine: engine(objective, tasks)) for engine in engines]
+
+
+def flat(sizes):
+    return max(sizes) <= 1.05 * min(sizes)
+
+
+def test_fomaml_is_flat_in_the_number_of_inner_steps():
+    assert flat(peaks(FOMAML))
+
+
+def test_implicit_maml_is_flat_in_the_number_of_inner_steps():
+    for linearize in (True, False):
+        assert flat(peaks(ImplicitMAML, solver=CG(max_steps=3, rtol=0.0), linearize=linearize, on_failure="ignore"))
+
+
+def test_maml_grows_by_one_state_a_step():
+    theta = problem()[2]
+    sizes = peaks(MAML)
+    growth = [(b - a) / (l - k) for a, b, k, l in zip(sizes, sizes[1:], STEPS, STEPS[1:], strict=False)]
+    assert all(0.5 * theta < g <= 1.15 * theta for g in growth)
+
+
+def test_maml_with_checkpoints_is_flat_beyond_their_number():
+    """Held are theta, the checkpoints, and the state at hand."""
+    theta, count = problem()[2], 4
+    sizes = peaks(MAML, steps=(1, 12, 20), checkpoints=count)
+    assert flat(sizes[1:])
+    assert sizes[-1] - sizes[0] <= 1.15 * theta * (count + 1)
+    assert peaks(MAML, steps=(12,), checkpoints=0)[0] < sizes[1]
+
+
+def test_nothing_is_held_after_the_call_but_the_gradients():
+    objective, tasks, theta = problem()
+    engine = MAML(inner=GradientDescent(lr=0.01, steps=4))
+    engine(objective, tasks)
+    results = []
+    one = peak_memory(lambda: results.append(engine(objective, tasks)))
+    assert peak_memory(lambda: results.append(engine(objective, tasks))) <= 1.01 * one
+    held = sum(t.numel() * t.element_size() for t in results[0].loss.grad_fn.saved_tensors)
+    assert held == theta

@@ -1,0 +1,178 @@
+"""Layers with operations that have no second derivative, no forward AD, or no batching rule."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, Objective
+from tests.engine.cases import classification
+from tests.oracles import model_loss, relative_error, setting, unrolled
+
+INNER = GradientDescent(lr=0.2, steps=3)
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    """tanh, as a fused kernel would give it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return torch.tanh(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (y,) = ctx.saved_tensors
+        return grad * (1 - y * y)
+
+
+class OldStyle(torch.autograd.Function):
+    """The same with forward(ctx, ...), which no transform of torch.func takes."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = torch.tanh(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (y,) = ctx.saved_tensors
+        return grad * (1 - y * y)
+
+
+class Activation(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def network(function, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 5), Activation(function), nn.Linear(5, 3)).double()
+
+
+@pytest.mark.parametrize("adapt", [None, ["0"]], ids=["all", "first"])
+@pytest.mark.parametrize(
+    ("function", "chunk_size"), [(OnceDifferentiable, None), (OnceDifferentiable, 1), (OldStyle, 1)], ids=str
+)
+def test_auto_turns_to_finite_differences_and_says_so(function, chunk_size, adapt):
+    tasks = classification((4,))
+    for make in (MAML, lambda **k: ImplicitMAML(**k, solver=CG(max_steps=5, rtol=0.0))):
+        engine = make(inner=INNER, chunk_size=chunk_size)
+        expected = engine.value_and_grad(Objective(network(torch.tanh), F.cross_entropy, adapt=adapt), tasks)[1]
+        objective = Objective(network(function.apply), F.cross_entropy, adapt=adapt)
+        report = engine(objective, tasks).report
+        assert report.hvp_mode == "finite-difference" and "finite-difference" in str(report)
+        assert relative_error(engine.value_and_grad(objective, tasks)[1], expected) <= 1e-6
+
+
+def test_first_order_strategies_need_no_second_derivative():
+    tasks = classification((4,))
+    expected = FOMAML(inner=INNER).value_and_grad(Objective(network(torch.tanh), F.cross_entropy), tasks)[1]
+    got = FOMAML(inner=INNER).value_and_grad(Objective(network(OnceDifferentiable.apply), F.cross_entropy), tasks)[1]
+    assert relative_error(got, expected) <= 1e-14
+
+
+@pytest.mark.parametrize("hvp", ["reverse-over-reverse", "forward-over-reverse"])
+@pytest.mark.parametrize("strategy", [MAML, ImplicitMAML])
+@pytest.mark.parametrize("function", [OnceDifferentiable, OldStyle])
+def test_an_exact_mode_that_was_asked_for_refuses(function, strategy, hvp):
+    objective = Objective(network(function.apply), F.cross_entropy)
+    with pytest.raises(RuntimeError, match=f"(?s)hvp='{hvp}'.*hvp='auto'.*finite-difference") as caught:
+        strategy(inner=INNER, hvp=hvp, chunk_size=1)(objective, classification((4,)))
+    assert caught.value.__cause__ is not None
+
+
+def test_a_function_without_a_batching_rule_names_chunk_size():
+    objective = Objective(network(OldStyle.apply), F.cross_entropy)
+    with pytest.raises(RuntimeError, match="chunk_size=1"):
+        MAML(inner=INNER)(objective, classification((4,)))
+
+
+def test_a_loss_without_forward_over_reverse():
+    tasks, model = classification((4,)), network(torch.tanh)
+
+    def huber(output, y):
+        return F.huber_loss(output, F.one_hot(y, 3).double(), delta=0.3)
+
+    with pytest.raises(RuntimeError, match="(?s)hvp='forward-over-reverse'.*hvp='auto'"):
+        MAML(inner=INNER, hvp="forward-over-reverse")(Objective(model, huber), tasks)
+    engine = MAML(inner=INNER)
+    assert engine(Objective(model, huber), tasks).report.hvp_mode == "reverse-over-reverse"
+    _, expected = unrolled(setting(engine, tasks, model_loss(model, huber), dict(model.named_parameters())))
+    assert relative_error(engine.value_and_grad(Objective(model, huber), tasks)[1], expected) <= 1e-10
+
+
+class Attention(nn.Module):
+    """`scaled_dot_product_attention` called as it is, for whose default kernels torch has no second derivative."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.head = nn.Linear(4, 24), nn.Linear(8, 3)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).movedim(-3, 0).transpose(-2, -3)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.head(mixed.transpose(-2, -3).flatten(-2).mean(-2))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+@pytest.mark.parametrize("hvp", ["auto", "forward-over-reverse", "reverse-over-reverse", "finite-difference"])
+def test_attention_works_in_every_mode(hvp, chunk_size):
+    model, tasks = Attention().double(), classification((5, 4))
+    objective = Objective(model, F.cross_entropy)
+    engine = MAML(inner=INNER, hvp=hvp, chunk_size=chunk_size)
+    _, expected = unrolled(setting(engine, tasks, model_loss(model, F.cross_entropy), dict(model.named_parameters())))
+    tolerance = 1e-6 if hvp == "finite-difference" else 1e-10
+    assert relative_error(engine.value_and_grad(objective, tasks)[1], expected) <= tolerance
+    assert engine(objective, tasks).report.hvp_mode == ("reverse-over-reverse" if hvp == "auto" else hvp)
+
+
+@pytest.mark.parametrize("build", [nn.LSTM, nn.GRU])
+def test_recurrent_networks_task_by_task(build):
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = build(4, 5, batch_first=True), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.head(self.rnn(x)[0][:, -1])
+
+    model, tasks = Last().double(), classification((3, 4))
+    engine = MAML(inner=INNER, chunk_size=1)
+    _, expected = unrolled(setting(engine, tasks, model_loss(model, F.cross_entropy), dict(model.named_parameters())))
+    assert relative_error(engine.value_and_grad(Objective(model, F.cross_entropy), tasks)[1], expected) <= 1e-10
+
+
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized:UserWarning")
+@pytest.mark.parametrize("hvp", ["auto", "forward-over-reverse", "reverse-over-reverse"])
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_constants_in_the_loss(hvp, chunk_size):
+    """Tensors that are neither parameters nor data have no tangent, which torch's forward AD of `mse_loss` may not take."""
+    model = nn.Linear(4, 3).double()
+    model.register_buffer("shift", torch.randn(3).double())
+
+    def loss(output, y):
+        return F.mse_loss(output, model.shift.expand_as(output)) + F.cross_entropy(output, y)
+
+    tasks = classification((4,))
+    engine = MAML(inner=INNER, hvp=hvp, chunk_size=chunk_size)
+    _, expected = unrolled(setting(engine, tasks, model_loss(model, loss), dict(model.named_parameters())))
+    try:
+        _, got = engine.value_and_grad(Objective(model, loss), tasks)
+    except RuntimeError as error:
+        assert hvp == "forward-over-reverse" and "hvp='auto'" in str(error)
+    else:
+        assert relative_error(got, expected) <= 1e-10

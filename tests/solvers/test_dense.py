@@ -1,0 +1,42 @@
+"""The direct solve."""
+
+import pytest
+import torch
+
+from imaml_solvers import Dense, Status
+from tests.solvers.systems import F64, Recorded, noise, residual, rotated, spread
+
+
+def test_an_unsymmetric_matrix_is_solved_and_not_its_transpose():
+    matrix, b = noise(3, 6, 6, seed=4), noise(3, 6)
+    solution = Dense().solve(matrix, b)
+    assert (solution.status == Status.CONVERGED).all()
+    assert (residual(matrix, solution.x, b) <= 1e-12 * b.norm(dim=-1)).all()
+
+
+def test_it_costs_n_products():
+    op = Recorded(rotated(spread(6, 10)).expand(2, 6, 6))
+    solution = Dense().solve(op, noise(2, 6))
+    assert len(op.seen) == 6 and (solution.num_steps == 6).all()
+
+
+def test_an_ill_conditioned_matrix_is_solved_to_rounding():
+    matrix, b = rotated(spread(10, 1e12)), noise(10)
+    solution = Dense().solve(matrix, b)
+    assert solution.status == Status.CONVERGED and residual(matrix, solution.x, b) <= 1e-14 * solution.x.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(10))
+def test_a_matrix_singular_to_rounding_is_a_breakdown(dtype, seed):
+    spectrum = torch.linspace(0, 1, 20, dtype=F64)
+    b = noise(2, 20, seed=seed).to(dtype)
+    matrix = torch.stack([rotated(spectrum, seed), rotated(spectrum + 0.1, seed)]).to(dtype)
+    solution = Dense().solve(matrix, b)
+    assert solution.status.tolist() == [Status.BREAKDOWN, Status.CONVERGED]
+    assert (solution.x[0] == 0).all() and solution.residual_norm[0].item() == pytest.approx(b[0].norm().item())
+
+
+def test_half_precision_is_accepted():
+    solution = Dense().solve(torch.eye(3, dtype=torch.bfloat16) * 2, torch.ones(3, dtype=torch.bfloat16))
+    assert solution.x.tolist() == [0.5] * 3 and solution.x.dtype == solution.residual_norm.dtype == torch.bfloat16

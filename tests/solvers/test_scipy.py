@@ -1,0 +1,95 @@
+"""The adapter of scipy.sparse.linalg: what it passes on, and what it makes of the answer."""
+
+import numpy as np
+import pytest
+import scipy.sparse.linalg
+import torch
+
+from imaml_solvers import ScipySolver, Status
+from tests.solvers.systems import F64, Recorded, noise, residual, rotated, spread
+
+GENERAL = ["bicgstab", "cgs", "gcrotmk", "gmres", "lgmres"]
+
+
+@pytest.mark.parametrize("method", ["minres", "gmres", "lgmres", "gcrotmk"])
+def test_indefinite_systems_are_solved(method):
+    matrix, b = rotated([-3.0, -2.0, -0.5, 0.3, 1.0, 2.0, 4.0]), noise(2, 7)
+    solution = ScipySolver(method=method, rtol=1e-9).solve(matrix, b)
+    assert (solution.status == Status.CONVERGED).all()
+    torch.testing.assert_close(solution.x, torch.linalg.solve(matrix, b.T).T, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", GENERAL)
+def test_unsymmetric_systems_are_solved(method):
+    matrix, b = 3 * torch.eye(8, dtype=F64) + noise(8, 8) / 3, noise(2, 8)
+    solution = ScipySolver(method=method, rtol=1e-9).solve(matrix, b)
+    assert (solution.status == Status.CONVERGED).all()
+    torch.testing.assert_close(solution.x, torch.linalg.solve(matrix, b.T).T, rtol=1e-7, atol=1e-8)
+
+
+def test_the_answer_and_the_steps_are_those_of_scipy():
+    matrix, b, steps = rotated(spread(12, 50)), noise(12), []
+    expected, _ = scipy.sparse.linalg.cg(matrix.numpy(), b.numpy(), rtol=1e-6, callback=lambda _: steps.append(1))
+    solution = ScipySolver(method="cg", rtol=1e-6).solve(matrix, b)
+    np.testing.assert_allclose(solution.x.numpy(), expected, rtol=1e-7)
+    assert solution.num_steps == len(steps)
+
+
+@pytest.mark.parametrize("condition", [1e3, 1e5])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_minres_reaches_the_residual_that_scipy_does_not(condition, scale):
+    matrix, b = scale * rotated(spread(15, condition)), noise(15)
+    alone, info = scipy.sparse.linalg.minres(matrix.numpy(), b.numpy(), rtol=1e-6)
+    assert info == 0 and residual(matrix, torch.from_numpy(alone), b) > 1e-6 * b.norm()
+    solution = ScipySolver(method="minres", rtol=1e-6, max_steps=500).solve(matrix, b)
+    assert solution.status == Status.CONVERGED and residual(matrix, solution.x, b) <= 1e-6 * b.norm()
+
+
+@pytest.mark.parametrize("method", ["cg", "minres", *GENERAL])
+def test_too_few_steps(method):
+    matrix, b = rotated(spread(30, 1e6)), noise(30)
+    solution = ScipySolver(method=method, rtol=1e-10, max_steps=4).solve(matrix, b)
+    assert solution.status == Status.MAX_STEPS and not solution.success
+    assert 0 < solution.num_steps <= 10
+    torch.testing.assert_close(solution.residual_norm, residual(matrix, solution.x, b), rtol=1e-9, atol=0)
+
+
+def test_the_rounding_floor_is_stagnation():
+    matrix, b = rotated(spread(10, 1e4)), noise(10)
+    solution = ScipySolver(method="gmres", rtol=1e-18, max_steps=40).solve(matrix, b)
+    assert solution.status in (Status.STAGNATED, Status.MAX_STEPS) and solution.residual_norm <= 1e-10 * b.norm()
+
+
+def test_an_indefinite_preconditioner_of_minres_is_a_breakdown():
+    matrix, b = rotated(spread(5, 10)), noise(5)
+    solution = ScipySolver(method="minres").solve(matrix, b, preconditioner=lambda r: -r)
+    assert solution.status == Status.BREAKDOWN and (solution.x == 0).all()
+
+
+def test_an_error_of_the_users_own_product_comes_through():
+    def mv(x):
+        raise ValueError("the product itself failed")
+
+    with pytest.raises(ValueError, match="the product itself failed"):
+        ScipySolver(method="minres").solve(mv, noise(3))
+
+
+def test_each_product_serves_one_system_with_zeros_for_the_others():
+    op = Recorded(rotated(spread(5, 10)))
+    ScipySolver(method="cg").solve(op, noise(3, 5))
+    assert all((x != 0).any(-1).sum() == 1 for x in op.seen)
+
+
+def test_half_precision_comes_back_in_half_precision():
+    solution = ScipySolver(rtol=1e-1).solve(2 * torch.eye(3, dtype=torch.bfloat16), torch.ones(3, dtype=torch.bfloat16))
+    assert solution.x.tolist() == [0.5] * 3 and solution.x.dtype == torch.bfloat16
+
+
+def test_an_unknown_method_is_told_the_known_ones():
+    with pytest.raises(ValueError, match="one of bicgstab, cg, .*minres. Got 'jacobi'"):
+        ScipySolver(method="jacobi")
+
+
+def test_a_budget_without_tolerance_is_refused():
+    with pytest.raises(ValueError, match=r"`rtol` or `atol` must be > 0.*CG\(max_steps"):
+        ScipySolver(rtol=0.0, atol=0.0)

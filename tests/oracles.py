@@ -1,7 +1,7 @@
 """Meta-gradients the plain way: independent oracles in PyTorch alone, slow and obvious, for small problems.
 
-Nothing here calls the library, except that `ORACLES` is keyed by its classes and `setting` reads their fields. A new strategy
-needs one function here, and a line in `ORACLES`.
+Nothing here calls the library, except that `ORACLES` is keyed by its classes and `setting` reads their fields. A new
+strategy needs one function here, and a line in `ORACLES`.
 """
 
 from __future__ import annotations

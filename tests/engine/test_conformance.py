@@ -1,4 +1,4 @@
-"""What holds for every strategy. A new public `MetaGradient` is found by itself; it needs an oracle, and nothing else here."""
+"""What holds for every strategy. A new public `MetaGradient` is found by itself, and needs but an oracle."""
 
 import copy
 import dataclasses
@@ -135,9 +135,7 @@ def test_gradients_accumulate_and_scale(strategy):
     assert relative_error({n: p.grad / 8 for n, p in model.named_parameters()}, whole) <= 1e-12
     total = nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     assert total > 1e-3
-    torch.testing.assert_close(
-        nn.utils.get_total_norm(p.grad for p in model.parameters()).item(), 1e-3, rtol=1e-2, atol=0
-    )
+    assert 0.99e-3 < nn.utils.get_total_norm(p.grad for p in model.parameters()) <= 1e-3
 
 
 def test_the_loss_is_part_of_a_larger_one(strategy):

@@ -1,6 +1,6 @@
 """The report's counts are those of real evaluations; recomputation is the least possible."""
 
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -36,8 +36,9 @@ def inner(steps):
 
 @cache
 def fewest_advances(steps, slots):
-    """Griewank & Walther's optimum by its recurrence: steps run forward to reverse `steps` of them, where `slots` states fit
-    in memory and the first one is the start."""
+    """Griewank & Walther's optimum by its recurrence: steps run forward to reverse `steps` of them where `slots`
+    states fit in memory, the start among them.
+    """
     if steps <= 1:
         return 0
     if slots == 1:
@@ -94,11 +95,7 @@ def test_implicit_in_other_modes(hvp):
 
 
 @pytest.mark.parametrize("chunk_size", [None, 2])
-@pytest.mark.parametrize(
-    "engine",
-    [MAML, FOMAML, lambda **k: ImplicitMAML(**k, solver=CG(max_steps=2, rtol=0.0))],
-    ids=["maml", "fo", "implicit"],
-)
+@pytest.mark.parametrize("engine", [MAML, FOMAML, partial(ImplicitMAML, solver=CG(max_steps=2, rtol=0.0))])
 def test_a_vectorised_call_counts_its_tasks(engine, chunk_size):
     one, _ = run(engine(inner=inner(3), chunk_size=1))
     many, calls = run(engine(inner=inner(3), chunk_size=chunk_size))

@@ -73,16 +73,15 @@ def test_maml_with_the_same_proximal_term_converges_to_it_geometrically():
     assert errors[-1] < 1e-6
 
 
-@pytest.mark.parametrize(
-    "solver",
-    [
-        Dense(),
-        Neumann(max_steps=400, rtol=1e-11),
-        ScipySolver(method="minres", rtol=1e-12),
-        ScipySolver(method="cg", rtol=1e-12),
-    ],
-    ids=lambda s: type(s).__name__ + getattr(s, "method", ""),
-)
+OTHER_SOLVERS = {
+    "dense": Dense(),
+    "neumann": Neumann(max_steps=400, rtol=1e-11),
+    "minres": ScipySolver(method="minres", rtol=1e-12),
+    "scipy's cg": ScipySolver(method="cg", rtol=1e-12),
+}
+
+
+@pytest.mark.parametrize("solver", OTHER_SOLVERS.values(), ids=OTHER_SOLVERS)
 def test_any_solver_plugs_in(solver):
     model, objective, tasks = problem(mlp)
     engine = ImplicitMAML(inner=SHORT, solver=solver)

@@ -1,6 +1,7 @@
 """Peak memory as the inner loop grows: the allocator's own account of a small transformer."""
 
 from functools import cache
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,7 @@ def test_implicit_maml_is_flat_in_the_number_of_inner_steps():
 def test_maml_grows_by_one_state_a_step():
     theta = problem()[2]
     sizes = peaks(MAML)
-    growth = [(b - a) / (l - k) for a, b, k, l in zip(sizes, sizes[1:], STEPS, STEPS[1:], strict=False)]
+    growth = [(b - a) / (n - m) for (m, a), (n, b) in pairwise(zip(STEPS, sizes, strict=True))]
     assert all(0.5 * theta < g <= 1.15 * theta for g in growth)
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.func import functional_call
 
 from imaml import FOMAML, MAML, Dense, GradientDescent, ImplicitMAML, Objective, Task, TaskBatch
-from tests.engine.cases import classification, mlp, problem
+from tests.engine.cases import classification, mlp, oracle_setting, problem
 from tests.oracles import first_order, implicit, model_loss, relative_error, setting, unrolled
 
 INNER = GradientDescent(lr=0.2, steps=3)
@@ -52,9 +52,7 @@ def test_only_the_head_adapts_and_the_body_is_learned_through_it(pair):
     engine, oracle = pair
     model, objective, tasks = problem(mlp, adapt=["2"])
     engine(objective, tasks).loss.backward()
-    _, expected = oracle(
-        setting(engine, tasks, model_loss(model, F.cross_entropy), dict(model.named_parameters()), objective.adapted)
-    )
+    _, expected = oracle(oracle_setting(engine, model, objective, tasks))
     assert relative_error({n: p.grad for n, p in model.named_parameters()}, expected) <= 1e-10
 
 

@@ -160,7 +160,7 @@ def test_recurrent_networks_task_by_task(build):
 @pytest.mark.parametrize("hvp", ["auto", "forward-over-reverse", "reverse-over-reverse"])
 @pytest.mark.parametrize("chunk_size", [None, 1])
 def test_constants_in_the_loss(hvp, chunk_size):
-    """Tensors that are neither parameters nor data have no tangent, which torch's forward AD of `mse_loss` may not take."""
+    """What is neither parameter nor data has no tangent: torch's forward AD of `mse_loss` may refuse it."""
     model = nn.Linear(4, 3).double()
     model.register_buffer("shift", torch.randn(3).double())
 

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-USER_ERRORS = (OSError, ValueError, FloatingPointError)
+USER_ERRORS = (OSError, ImportError, ValueError, FloatingPointError)
 """What a wrong option, file or hyper-parameter raises: one line on stderr instead of a traceback."""
 
 
@@ -17,12 +17,12 @@ def main(args: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 after an error of the user's, 130 after Ctrl-C.
     """
     try:
-        from imaml.cli import _compare, _options, _train
+        from imaml.cli import _command_line, _compare, _options, _train
     except ModuleNotFoundError as error:
         print(f"imaml: the program needs {error.name}: pip install 'imaml[train]'", file=sys.stderr)
         return 2
     try:
-        options = _options.parse(sys.argv[1:] if args is None else args)
+        options = _command_line.parse(sys.argv[1:] if args is None else args)
         return _train.train(options) if isinstance(options, _options.Train) else _compare.compare(options)
     except USER_ERRORS as error:
         print(f"imaml: {error}", file=sys.stderr)

@@ -15,10 +15,11 @@ from rich.text import Text
 
 from imaml.cli._arena import Arena
 from imaml.cli._environment import environment
+from imaml.cli._metric import Metric
 from imaml.cli._options import Compare, EngineOptions, Strategy
 from imaml.cli._outcome import COLORS, FOOTNOTES, NAMES, Outcome, columns
 from imaml.cli._presets import PRESETS
-from imaml.cli._problem import Metric, applies, build_engine, build_problem, flag
+from imaml.cli._problem import applies, build_engine, build_problem, flag
 from imaml.cli._progress import say
 from imaml.cli._report import write_report
 from imaml.training import replace_file
@@ -95,7 +96,7 @@ def _table(outcomes: list[Outcome], metric: Metric) -> Table:
     table.add_column("strategy", no_wrap=True)
     shown = columns(metric)
     for heading in shown:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=heading.startswith("test"))
     for outcome in outcomes:
         name = Text(NAMES[outcome.strategy], style=f"bold {COLORS[outcome.strategy]}")
         table.add_row(name, *(text(outcome) for text in shown.values()))

@@ -10,8 +10,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from imaml.cli._metric import Metric
 from imaml.cli._outcome import COLORS, NAMES, Outcome, Point
-from imaml.cli._problem import Metric
 from imaml.training import replace_file
 
 _WINDOW = 25
@@ -67,12 +67,12 @@ def learning_curves(outcomes: Sequence[Outcome], metric: Metric, theme: Theme, *
     return figure
 
 
-def bars(outcomes: Sequence[Outcome], values: Sequence[float], label: str, theme: Theme) -> Figure:
-    """One horizontal bar for each strategy, with its number."""
+def bars(outcomes: Sequence[Outcome], values: Sequence[float], label: str, form: str, theme: Theme) -> Figure:
+    """One horizontal bar for each strategy, with its number in the given format."""
     figure, axes = _axes(theme, (5.2, 0.7 + 0.42 * len(outcomes)))
     names = [NAMES[outcome.strategy] for outcome in outcomes]
     drawn = axes.barh(names, values, color=[COLORS[outcome.strategy] for outcome in outcomes], height=0.62)
-    axes.bar_label(drawn, fmt="{:.3g}", padding=4, color=theme.ink)
+    axes.bar_label(drawn, fmt=form, padding=4, color=theme.ink)
     axes.set_xlabel(label)
     axes.margins(x=0.12)
     axes.invert_yaxis()

@@ -1,16 +1,13 @@
-"""The command line: every flag is a field of one of these dataclasses or of `Plan`."""
+"""What can be chosen: every flag of the program is a field of one of these dataclasses or of `Plan`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
-
-import tyro
+from typing import Any, Literal, get_args
 
 from imaml._curvature import HvpMode
-from imaml.training import Plan, RunFolder
+from imaml.training import CheckpointError, Plan
 
 Dataset = Literal["sinusoid", "glyphs", "omniglot"]
 Strategy = Literal["maml", "fomaml", "imaml"]
@@ -114,16 +111,21 @@ class Train:
 
     @classmethod
     def from_config(cls, config: dict[str, Any], **others: Any) -> Train:
-        """The options that `config` came from."""
-        data = config["episodes"]["data"]
-        return cls(
-            strategy=config["strategy"],
-            episodes=EpisodeOptions(**{**config["episodes"], "data": None if data is None else Path(data)}),
-            engine=EngineOptions(**config["engine"]),
-            plan=Plan(**config["plan"]),
-            machine=MachineOptions(**config["machine"]),
-            **others,
-        )
+        """The options that `config` came from; a CheckpointError if another program wrote it."""
+        try:
+            data = config["episodes"]["data"]
+            return cls(
+                strategy=config["strategy"],
+                episodes=EpisodeOptions(**{**config["episodes"], "data": None if data is None else Path(data)}),
+                engine=EngineOptions(**config["engine"]),
+                plan=Plan(**config["plan"]),
+                machine=MachineOptions(**config["machine"]),
+                **others,
+            )
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"The configuration of the run is of another version: {error}. Train anew."
+            ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,46 +150,3 @@ class Compare:
     def folder(self) -> Path:
         """The folder of the report."""
         return self.out or Path("runs", f"compare-{self.episodes.dataset}")
-
-
-def parse(args: Sequence[str]) -> Train | Compare:
-    """Read the command line twice: for what the defaults depend on, then with these defaults.
-
-    Args:
-        args: Command line without the program's name.
-
-    Returns:
-        The options of the chosen subcommand.
-
-    Raises:
-        SystemExit: After --help, or a flag that does not parse.
-    """
-    from imaml.cli import _presets
-
-    if not args or args[0] not in _COMMANDS:
-        tyro.cli(
-            Annotated[Train, tyro.conf.subcommand("train")] | Annotated[Compare, tyro.conf.subcommand("compare")],
-            args=args or ["--help"],
-            prog="imaml",
-            description="Meta-learning with exact, first-order and implicit meta-gradients.",
-        )
-    command, *flags = args
-    first = _parse(command, [flag for flag in flags if flag not in ("-h", "--help")], _COMMANDS[command]())
-    if isinstance(first, Compare):
-        return _parse(command, flags, _presets.compare(first.episodes.dataset))
-    if first.resume:
-        return _parse(command, flags, Train.from_config(RunFolder(first.folder).config, out=first.out))
-    return _parse(command, flags, _presets.train(first.episodes.dataset, first.strategy))
-
-
-_COMMANDS: dict[str, type[Train | Compare]] = {"train": Train, "compare": Compare}
-
-
-def _parse(command: str, flags: Sequence[str], default: Train | Compare) -> Train | Compare:
-    return tyro.cli(
-        type(default),
-        args=flags,
-        default=default,
-        prog=f"imaml {command}",
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-    )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from imaml.cli._metric import Metric
 from imaml.cli._options import EngineOptions, Strategy
-from imaml.cli._problem import Metric
 from imaml.training import Evaluation
 
 NAMES: dict[Strategy, str] = {"maml": "MAML", "fomaml": "FOMAML", "imaml": "iMAML"}

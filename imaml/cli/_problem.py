@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, MetaGradient, Objective, data
+from imaml.cli._metric import ACCURACY, MSE, Metric
 from imaml.cli._options import Dataset, EngineOptions, EpisodeOptions, MachineOptions, Strategy
 from imaml.models import MLP, Conv4
 from imaml.training import Episodes
@@ -23,38 +24,6 @@ _EPISODES: dict[Dataset, type[data.Episodes]] = {
 }
 _ENGINES: dict[Strategy, type[MetaGradient]] = {"maml": MAML, "fomaml": FOMAML, "imaml": ImplicitMAML}
 _FIELD_OF = {"data": "path", "cg_steps": "solver"}
-
-
-def accuracy(output: Tensor, target: Tensor) -> Tensor:
-    """The fraction of examples whose largest logit is that of their class."""
-    return (output.argmax(-1) == target).to(output.dtype).mean()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """What is measured on query sets, and how it is written."""
-
-    name: str
-    function: Callable[[Tensor, Tensor], Tensor]
-    percent: bool
-
-    @property
-    def scale(self) -> int:
-        """Factor from a value to its axis in a figure."""
-        return 100 if self.percent else 1
-
-    @property
-    def label(self) -> str:
-        """Name and unit."""
-        return f"{self.name} (%)" if self.percent else self.name
-
-    def text(self, value: float) -> str:
-        """One value, such as "97.3 %"."""
-        return f"{100 * value:.1f} %" if self.percent else f"{value:.3f}"
-
-    def interval(self, mean: float, interval: float) -> str:
-        """A mean and the half-width of its interval, such as "97.3 ± 0.4 %"."""
-        return f"{100 * mean:.1f} ± {100 * interval:.1f} %" if self.percent else f"{mean:.3f} ± {interval:.3f}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +63,9 @@ def build_problem(options: EpisodeOptions, machine: MachineOptions) -> Problem:
     episodes = kind(**given)
     torch.manual_seed(options.seed)
     if options.dataset == "sinusoid":
-        mse = Metric(name="MSE", function=F.mse_loss, percent=False)
-        return Problem(episodes=episodes, model=MLP().to(machine.device), loss=F.mse_loss, metric=mse)
-    correct = Metric(name="accuracy", function=accuracy, percent=True)
+        return Problem(episodes=episodes, model=MLP().to(machine.device), loss=F.mse_loss, metric=MSE)
     model = Conv4(given["ways"]).to(machine.device)
-    return Problem(episodes=episodes, model=model, loss=F.cross_entropy, metric=correct)
+    return Problem(episodes=episodes, model=model, loss=F.cross_entropy, metric=ACCURACY)
 
 
 def _set_up(machine: MachineOptions) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from imaml.cli._problem import Metric
+from imaml.cli._metric import Metric
 from imaml.training import Evaluation, StepRecord, Trainer
 
 _LINE_SECONDS = 15.0

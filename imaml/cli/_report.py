@@ -12,8 +12,9 @@ import jinja2
 from matplotlib.figure import Figure
 
 from imaml.cli._figures import DARK, LIGHT, Theme, bars, learning_curves, save_png
+from imaml.cli._metric import Metric
 from imaml.cli._outcome import COLORS, FOOTNOTES, NAMES, Outcome, columns
-from imaml.cli._problem import Metric, flag
+from imaml.cli._problem import flag
 from imaml.training import replace_file
 
 
@@ -29,11 +30,13 @@ def write_report(folder: Path, outcomes: Sequence[Outcome], metric: Metric, sett
     Returns:
         Path of the page.
     """
+    megabytes = [outcome.peak_bytes / 1e6 for outcome in outcomes]
+    milliseconds = [outcome.milliseconds for outcome in outcomes]
     draw: dict[str, Callable[[Theme], Figure]] = {
         "by-step": lambda theme: learning_curves(outcomes, metric, theme, by_seconds=False),
         "by-seconds": lambda theme: learning_curves(outcomes, metric, theme, by_seconds=True),
-        "memory": lambda theme: bars(outcomes, [o.peak_bytes / 1e6 for o in outcomes], "peak MB of a meta-step", theme),
-        "time": lambda theme: bars(outcomes, [o.milliseconds for o in outcomes], "milliseconds per meta-step", theme),
+        "memory": lambda theme: bars(outcomes, megabytes, "peak MB of a meta-gradient", "{:.1f}", theme),
+        "time": lambda theme: bars(outcomes, milliseconds, "milliseconds per meta-step", "{:.0f}", theme),
     }
     for name, plot in draw.items():
         save_png(folder / f"{name}.png", plot(LIGHT))

@@ -10,13 +10,14 @@ from rich.console import Console
 from imaml.cli._environment import environment
 from imaml.cli._figures import save_png, training_curve
 from imaml.cli._interrupt import deferred_interrupt
+from imaml.cli._metric import Metric
 from imaml.cli._options import Train
-from imaml.cli._problem import Metric, build_engine, build_problem
+from imaml.cli._problem import build_engine, build_problem
 from imaml.cli._progress import progress, say
 from imaml.training import RunFolder, Trainer
 
 _CHECKPOINT_SECONDS = 60.0
-_FREE_ON_RESUME = ("minutes", "device", "threads")
+_FREE_ON_RESUME = ("minutes", "data", "device", "threads")
 
 
 def train(options: Train) -> int:

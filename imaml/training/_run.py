@@ -45,9 +45,7 @@ class RunFolder:
         except OSError as error:
             raise type(error)(f"The run folder {path} cannot be written ({error.strerror}). Name another.") from error
         if not empty:
-            raise FileExistsError(
-                f"The run folder {path} is not empty. Continue its run with --resume, or name another."
-            )
+            raise FileExistsError(f"The run folder {path} is not empty. Resume the run in it, or name another.")
         return folder
 
     @property
@@ -84,6 +82,11 @@ class RunFolder:
             FileNotFoundError: There is no checkpoint.
         """
         state = load_checkpoint(self.path / "checkpoint.pt")
+        missing = {"config", *trainer.state_dict()} - state.keys()
+        if missing:
+            raise CheckpointError(
+                f"{self.path} has a checkpoint of another version, without {', '.join(sorted(missing))}."
+            )
         theirs, ours = _flat(state["config"]), _flat(config)
         differing = [name for name in ours if name not in free and ours[name] != theirs.get(name)]
         if differing:

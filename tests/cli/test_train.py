@@ -142,6 +142,10 @@ def test_resuming_with_other_options_or_a_broken_checkpoint_changes_nothing(tmp_
     assert main(["train", "--resume", "--out", str(out), "--inner-lr", "0.5", "--dataset", "sinusoid"]) == 2
     assert "inner_lr is 0.01 there. Got 0.5." in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (out / "config.json").write_text('{"strategy": "maml"}')
+    assert main(["train", "--resume", "--out", str(out)]) == 2
+    assert "another version" in capsys.readouterr().err
+    (out / "config.json").write_bytes(before["config.json"])
     (out / "checkpoint.pt").write_bytes(before["checkpoint.pt"][:-100])
     assert main(["train", "--resume", "--out", str(out)]) == 2
     assert "truncated" in capsys.readouterr().err

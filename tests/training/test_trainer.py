@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, Objective
 from imaml.data import Sinusoid
 from imaml.models import MLP
-from imaml.training import CheckpointError, Plan, RunFolder, Trainer
+from imaml.training import CheckpointError, Plan, RunFolder, Trainer, save_checkpoint
 
 PLAN = Plan(steps=6, meta_batch=3, eval_every=2, val_tasks=4, meta_lr=0.01)
 INNER = GradientDescent(lr=0.02, steps=2)
@@ -122,6 +122,9 @@ def test_a_checkpoint_of_another_configuration_names_what_differs(tmp_path):
     ) as error:
         folder.restore(trainer, other, free=("minutes",))
     assert "minutes" not in str(error.value)
+    save_checkpoint(folder.path / "checkpoint.pt", {"config": CONFIG, "model": {}})
+    with pytest.raises(CheckpointError, match=r"another version.*optimizer"):
+        folder.restore(trainer, CONFIG)
 
 
 def test_a_folder_in_use_or_out_of_reach_is_refused(tmp_path):

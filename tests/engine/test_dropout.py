@@ -144,12 +144,17 @@ def test_a_query_loss_alone_that_draws():
 
 @pytest.mark.parametrize("hvp", MODES[:3])
 def test_attention_dropout(hvp):
+    """Masks are drawn in the order of memory, which forward AD may change: exact or refused, never wrong."""
     model, tasks = Transformer(dropout=0.3).double(), classification((5, 4))
     objective = Objective(model, F.cross_entropy)
     for chunk_size in (None, 1):
         expected = seeded(MAML(inner=INNER, chunk_size=chunk_size), objective, tasks)
-        got = seeded(MAML(inner=INNER, hvp=hvp, checkpoints=1, chunk_size=chunk_size), objective, tasks)
-        assert relative_error(got, expected) <= 1e-10
+        try:
+            got = seeded(MAML(inner=INNER, hvp=hvp, checkpoints=1, chunk_size=chunk_size), objective, tasks)
+        except RuntimeError as error:
+            assert hvp == "forward-over-reverse" and "hvp='auto'" in str(error)
+        else:
+            assert relative_error(got, expected) <= 1e-10
 
 
 def test_the_gradient_is_that_of_the_loss_with_these_masks(setup):

@@ -66,11 +66,11 @@ def test_maml_grows_by_one_state_a_step():
 
 
 def test_maml_with_checkpoints_is_flat_beyond_their_number():
-    """Held are theta, the checkpoints, and the state at hand."""
+    """Held beyond what one step needs are the checkpoints, the state at hand, and a cotangent."""
     theta, count = problem()[2], 4
     sizes = peaks(MAML, steps=(1, 12, 20), checkpoints=count)
     assert flat(sizes[1:])
-    assert sizes[-1] - sizes[0] <= 1.15 * theta * (count + 1)
+    assert sizes[-1] - sizes[0] <= 1.05 * theta * (count + 2)
     assert peaks(MAML, steps=(12,), checkpoints=0)[0] < sizes[1]
 
 

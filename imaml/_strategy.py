@@ -195,7 +195,7 @@ class MetaGradient(ABC):
 
 def _sum_over_tasks(pullback: Pullback, positions: list[int]) -> list[Tensor]:
     """The summed gradients for theta and for any fixed parameters; raises NonFiniteError, naming the task."""
-    bad = ~torch.isfinite(pullback.theta.sum(-1))
+    bad = ~pullback.theta.isfinite().all(-1)
     if bad.any():
         raise NonFiniteError(
             f"The meta-gradient of task {positions[int(bad.nonzero()[0])]} is not finite although its losses are: look "

@@ -154,7 +154,6 @@ class _Run:
         z = self._r if self._preconditioner is None else self._preconditioner.mv(self._r)
         rho = dot(self._r, z)
         self._end(running & (rho <= 0), Status.BREAKDOWN)
-        self._end(running & ~torch.isfinite(rho), Status.NONFINITE)
         running = self._status == RUNNING
         beta = (rho / self._rho).masked_fill(fresh, 0)
         self._p = _choose(running, z + beta.unsqueeze(-1) * self._p, self._p)

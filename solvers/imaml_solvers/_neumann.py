@@ -75,7 +75,6 @@ class Neumann(LinearSolver):
             finite = torch.isfinite(residual) & torch.isfinite(x * begun.unit).all(-1)
             better = running & finite & (residual < least)
             best, least = torch.where(better.unsqueeze(-1), x, best), residual.where(better, least)
-            x = torch.where(finite.unsqueeze(-1), x, best)
             num_steps = num_steps + (running & finite)
             status = status.masked_fill(running & (residual <= begun.tolerance), Status.CONVERGED)
             status = status.masked_fill(running & (residual > most), Status.BREAKDOWN)

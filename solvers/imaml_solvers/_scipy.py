@@ -23,8 +23,8 @@ Method = Literal["bicgstab", "cg", "cgs", "gcrotmk", "gmres", "lgmres", "minres"
 _CYCLES = {"gmres": ("restart", 20), "lgmres": ("inner_m", 30), "gcrotmk": ("m", 20)}
 """Methods whose `maxiter` counts cycles: the keyword and scipy's default for the length of a cycle."""
 
-
-_MINRES_BREAKDOWNS = ("indefinite preconditioner", "non-symmetric matrix", "non-symmetric preconditioner")
+_EPS = float(np.finfo(np.float64).eps)
+_MINRES_BREAKDOWNS = ("indefinite preconditioner", "non-symmetric matrix")
 
 
 class _NonFiniteProductError(ArithmeticError):
@@ -39,13 +39,14 @@ class ScipySolver(LinearSolver):
 
     CONVERGED is decided by the true residual, |b - A x| <= max(rtol |b|, atol), and not by what scipy reports: its
     MINRES stops by |A| |x|, its CG does not see negative curvature. Where scipy is content and the residual is not, the
-    next round solves for what is left; two rounds in a row that do not halve the residual are STAGNATED. MAX_STEPS is
+    next round solves for what is left; three rounds in a row that do not halve the residual are STAGNATED. MAX_STEPS is
     scipy's spent `maxiter`, BREAKDOWN its negative codes and values that are not finite, NONFINITE a product that is
     not finite. Its x is the result of the round of least residual.
 
     Cost: systems are solved one by one in float64 on the CPU, with products in the dtype and on the device of b. A
     product evaluates the whole batch, with zeros for the other systems: solve large systems one at a time. `num_steps`
-    counts scipy's products (two a step for `bicgstab` and `cgs`); one more checks each round.
+    counts scipy's products (two a step for `bicgstab` and `cgs`, one more a round for `minres`); a further one checks
+    each round.
 
     Args:
         method: The function of scipy.sparse.linalg.
@@ -109,8 +110,7 @@ class ScipySolver(LinearSolver):
         try:
             r, x = (b - apply(start), start) if start.any() else (r, x)
             while (size := float(np.linalg.norm(r))) > tolerance:
-                # MINRES leaves `gain` times what it was asked for: ask for less in the next round.
-                target = tolerance / size / gain
+                target = max(tolerance / size / gain, _EPS)
                 d, info = self._call(counted, r / size, target, precondition)
                 if not np.isfinite(d).all():
                     return x, Status.BREAKDOWN, products, size
@@ -119,8 +119,9 @@ class ScipySolver(LinearSolver):
                 if share < 1:
                     r, x = left, x + size * d
                 stalls = stalls + 1 if share > 0.5 else 0
-                gain = max(gain, share / target)
-                if share * size > tolerance and (info or stalls == 2):
+                # MINRES leaves more than it is asked for, the worse A is conditioned: ask for much less next time.
+                gain = max(gain, (share / target) ** 2)
+                if share * size > tolerance and (info or stalls == 3):
                     status = Status.MAX_STEPS if info > 0 else Status.BREAKDOWN if info else Status.STAGNATED
                     return x, status, products, min(share, 1.0) * size
         except _NonFiniteProductError:
@@ -136,8 +137,8 @@ class ScipySolver(LinearSolver):
     ) -> tuple[Vector, int]:
         """Return x and the code that scipy returns for one system."""
         n = len(b)
-        # scipy's MINRES counts |b| into its estimate of |A|, and would stop at once where |A| is far below it.
-        size = 1e-20 if self.method == "minres" else 1.0
+        # scipy's MINRES compares parts of A with |b| and with eps: it would stop at once where |A| is far below 1.
+        size = (float(np.linalg.norm(apply(b))) or 1.0) if self.method == "minres" else 1.0
         max_steps = 10 * n if self.max_steps is None else self.max_steps
         options: dict[str, Any] = {"rtol": rtol, "maxiter": max_steps}
         if self.method in _CYCLES:
@@ -148,10 +149,10 @@ class ScipySolver(LinearSolver):
             options["atol"] = 0.0
         if precondition is not None:
             options["M"] = scipy.sparse.linalg.LinearOperator((n, n), matvec=precondition, dtype=np.float64)
-        matrix = scipy.sparse.linalg.LinearOperator((n, n), matvec=apply, dtype=np.float64)
+        matrix = scipy.sparse.linalg.LinearOperator((n, n), matvec=lambda v: apply(v) / size, dtype=np.float64)
         try:
             with np.errstate(all="ignore"):
-                x, info = getattr(scipy.sparse.linalg, self.method)(matrix, size * b, **options)
+                x, info = getattr(scipy.sparse.linalg, self.method)(matrix, b, **options)
         except ValueError as error:
             if str(error) not in _MINRES_BREAKDOWNS:
                 raise

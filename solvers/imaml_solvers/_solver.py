@@ -55,8 +55,8 @@ class LinearSolver(ABC):
         with torch.no_grad():
             return self._solve(
                 _checked(as_operator(op), "`op`", b),
-                b.detach(),
-                None if x0 is None else x0.detach(),
+                b,
+                x0,
                 None if preconditioner is None else _checked(as_operator(preconditioner), "`preconditioner`", b),
             )
 

@@ -188,6 +188,37 @@ def test_what_the_recursion_lost_is_made_good():
     assert residual(op.matrix, solution.x, b) <= 1.01e-5 * b.norm()
 
 
+@pytest.mark.parametrize("spare", [0, 1])
+def test_a_claim_that_fails_at_the_last_step_is_not_success(spare):
+    matrix, b, x0 = rotated(spread(20, 10)).float(), noise(20).float(), 1e5 * noise(20, seed=3).float()
+    claims = next(k for k in range(1, 100) if CG(max_steps=k).solve(matrix, b, x0=x0).residual_norm <= 1e-5 * b.norm())
+    solution = CG(rtol=1e-5, max_steps=claims + spare).solve(matrix, b, x0=x0)
+    assert solution.status == Status.MAX_STEPS and solution.num_steps == claims + spare
+
+
+def test_a_check_that_is_not_finite_is_not_success():
+    calls = []
+
+    def mv(x):
+        calls.append(x)
+        return x if len(calls) == 1 else x * torch.nan
+
+    solution = CG().solve(mv, noise(3))
+    assert solution.status == Status.NONFINITE and torch.equal(solution.x, noise(3))
+
+
+def test_a_tolerance_below_the_rounding_unit_is_stagnation_even_where_its_square_is_zero():
+    solution = CG(rtol=1e-30, max_steps=500).solve(rotated(spread(9, 100)).float(), noise(9).float())
+    assert solution.status == Status.STAGNATED and solution.residual_norm <= 1e-5
+
+
+def test_with_zero_tolerances_a_residual_of_rounding_takes_no_step():
+    b = torch.ones(1, dtype=F64)
+    x0 = torch.nextafter(b, 0 * b)
+    solution = CG(max_steps=3).solve(lambda x: x, b, x0=x0)
+    assert solution.status == Status.CONVERGED and solution.num_steps == 0 and solution.residual_norm > 0
+
+
 @settings(max_examples=20)
 @given(problem=problems(), seed=st.integers(0, 100))
 def test_preconditioned_equals_plain_at_convergence(problem, seed):

@@ -63,14 +63,20 @@ def test_too_long_a_step_is_a_breakdown_with_the_best_iterate():
     torch.testing.assert_close(solution.residual_norm, residual(matrix, solution.x, b), rtol=1e-9, atol=0)
 
 
+def test_a_spent_budget_does_not_hide_divergence():
+    solution = Neumann(max_steps=1).solve(rotated([-1.0, -0.9, -0.8]), noise(3))
+    assert solution.status == Status.BREAKDOWN and (solution.x == 0).all()
+
+
 def test_divergence_stays_with_its_system():
     matrix = torch.stack([rotated(spread(5, 5)), rotated([-1.0, 0.5, 1.0, 1.5, 2.0])])
     solution = Neumann(max_steps=400, rtol=1e-8).solve(matrix, noise(2, 5))
     assert solution.status.tolist() == [Status.CONVERGED, Status.BREAKDOWN]
 
 
-def test_rounding_at_the_solution_is_not_divergence():
-    matrix, b = rotated(spread(8, 100)), noise(8)
+@pytest.mark.parametrize("seed", range(8))
+def test_rounding_at_the_solution_is_not_divergence(seed):
+    matrix, b = rotated(spread(8, 1e4), seed), noise(8, seed=seed)
     x0 = torch.linalg.solve(matrix, b)
     solution = Neumann(max_steps=50).solve(matrix, b, x0=x0)
     assert solution.success and residual(matrix, solution.x, b) <= residual(matrix, x0, b)

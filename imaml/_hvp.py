@@ -9,6 +9,7 @@ Never `grad(jvp)` and never a `vmap` between the derivatives: both are wrong in 
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Protocol
 
 import torch
@@ -85,7 +86,8 @@ class ForwardOverReverse:
         self._linear: Any = None
         if linearize:
             self(torch.zeros_like(phi))
-            with sdpa_kernel(SDPBackend.MATH):
+            with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Attempted to insert a get_attr Node")  # torch's tracer, harmless
                 self._linear = torch.func.linearize(torch.func.grad(self._total), *self._primals)[1]
 
     def _total(self, adapted: list[Tensor], fixed: list[Tensor], floats: list[Tensor]) -> Tensor:

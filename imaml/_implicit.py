@@ -12,8 +12,9 @@ from torch import Tensor
 from imaml._curvature import Curvature, HvpMode, check_mode
 from imaml._errors import SolverError, SolverWarning
 from imaml._problem import Problem
+from imaml._report import Report
 from imaml._strategy import MetaGradient, Pullback
-from imaml_solvers import CG, LinearOperator, LinearSolver, Solution, Status
+from imaml_solvers import CG, LinearOperator, LinearSolver, Status
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,6 @@ class ImplicitMAML(MetaGradient):
 
         rhs = query.adapted / weight
         solution = self.solver.solve(LinearOperator(mv), rhs)
-        self._look_at(solution, problem.positions)
         theta, fixed = solution.x * weight, query.fixed
         if fixed is not None:
             mixed = curvature.product(theta / problem.damping, mixed=True)[1]
@@ -95,18 +95,20 @@ class ImplicitMAML(MetaGradient):
         )
         return Pullback(theta, fixed, outcome)
 
-    def _look_at(self, solution: Solution, positions: list[int]) -> None:
-        if self.on_failure == "ignore" or bool(solution.success.all()):
+    def _look_at(self, report: Report) -> None:
+        if report.solver_status is None or self.on_failure == "ignore":
             return
-        codes = solution.status.tolist()
-        failed = [i for i, ok in enumerate(solution.success.tolist()) if not ok]
-        first = next(status for status in Status if status == codes[failed[0]])
+        statuses = [Status(code) for code in report.solver_status.tolist()]
+        failed = [i for i, status in enumerate(statuses) if status not in (Status.CONVERGED, Status.BUDGET_SPENT)]
+        if not failed:
+            return
+        first = statuses[failed[0]]
         message = (
-            f"{len(failed)} of {len(codes)} linear solves failed, the first that of task {positions[failed[0]]}: "
-            f"{first.name}. {first.message} A larger `regularization` raises the smallest eigenvalue of I + H / lambda."
+            f"{len(failed)} of {len(statuses)} linear solves failed, the first that of task {failed[0]}: {first.name}. "
+            f"{first.message} A larger `regularization` raises the smallest eigenvalue of I + H / lambda."
         )
         if self.on_failure == "raise":
             raise SolverError(message)
         if not self._warned:
             self._warned.append(message)
-            warnings.warn(f"{message} This is said once; see report.solver_status.", SolverWarning, stacklevel=5)
+            warnings.warn(f"{message} This is said once; see report.solver_status.", SolverWarning, stacklevel=4)

@@ -41,7 +41,7 @@ class Layout:
         """Split `(*batch, n)` into one tensor `(*batch, *shape)` per parameter: views, unless the dtype differs."""
         batch = flat.shape[:-1]
         parts = flat.split(self.sizes, dim=-1)
-        return [p.view(*batch, *s).to(d) for p, s, d in zip(parts, self.shapes, self.dtypes, strict=True)]
+        return [p.view((*batch, *s)).to(d) for p, s, d in zip(parts, self.shapes, self.dtypes, strict=True)]
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         """Like `views`, by name."""

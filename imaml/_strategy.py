@@ -133,6 +133,9 @@ class MetaGradient(ABC):
     def _pull_back(self, problem: Problem) -> Pullback:
         """Adapt, judge, and pull the query gradient back to theta, for one chunk of tasks."""
 
+    def _look_at(self, report: Report) -> None:  # noqa: B027
+        """Raise or warn about an outcome, before it is returned; a strategy that has nothing to object does neither."""
+
     def _run(
         self, objective: Objective, tasks: TaskBatch | Sequence[Task], *, derivatives: bool
     ) -> tuple[Tensor, dict[str, Tensor], Report]:
@@ -156,6 +159,7 @@ class MetaGradient(ABC):
             finally:
                 context.replay.restore()
             report = Report.of(context, outcomes, positions)
+            self._look_at(report)
             layouts = (context.layout, context.fixed_layout)
             named: dict[str, Tensor] = {}
             for layout, total in zip(layouts, sums, strict=False):

@@ -48,9 +48,7 @@ def test_conv4_computes_what_it_says():
     for w, b, gain, offset in zip(*[iter(blocks)] * 4, strict=True):
         # A convolution as a product with every 3 x 3 patch, two pixels apart, of the padded image.
         side = (h.shape[-1] + 1) // 2
-        h = (w.flatten(1) @ nn.functional.unfold(h, 3, padding=1, stride=2) + b[:, None]).unflatten(
-            2, (side, side)
-        )
+        h = (w.flatten(1) @ nn.functional.unfold(h, 3, padding=1, stride=2) + b[:, None]).unflatten(2, (side, side))
         mean, variance = h.mean((0, 2, 3), keepdim=True), h.var((0, 2, 3), correction=0, keepdim=True)
         h = (h - mean) / (variance + 1e-5).sqrt() * gain[:, None, None] + offset[:, None, None]
         h = h.clamp_min(0)

@@ -18,16 +18,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SOLVERS = {"CG", "Dense", "LinearOperator", "LinearSolver", "Neumann", "ScipySolver", "Solution", "Status"}
 ENGINE = {
-    *("MetaGradient", "MAML", "FOMAML", "ImplicitMAML", "Report"),
+    *("MetaGradient", "MAML", "FOMAML", "ImplicitMAML", "MetaResult", "Report"),
     *("Objective", "GradientDescent", "Task", "TaskBatch"),
     *("NonFiniteError", "DivergenceError", "SolverError", "SolverWarning"),
 }
 
 
 def public_names(module):
-    return {
-        name for name, value in vars(module).items() if not (name.startswith("_") or inspect.ismodule(value))
-    }
+    return {name for name, value in vars(module).items() if not (name.startswith("_") or inspect.ismodule(value))}
 
 
 def test_the_public_names_of_imaml():

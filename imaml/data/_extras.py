@@ -11,6 +11,4 @@ def optional(module: str, purpose: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ImportError(
-            f"{purpose} needs {error.name}: pip install 'imaml[train]'", name=error.name
-        ) from error
+        raise ImportError(f"{purpose} needs {error.name}: pip install 'imaml[train]'", name=error.name) from error

@@ -84,13 +84,9 @@ class FewShot(Episodes):
     def _draw(self, split: Split, generators: Sequence[np.random.Generator]) -> TaskBatch:
         pool, available, used = self.classes(split), self.images.shape[1], self.shots + self.queries
         if self.ways > len(pool):
-            raise ValueError(
-                f"`ways` must be at most {len(pool)}, the classes in split {split!r}. Got {self.ways}."
-            )
+            raise ValueError(f"`ways` must be at most {len(pool)}, the classes in split {split!r}. Got {self.ways}.")
         if used > available:
-            raise ValueError(
-                f"`shots + queries` must be at most {available}, the images of a class. Got {used}."
-            )
+            raise ValueError(f"`shots + queries` must be at most {available}, the images of a class. Got {used}.")
         tasks = len(generators)
         ways = np.empty((tasks, self.ways), dtype=np.intp)
         order = np.empty((tasks, self.ways, available))
@@ -103,9 +99,7 @@ class FewShot(Episodes):
         images = self.images[ways[..., None], examples]
         for turn in range(1, turns.max() + 1):
             images[turns == turn] = np.rot90(images[turns == turn], turn, axes=(-2, -1))
-        return TaskBatch(
-            support=self._pairs(images[:, :, : self.shots]), query=self._pairs(images[:, :, self.shots :])
-        )
+        return TaskBatch(support=self._pairs(images[:, :, : self.shots]), query=self._pairs(images[:, :, self.shots :]))
 
     def _pairs(self, images: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
         tasks, ways, examples, height, width = images.shape

@@ -71,11 +71,7 @@ def _unpacked(path: Path, arrays: Arrays) -> Characters:
     except KeyError as error:
         raise ValueError(f"{path} has no array {error}. Expected `images` and `is_evaluation`.") from None
     binary, grey = SIDE**2 // 8, SIDE**2 // 2
-    if (
-        packed.dtype != np.uint8
-        or packed.ndim != 3
-        or packed.shape[1:] not in {(DRAWERS, binary), (DRAWERS, grey)}
-    ):
+    if packed.dtype != np.uint8 or packed.ndim != 3 or packed.shape[1:] not in {(DRAWERS, binary), (DRAWERS, grey)}:
         raise ValueError(
             f"`images` of {path} must be uint8 (characters, {DRAWERS}, {binary} or {grey}), 28x28 pixels of "
             f"1 or 4 bits. Got {packed.dtype} {packed.shape}."

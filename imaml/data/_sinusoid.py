@@ -38,7 +38,5 @@ class Sinusoid(Episodes):
         unit = np.stack([generator.random((2 + self.shots + self.queries, 1)) for generator in generators])
         amplitude, phase, x = 0.1 + 4.9 * unit[:, :1], np.pi * unit[:, 1:2], 10 * unit[:, 2:] - 5
         pair = [torch.from_numpy(values.astype(np.float32)) for values in (x, amplitude * np.sin(x - phase))]
-        support, query = zip(
-            *(values.split((self.shots, self.queries), dim=1) for values in pair), strict=True
-        )
+        support, query = zip(*(values.split((self.shots, self.queries), dim=1) for values in pair), strict=True)
         return TaskBatch(support=support, query=query)

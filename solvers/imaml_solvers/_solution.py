@@ -37,7 +37,7 @@ class Status(IntEnum):
         "damping (a multiple of the identity).",
     )
 
-    def __new__(cls, value: int, message: str) -> Status:
+    def __new__(cls, value: int, message: str = "") -> Status:
         """An integer with a message."""
         member = int.__new__(cls, value)
         member._value_ = value

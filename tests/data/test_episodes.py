@@ -48,9 +48,7 @@ def test_a_batch_depends_on_its_coordinates_alone(episodes):
     assert equal(draw(pickle.loads(pickle.dumps(episodes))), reference)
     assert not equal(draw(index=5), reference)
     assert not equal(draw(split="val"), reference)
-    assert not equal(
-        draw(source=type(episodes)(shots=episodes.shots, queries=episodes.queries, seed=4)), reference
-    )
+    assert not equal(draw(source=type(episodes)(shots=episodes.shots, queries=episodes.queries, seed=4)), reference)
 
 
 def test_the_tasks_of_a_batch_differ(episodes):
@@ -58,17 +56,11 @@ def test_the_tasks_of_a_batch_differ(episodes):
     assert len(support.flatten(1).unique(dim=0)) == 6
 
 
-@given(
-    tasks=st.integers(1, 12), ranks=st.integers(1, 4), strided=st.booleans(), which=st.sampled_from(EPISODES)
-)
+@given(tasks=st.integers(1, 12), ranks=st.integers(1, 4), strided=st.booleans(), which=st.sampled_from(EPISODES))
 def test_ranks_draw_the_rows_of_one_batch(tasks, ranks, strided, which):
     whole = tensors(which.batch("train", 7, tasks))
     for rank in range(min(ranks, tasks)):
-        rows = (
-            range(rank, tasks, ranks)
-            if strided
-            else slice(rank * tasks // ranks, (rank + 1) * tasks // ranks)
-        )
+        rows = range(rank, tasks, ranks) if strided else slice(rank * tasks // ranks, (rank + 1) * tasks // ranks)
         positions = list(range(tasks)[rows] if isinstance(rows, slice) else rows)
         if positions:
             part = tensors(which.batch("train", 7, tasks, rows=rows))

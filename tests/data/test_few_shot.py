@@ -49,9 +49,7 @@ def test_255_is_ink_of_1():
 def test_a_task_holds_distinct_classes_of_its_split_and_disjoint_examples(split):
     batch = Toy(ways=5, shots=3, queries=5).batch(split, 0, 200)
     classes, examples = (
-        torch.cat(
-            [(images[:, :, 0, *pixel] * 255).round().long().unflatten(1, (5, -1)) for images in images], dim=2
-        )
+        torch.cat([(images[:, :, 0, *pixel] * 255).round().long().unflatten(1, (5, -1)) for images in images], dim=2)
         for images, pixel in (((batch.support[0], batch.query[0]), pixel) for pixel in ((0, 0), (1, 2)))
     )
     assert (classes == classes[:, :, :1]).all(), "a label names two classes"
@@ -65,9 +63,7 @@ def test_a_task_holds_distinct_classes_of_its_split_and_disjoint_examples(split)
 
 def test_a_class_is_turned_as_a_whole_and_by_every_angle():
     batch = Turned(ways=5, shots=2, queries=2).batch("train", 0, 40)
-    images = torch.cat([pair[0].unflatten(1, (5, 2)) for pair in (batch.support, batch.query)], dim=2)[
-        :, :, :, 0
-    ]
+    images = torch.cat([pair[0].unflatten(1, (5, 2)) for pair in (batch.support, batch.query)], dim=2)[:, :, :, 0]
     # The bright corner of the upright image is the upper right one; a turn carries it counterclockwise.
     corners = images[..., [0, 0, 2, 2], [2, 0, 0, 2]].argmax(dim=-1)
     assert (corners == corners[:, :, :1]).all()
@@ -82,9 +78,7 @@ def test_a_class_is_turned_as_a_whole_and_by_every_angle():
 def test_too_many_ways_or_examples_are_refused():
     with pytest.raises(ValueError, match="`ways` must be at most 5, the classes in split 'val'. Got 6"):
         Toy(ways=6, queries=1).batch("val", 0, 1)
-    with pytest.raises(
-        ValueError, match="`shots \\+ queries` must be at most 8, the images of a class. Got 9"
-    ):
+    with pytest.raises(ValueError, match="`shots \\+ queries` must be at most 8, the images of a class. Got 9"):
         Toy(shots=4, queries=5).batch("train", 0, 1)
     with pytest.raises(ValueError, match="`ways` must be at least 2. Got 1"):
         Toy(ways=1)

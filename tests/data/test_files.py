@@ -150,9 +150,7 @@ def test_the_cache_is_the_users():
 def test_importing_the_data_needs_no_extra():
     code = "import sys, imaml.data; print({'PIL', 'pooch', 'matplotlib', 'fontTools'} & set(sys.modules))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"
 
 

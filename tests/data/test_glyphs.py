@@ -56,9 +56,7 @@ def test_shift_scale_and_angle_do_what_they_say(pen):
         return np.array([(picture * x).sum(), (picture * y).sum()]) / picture.sum()
 
     plain = pen.draw("L").astype(float)
-    np.testing.assert_allclose(
-        centre(pen.draw("L", shift=(2, -1)).astype(float)) - centre(plain), [2, -1], atol=0.05
-    )
+    np.testing.assert_allclose(centre(pen.draw("L", shift=(2, -1)).astype(float)) - centre(plain), [2, -1], atol=0.05)
     top, bottom, _, _ = ink(pen.draw("L", scale=0.5))
     assert 9 <= bottom - top + 1 <= 11
     turned = pen.draw("L", angle=np.pi / 2).astype(float)

@@ -19,9 +19,7 @@ def packed(tmp_path):
     images[:, :, 0, 20] = 1
     path = tmp_path / "packed.npz"
     evaluation = np.arange(CHARACTERS) % 3 == 0
-    write_arrays(
-        path, {"images": np.packbits(images.reshape(CHARACTERS, 20, -1), -1), "is_evaluation": evaluation}
-    )
+    write_arrays(path, {"images": np.packbits(images.reshape(CHARACTERS, 20, -1), -1), "is_evaluation": evaluation})
     return path
 
 
@@ -92,16 +90,13 @@ def test_the_seed_moves_tasks_but_not_splits(packed):
 def test_rotations_are_classes_in_every_split(packed, split):
     batch = Omniglot(path=packed, ways=4, shots=2, queries=3).batch(split, 0, 100)
     (characters, turns), (query_characters, query_turns) = (
-        [values.unflatten(1, (4, -1)) for values in identities(pair[0])]
-        for pair in (batch.support, batch.query)
+        [values.unflatten(1, (4, -1)) for values in identities(pair[0])] for pair in (batch.support, batch.query)
     )
     assert turns.unique().tolist() == [0, 1, 2, 3]
     assert (turns == turns[..., :1]).all() and (query_turns == turns[..., :1]).all()
     assert any(len(set(task.tolist())) > 1 for task in turns[..., 0]), "all classes of a task turn together"
     assert (query_characters == characters[..., :1]).all()
-    assert all(len(set(task.tolist())) == 4 for task in characters[..., 0]), (
-        "a character competes with itself"
-    )
+    assert all(len(set(task.tolist())) == 4 for task in characters[..., 0]), "a character competes with itself"
 
 
 def test_without_rotations_all_stand_upright(packed):

@@ -48,8 +48,7 @@ def both(tmp_path, monkeypatch, cache):
     folder = tmp_path / "omniglot"
     folder.mkdir()
     paths = [
-        archive(folder / name, members)
-        for name, (members, _) in zip(OFFICIAL, (BACKGROUND, EVALUATION), strict=True)
+        archive(folder / name, members) for name, (members, _) in zip(OFFICIAL, (BACKGROUND, EVALUATION), strict=True)
     ]
     sums = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in paths}
     monkeypatch.setattr(files, "CHECKSUMS", sums)
@@ -57,9 +56,7 @@ def both(tmp_path, monkeypatch, cache):
 
 
 def check(characters, *parts):
-    np.testing.assert_array_equal(
-        characters.images, np.concatenate([ink for _, ink in parts]) * np.uint8(255)
-    )
+    np.testing.assert_array_equal(characters.images, np.concatenate([ink for _, ink in parts]) * np.uint8(255))
     assert characters.is_evaluation.tolist() == [part is EVALUATION for part in parts for _ in part[1]]
 
 
@@ -144,16 +141,12 @@ def test_a_download_with_another_checksum_is_refused(server, cache):
     (server / OFFICIAL[1]).write_bytes(b"an error page")
     with pytest.raises(ValueError, match=r"images_evaluation\.zip is not the official file.*by hand"):
         files.read(None)
-    assert [file.name for file in cache.iterdir()] == [OFFICIAL[0]], (
-        "the wrong file, or half of one, was kept"
-    )
+    assert [file.name for file in cache.iterdir()] == [OFFICIAL[0]], "the wrong file, or half of one, was kept"
 
 
 def test_a_failed_download_says_what_to_do(server, cache):
     os.unlink(server / OFFICIAL[0])
-    with pytest.raises(
-        OSError, match=r"Could not download .*images_background\.zip: .*by hand and pass their folder"
-    ):
+    with pytest.raises(OSError, match=r"Could not download .*images_background\.zip: .*by hand and pass their folder"):
         files.read(None)
     assert not list(cache.iterdir())
 

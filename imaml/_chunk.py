@@ -28,6 +28,11 @@ class Gradient:
 SUPPORT, QUERY = 0, 1
 
 
+def outside_inference(batch: Batch) -> Batch:
+    """The batch with copies of tensors that were made in inference mode, which autograd cannot save."""
+    return tree_map(lambda t: t.clone() if t.is_inference() else t, batch)
+
+
 def _vectorised(one: Callable[..., tuple[Tensor, ...]], adapted: list[Tensor], batch: Batch) -> tuple[Tensor, ...]:
     try:
         with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no batching rule
@@ -62,7 +67,7 @@ class ChunkLoss:
     ) -> tuple[Tensor, Tensor | None]:
         """Losses `(tasks,)` (and metric) at parameters per tensor: adapted `(tasks, *shape)`, fixed `(*shape)`."""
         context = self.context
-        shared = dict(zip(context.fixed_layout.names, fixed, strict=True)) | context.constants
+        shared = dict(zip(context.fixed_layout.names, fixed, strict=True)) | context.fresh_constants()
 
         def one(values: Sequence[Tensor], batch: Batch) -> tuple[Tensor, ...]:
             named = dict(zip(context.layout.names, values, strict=True)) | shared

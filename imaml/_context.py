@@ -25,7 +25,7 @@ class Context:
     fixed: list[Tensor]
     """Their values."""
     constants: dict[str, Tensor]
-    """Copies of the model's buffers."""
+    """Copies of the model's buffers; see `fresh_constants`."""
     replay: Replay
     gradients: int = 0
     """Evaluations so far, summed over tasks: one call on a chunk of 8 tasks counts 8."""
@@ -34,6 +34,12 @@ class Context:
     """How Hessian-vector products were computed; None before the first."""
     unused: tuple[str, ...] = field(default=())
     """Adapted parameters that the support loss does not depend on."""
+
+    def fresh_constants(self) -> dict[str, Tensor]:
+        """Copies of the model's buffers, new ones where a forward pass has changed the last."""
+        if any(buffer._version for buffer in self.constants.values()):
+            self.constants = self.objective.constants()
+        return self.constants
 
     @classmethod
     def of(cls, objective: Objective) -> Context:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from imaml._numbers import check_integer, check_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,7 @@ class GradientDescent:
         steps: Number of steps K >= 0; 0 adapts nothing.
 
     Raises:
-        TypeError: `steps` is not an integer.
+        TypeError: `lr` is not a number or `steps` not an integer.
         ValueError: `lr` or `steps` out of range.
     """
 
@@ -26,12 +27,9 @@ class GradientDescent:
     steps: int
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"`lr` must be a finite positive number. Got {self.lr}.")
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int):
-            raise TypeError(f"`steps` must be an integer. Got {self.steps!r}.")
-        if self.steps < 0:
-            raise ValueError(f"`steps` must be >= 0. Got {self.steps}.")
+        if check_number("`lr`", self.lr) <= 0:
+            raise ValueError(f"`lr` must be positive. Got {self.lr}.")
+        check_integer("`steps`", self.steps, least=0)
 
     def update(self, state: Tensor, gradient: Tensor) -> Tensor:
         """The next state U(s, g), both `(tasks, n)`."""

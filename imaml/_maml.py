@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from imaml._curvature import Curvature, HvpMode, check_mode
+from imaml._numbers import check_integer
 from imaml._problem import Problem
 from imaml._states import states_backwards
 from imaml._strategy import MetaGradient, Pullback
@@ -40,8 +41,8 @@ class MAML(MetaGradient):
         """Check the configuration; raises TypeError or ValueError."""
         super().__post_init__()
         check_mode(self.hvp)
-        if self.checkpoints is not None and (not isinstance(self.checkpoints, int) or self.checkpoints < 0):
-            raise ValueError(f"`checkpoints` must be an integer >= 0 or None. Got {self.checkpoints!r}.")
+        if self.checkpoints is not None:
+            check_integer("`checkpoints`, unless None,", self.checkpoints, least=0)
 
     def _pull_back(self, problem: Problem) -> Pullback:
         states = states_backwards(problem, self.checkpoints)

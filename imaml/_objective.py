@@ -84,6 +84,8 @@ class Objective:
     def _initialise(self, program: _ModelProgram | _FunctionProgram, adapt: Iterable[str] | None) -> None:
         if not callable(program.loss):
             raise TypeError(f"`loss` must be callable. Got {type(program.loss).__name__}.")
+        if program.metric is not None and not callable(program.metric):
+            raise TypeError(f"`metric` must be callable. Got {type(program.metric).__name__}.")
         self._program = program
         named = program.parameters()
         names = named if adapt is not None else [n for n, p in named.items() if program.trainable(p)]
@@ -118,18 +120,22 @@ class Objective:
     def evaluate(self, values: Parameters, batch: Batch, *, metric: bool = False) -> tuple[Tensor, Tensor | None]:
         """Loss, and metric if asked, at `values` (which may name fewer than all parameters) on one task's batch."""
         loss, figure = self._program.evaluate(values, batch, metric)
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"The loss must return a tensor. Got {type(loss).__name__}.")
-        if loss.ndim != 0:
-            raise ValueError(
-                f"The loss must be a scalar (0-dim) tensor. Got shape {tuple(loss.shape)}: reduce it, e.g. by .mean()."
-            )
+        for name, value in (("loss", loss), ("metric", figure)):
+            if not isinstance(value, Tensor) and not (name == "metric" and value is None):
+                raise TypeError(f"The {name} must return a tensor. Got {type(value).__name__}.")
+            if isinstance(value, Tensor) and value.ndim != 0:
+                raise ValueError(
+                    f"The {name} must be a scalar (0-dim) tensor. Got shape {tuple(value.shape)}: reduce it, e.g. by "
+                    ".mean()."
+                )
         if not loss.is_floating_point():
             raise TypeError(f"The loss must be a real floating-point tensor. Got {loss.dtype}.")
         return loss, figure
 
 
 def _check_adaptable(name: str, parameter: Tensor) -> None:
+    if not isinstance(parameter, Tensor):
+        raise TypeError(f"Parameter {name!r} must be a tensor. Got {type(parameter).__name__}.")
     if is_lazy(parameter):
         raise ValueError(f"Parameter {name!r} is not initialised yet. Run one forward pass of the model first.")
     if not parameter.is_floating_point():

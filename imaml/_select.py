@@ -17,7 +17,7 @@ def select(patterns: Iterable[str], names: Iterable[str]) -> tuple[str, ...]:
         The chosen names.
 
     Raises:
-        TypeError: `patterns` is a single string.
+        TypeError: `patterns` is a single string, or holds something else than strings.
         ValueError: A pattern matches no name.
     """
     if isinstance(patterns, str):
@@ -25,6 +25,8 @@ def select(patterns: Iterable[str], names: Iterable[str]) -> tuple[str, ...]:
     names = tuple(names)
     chosen: set[str] = set()
     for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"Expected parameter names. Got {pattern!r}.")
         matched = {n for n in names if n == pattern or n.startswith(f"{pattern}.") or fnmatchcase(n, pattern)}
         if not matched:
             close = get_close_matches(pattern, names, n=3, cutoff=0.4) or names[:5]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,15 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from imaml._chunk import QUERY, SUPPORT, ChunkLoss
+from imaml._chunk import QUERY, SUPPORT, ChunkLoss, outside_inference
 from imaml._context import Context
 from imaml._errors import NonFiniteError
 from imaml._inner import GradientDescent
 from imaml._node import attach
+from imaml._numbers import check_integer, check_number
 from imaml._objective import Objective
 from imaml._problem import Problem
 from imaml._report import MetaResult, Outcome, Report
-from imaml._tasks import Batch, Task, TaskBatch, group
+from imaml._tasks import Batch, Task, TaskBatch, check_tensors, group
 
 
 @dataclass
@@ -64,10 +64,10 @@ class MetaGradient(ABC):
             raise TypeError(f"`inner` must be an inner optimiser such as GradientDescent. Got {self.inner!r}.")
         per_name = self.regularization if isinstance(self.regularization, Mapping) else {"": self.regularization}
         for name, value in per_name.items():
-            if not (math.isfinite(value) and value >= 0):
+            if check_number("`regularization`", value) < 0:
                 raise ValueError(f"`regularization` must be >= 0. Got {value}" + (f" for {name!r}." if name else "."))
-        if self.chunk_size is not None and (not isinstance(self.chunk_size, int) or self.chunk_size < 1):
-            raise ValueError(f"`chunk_size` must be a positive integer or None. Got {self.chunk_size!r}.")
+        if self.chunk_size is not None:
+            check_integer("`chunk_size`, unless None,", self.chunk_size, least=1)
 
     def __call__(self, objective: Objective, tasks: TaskBatch | Sequence[Task]) -> MetaResult:
         """Adapt to every task, and return the mean query loss with the meta-gradient behind it.
@@ -118,11 +118,12 @@ class MetaGradient(ABC):
         Returns:
             The adapted parameters, detached, in shape and dtype of the originals; the model is not changed.
         """
-        support = tree_map(lambda t: t.unsqueeze(0), support)
+        check_tensors("support", support)
+        batch = tree_map(lambda t: t.unsqueeze(0), support)
         with torch.inference_mode(False), torch.no_grad():
             context = Context.of(objective)
             try:
-                problem = self._problem(context, [0], TaskBatch(support=support, query=support))
+                problem = self._problem(context, [0], TaskBatch(support=batch, query=batch))
                 phi = problem.adapt()
                 problem.check_inner_loop()
             finally:
@@ -174,8 +175,8 @@ class MetaGradient(ABC):
 
     def _problem(self, context: Context, positions: list[int], batch: TaskBatch) -> Problem:
         return Problem(
-            support=ChunkLoss(context, batch.support, len(batch), positions[0], SUPPORT),
-            query=ChunkLoss(context, batch.query, len(batch), positions[0], QUERY),
+            support=ChunkLoss(context, outside_inference(batch.support), len(batch), positions[0], SUPPORT),
+            query=ChunkLoss(context, outside_inference(batch.query), len(batch), positions[0], QUERY),
             inner=self.inner,
             theta=context.theta.expand(len(batch), -1),
             damping=self._damping(context),
@@ -198,11 +199,18 @@ class MetaGradient(ABC):
 
 
 def _sum_over_tasks(pullback: Pullback, positions: list[int]) -> list[Tensor]:
-    """The summed gradients for theta and for any fixed parameters; raises NonFiniteError, naming the task."""
+    """The summed gradients for theta and for any fixed parameters; raises NonFiniteError, naming the tasks."""
     bad = ~pullback.theta.isfinite().all(-1)
     if bad.any():
         raise NonFiniteError(
             f"The meta-gradient of task {positions[int(bad.nonzero()[0])]} is not finite although its losses are: look "
             "for an operation with an infinite second derivative, such as sqrt or norm at 0."
         )
-    return [pullback.theta.sum(0)] + ([] if pullback.fixed is None else [pullback.fixed])
+    if pullback.fixed is None:
+        return [pullback.theta.sum(0)]
+    if not bool(pullback.fixed.isfinite().all()):
+        raise NonFiniteError(
+            f"The meta-gradient of tasks {positions[0]} to {positions[-1]} for a parameter that does not adapt is not "
+            "finite although their losses are: look for an operation with an infinite derivative, such as sqrt at 0."
+        )
+    return [pullback.theta.sum(0), pullback.fixed]

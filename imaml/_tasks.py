@@ -19,7 +19,8 @@ def _signature(task: Task) -> tuple[Any, ...]:
     return (structure, *((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves))
 
 
-def _check_tensors(name: str, batch: Batch) -> list[Tensor]:
+def check_tensors(name: str, batch: Batch) -> list[Tensor]:
+    """The tensors of a batch; raises TypeError for any other leaf, ValueError where there is none."""
     leaves = tree_flatten(batch)[0]
     if not leaves:
         raise ValueError(f"`{name}` holds no tensor. Expected tensors such as `(input, target)`.")
@@ -49,8 +50,8 @@ class Task:
     query: Batch
 
     def __post_init__(self) -> None:
-        _check_tensors("support", self.support)
-        _check_tensors("query", self.query)
+        check_tensors("support", self.support)
+        check_tensors("query", self.query)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class TaskBatch:
     def __post_init__(self) -> None:
         counts: dict[str, set[int]] = {}
         for name, batch in (("support", self.support), ("query", self.query)):
-            leaves = _check_tensors(name, batch)
+            leaves = check_tensors(name, batch)
             if any(leaf.ndim == 0 for leaf in leaves):
                 raise ValueError(f"Every tensor of `{name}` must be (tasks, ...). Got a 0-dim tensor.")
             counts[name] = {leaf.shape[0] for leaf in leaves}
@@ -135,12 +136,10 @@ def group(tasks: TaskBatch | Sequence[Task]) -> list[tuple[list[int], TaskBatch]
     """Partition tasks into batches of equal shapes, each with the positions of its tasks in the input."""
     if isinstance(tasks, TaskBatch):
         return [(list(range(len(tasks))), tasks)]
-    if (
-        isinstance(tasks, (str, bytes))
-        or not isinstance(tasks, Sequence)
-        or not all(isinstance(t, Task) for t in tasks)
-    ):
-        raise TypeError(f"Expected a TaskBatch or a list of Task. Got {type(tasks).__name__}.")
+    if not isinstance(tasks, Sequence) or not all(isinstance(t, Task) for t in tasks):
+        items = sorted({type(t).__name__ for t in tasks}) if isinstance(tasks, Sequence) else []
+        of = f" of {', '.join(items)}" if items else ""
+        raise TypeError(f"Expected a TaskBatch or a list of Task. Got {type(tasks).__name__}{of}.")
     if not tasks:
         raise ValueError("Expected at least one task. Got an empty list.")
     positions: dict[tuple[Any, ...], list[int]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from imaml.cli._options import Compare, Dataset, EngineOptions, EpisodeOptions, Strategy, Train
@@ -14,6 +15,7 @@ class Preset(NamedTuple):
     episodes: EpisodeOptions
     plan: Plan
     engines: dict[Strategy, EngineOptions]
+    minutes_to_compare: float
 
 
 PRESETS: dict[Dataset, Preset] = {
@@ -25,24 +27,27 @@ PRESETS: dict[Dataset, Preset] = {
             "fomaml": EngineOptions(inner_lr=0.01, inner_steps=5),
             "imaml": EngineOptions(inner_lr=0.01, inner_steps=16, regularization=10.0, cg_steps=5),
         },
+        minutes_to_compare=10.0,
     ),
     "glyphs": Preset(
         EpisodeOptions(dataset="glyphs", ways=5, shots=1, queries=5),
-        Plan(steps=1000, meta_batch=8, eval_every=50),
+        Plan(steps=10_000, meta_batch=8, meta_lr=2e-3, eval_every=50),
         {
-            "maml": EngineOptions(inner_lr=0.4, inner_steps=1, chunk_size=4),
-            "fomaml": EngineOptions(inner_lr=0.4, inner_steps=1, chunk_size=4),
-            "imaml": EngineOptions(inner_lr=0.1, inner_steps=5, regularization=2.0, cg_steps=5, chunk_size=4),
+            "maml": EngineOptions(inner_lr=0.15, inner_steps=5, chunk_size=8),
+            "fomaml": EngineOptions(inner_lr=0.15, inner_steps=5, chunk_size=8),
+            "imaml": EngineOptions(inner_lr=0.15, inner_steps=5, regularization=0.5, cg_steps=1, chunk_size=8),
         },
+        minutes_to_compare=4.5,
     ),
     "omniglot": Preset(
-        EpisodeOptions(dataset="omniglot", ways=5, shots=1, queries=15),
-        Plan(steps=5000, meta_batch=32, eval_every=250, val_tasks=200),
+        EpisodeOptions(dataset="omniglot", ways=5, shots=1, queries=1),
+        Plan(steps=10_000, meta_batch=16, meta_lr=2e-3, eval_every=250),
         {
-            "maml": EngineOptions(inner_lr=0.4, inner_steps=1, chunk_size=4),
-            "fomaml": EngineOptions(inner_lr=0.4, inner_steps=1, chunk_size=4),
-            "imaml": EngineOptions(inner_lr=0.1, inner_steps=16, regularization=2.0, cg_steps=5, chunk_size=4),
+            "maml": EngineOptions(inner_lr=0.4, inner_steps=1, chunk_size=8),
+            "fomaml": EngineOptions(inner_lr=0.4, inner_steps=1, chunk_size=8),
+            "imaml": EngineOptions(inner_lr=0.15, inner_steps=5, regularization=0.5, cg_steps=1, chunk_size=8),
         },
+        minutes_to_compare=60.0,
     ),
 }
 
@@ -56,4 +61,5 @@ def train(dataset: Dataset, strategy: Strategy) -> Train:
 def compare(dataset: Dataset) -> Compare:
     """The defaults of `imaml compare`."""
     preset = PRESETS[dataset]
-    return Compare(episodes=preset.episodes, plan=preset.plan)
+    plan = replace(preset.plan, minutes=preset.minutes_to_compare, val_tasks=100)
+    return Compare(episodes=preset.episodes, plan=plan)

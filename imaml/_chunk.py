@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -74,13 +75,17 @@ class ChunkLoss:
             loss, figure = context.objective.evaluate(named, batch, metric=metric)
             return (loss,) if figure is None else (loss, figure.detach())
 
-        with context.replay.at(self.start, self.kind, step):
+        with self.draws(step):
             if self.tasks > 1:
                 outputs = _vectorised(one, list(adapted), batch)
             else:
                 outputs = one([a.squeeze(0) for a in adapted], tree_map(lambda t: t.squeeze(0), batch))
                 outputs = tuple(t.unsqueeze(0) for t in outputs)
         return outputs[0], outputs[1] if len(outputs) > 1 else None
+
+    def draws(self, step: int) -> AbstractContextManager[None]:
+        """Within it, random numbers are those of the loss at this inner step."""
+        return self.context.replay.at(self.kind, self.start, step)
 
     def leaves(self, phi: Tensor, *, fixed: bool) -> tuple[list[Tensor], list[Tensor]]:
         """Views of the flat parameters as autograd leaves; the fixed ones require grad only if asked."""
@@ -108,6 +113,9 @@ class ChunkLoss:
         self.check_depends(losses)
         wanted = adapted + others if fixed else adapted
         grads = torch.autograd.grad((losses if weights is None else weights * losses).sum(), wanted, allow_unused=True)
+        if self.kind == SUPPORT:
+            names = self.context.layout.names
+            self.context.used |= {n for n, g in zip(names, grads, strict=False) if g is not None}
         return Gradient(losses.detach(), *self.collect(grads, phi), figure)
 
     @torch.no_grad()
@@ -119,7 +127,5 @@ class ChunkLoss:
         """Flatten gradients of the adapted, then any fixed parameters; None becomes zeros in its own place."""
         context = self.context
         adapted, fixed = grads[: len(context.layout.names)], grads[len(context.layout.names) :]
-        if self.kind == SUPPORT:
-            context.unused = tuple(n for n, g in zip(context.layout.names, adapted, strict=True) if g is None)
         summed = context.fixed_layout.gather(fixed, phi[0]) if fixed else None
         return context.layout.gather(adapted, phi), summed

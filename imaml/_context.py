@@ -32,8 +32,8 @@ class Context:
     hvps: int = 0
     hvp_mode: str | None = None
     """How Hessian-vector products were computed; None before the first."""
-    unused: tuple[str, ...] = field(default=())
-    """Adapted parameters that the support loss does not depend on."""
+    used: set[str] = field(default_factory=set)
+    """Adapted parameters that the support loss of some task depends on."""
 
     def fresh_constants(self) -> dict[str, Tensor]:
         """Copies of the model's buffers, new ones where a forward pass has changed the last."""

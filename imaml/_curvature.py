@@ -8,14 +8,22 @@ from typing import Literal, TypeVar, get_args
 from torch import Tensor
 
 from imaml._chunk import ChunkLoss
-from imaml._hvp import MODES, FiniteDifference, Product
+from imaml._hvp import MODES, FiniteDifference, Product, ReverseOverReverse
 
 T = TypeVar("T")
 HvpMode = Literal["auto", "forward-over-reverse", "reverse-over-reverse", "finite-difference"]
 """`auto` is reverse-over-reverse, the fastest exact mode in eager torch, or finite differences for a model that has an
 operation without second derivatives."""
 
-_NOT_TWICE_DIFFERENTIABLE = ("is not implemented", "once_differentiable", "double backward", "forward AD")
+_UNSUPPORTED = (
+    "is not implemented",
+    "once_differentiable",
+    "double backward",
+    "forward AD",
+    "must implement the jvp",
+    "must override the setup_context",
+    "ZeroTensors are immutable",
+)
 
 
 def check_mode(mode: str) -> None:
@@ -50,7 +58,7 @@ class Curvature:
 
     def _build(self, linearize: bool) -> Product:
         kind = MODES[self._mode]
-        if linearize and kind is not FiniteDifference:
+        if linearize and kind is ReverseOverReverse:
             self._context.gradients += self._loss.tasks
         return kind(self._loss, self._phi, self._step, linearize)
 
@@ -59,7 +67,7 @@ class Curvature:
         try:
             return compute()
         except RuntimeError as error:
-            if not any(sign in str(error) for sign in _NOT_TWICE_DIFFERENTIABLE):
+            if not any(sign in str(error) for sign in _UNSUPPORTED):
                 raise
             if self._asked != "auto":
                 raise RuntimeError(

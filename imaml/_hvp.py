@@ -9,7 +9,7 @@ Never `grad(jvp)` and never a `vmap` between the derivatives: both are wrong in 
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -52,6 +52,8 @@ class ReverseOverReverse:
             losses, _ = self._loss.losses(adapted, fixed, self._loss.batch, self._step)
             self._loss.check_depends(losses)
             grads = torch.autograd.grad(losses.sum(), adapted, create_graph=True, allow_unused=True)
+        if self._loss.context.hvp_mode is None:
+            _check_twice_differentiable([losses, *(g for g in grads if g is not None)])
         return adapted, fixed, list(grads)
 
     def __call__(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -67,12 +69,37 @@ class ReverseOverReverse:
         return self._loss.collect(found, self._phi)
 
 
-class ForwardOverReverse:
-    """The directional derivative of g along w: `jvp` of `grad`, with `linearize` by `torch.func.linearize`.
+def _check_twice_differentiable(outputs: Sequence[Tensor]) -> None:
+    """Raise RuntimeError where a graph passes an operation without second derivative.
 
-    Every floating tensor of the batch is an argument with an explicit zero tangent: without one, losses such as
-    `mse_loss` fail, and their linearisation crashes the process. As it can crash where `jvp` only raises, `jvp` is
-    tried first.
+    Autograd itself is silent about it: such an operation leads to no leaf, and counts as unused. A custom
+    `autograd.Function` that `vmap` has rewritten drops its second derivative without a trace if it has none, so none of
+    them is trusted; they are exact with `chunk_size=1`.
+
+    Raises:
+        RuntimeError: There is one.
+    """
+    seen: set[Any] = set()
+    pending = [t.grad_fn for t in outputs if t.grad_fn is not None]
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        rewritten = (
+            getattr(getattr(node, "_forward_cls", None), "__module__", "") == "torch._functorch.autograd_function"
+        )
+        if rewritten or node.name().rsplit("::", 1)[-1] in ("Error", "DelayedError", "NotImplemented"):
+            raise RuntimeError(f"{node.name()} does not support double backward")
+        pending += [following for following, _ in node.next_functions if following is not None]
+
+
+class ForwardOverReverse:
+    """The directional derivative of g along w: `jvp` of `grad`, rebuilt for every product.
+
+    Every floating tensor of the batch is an argument with an explicit zero tangent, without which losses such as
+    `mse_loss` fail. There is no linearisation: `torch.func.linearize` gives wrong products for
+    `binary_cross_entropy_with_logits`, fails for GroupNorm and can crash the process.
     """
 
     def __init__(self, loss: ChunkLoss, phi: Tensor, step: int, linearize: bool) -> None:
@@ -83,12 +110,20 @@ class ForwardOverReverse:
         self._primals = ([t.detach() for t in adapted], fixed, [self._data[i] for i in self._moving])
         self._rest = [[torch.zeros_like(t) for t in still] for still in self._primals[1:]]
         self.gradient: Tensor | None = None
-        self._linear: Any = None
-        if linearize:
-            self(torch.zeros_like(phi))
-            with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Attempted to insert a get_attr Node")  # torch's tracer, harmless
-                self._linear = torch.func.linearize(torch.func.grad(self._total), *self._primals)[1]
+        if loss.context.replay.draws:
+            self._check_draws()
+
+    def __call__(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
+        return self._loss.collect(self._jvp(w, mixed)[1], self._phi)
+
+    def _jvp(self, w: Tensor, mixed: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """The gradient and its derivative along w, by the adapted and if `mixed` the fixed parameters."""
+        gradient = torch.func.grad(self._total, argnums=(0, 1) if mixed else (0,))
+        tangents = (self._loss.context.layout.views(w), *self._rest)
+        with sdpa_kernel(SDPBackend.MATH):
+            both = torch.func.jvp(gradient, self._primals, tangents)
+        primal, tangent = ([t for part in parts for t in part] for parts in both)
+        return primal, tangent
 
     def _total(self, adapted: list[Tensor], fixed: list[Tensor], floats: list[Tensor]) -> Tensor:
         leaves = list(self._data)
@@ -96,14 +131,12 @@ class ForwardOverReverse:
             leaves[i] = tensor
         return self._loss.losses(adapted, fixed, self._structure.unflatten(leaves), self._step)[0].sum()
 
-    def __call__(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
-        tangents = (self._loss.context.layout.views(w), *self._rest)
-        if self._linear is not None and not mixed:
-            return self._loss.collect(self._linear(*tangents), self._phi)
-        gradient = torch.func.grad(self._total, argnums=(0, 1) if mixed else (0,))
-        with sdpa_kernel(SDPBackend.MATH):
-            found = torch.func.jvp(gradient, self._primals, tangents)[1]
-        return self._loss.collect([t for group in found for t in group], self._phi)
+    def _check_draws(self) -> None:
+        """Raise RuntimeError if the gradient under forward AD sees other random numbers than the inner loop's."""
+        primal = self._loss.collect(self._jvp(torch.zeros_like(self._phi), mixed=False)[0], self._phi)[0]
+        plain = self._loss.gradient(self._phi, self._step).adapted
+        if (primal - plain).norm() > torch.finfo(plain.dtype).eps ** 0.5 * plain.norm():
+            raise RuntimeError("the loss draws its random numbers in another order under forward AD")
 
 
 class FiniteDifference:

@@ -37,8 +37,8 @@ class ImplicitMAML(MetaGradient):
         regularization: lambda > 0, one number or one per adapted parameter by name.
         solver: Any `LinearSolver`; it solves all tasks of a chunk at once.
         hvp: See `MAML`.
-        linearize: Linearise the gradient once per solve, so that a product costs about one gradient less; False
-            rebuilds it in every product, which holds no graph between them.
+        linearize: Keep the graph of the gradient during a solve, so that a product costs about one gradient less; False
+            rebuilds it in every product and holds nothing between them, as the other modes always do.
         on_failure: What a solve that failed leads to: "raise" a `SolverError`, "warn" once per engine, or "ignore". The
             last good iterate is used, and the report has every task's status either way.
     """

@@ -88,8 +88,12 @@ class Objective:
             raise TypeError(f"`metric` must be callable. Got {type(program.metric).__name__}.")
         self._program = program
         named = program.parameters()
-        names = named if adapt is not None else [n for n, p in named.items() if program.trainable(p)]
-        self.adapted: tuple[str, ...] = select(names if adapt is None else adapt, named)
+        if adapt is None:
+            chosen = {n for n, p in named.items() if program.trainable(p)}
+        else:
+            first_names = program.first_names()
+            chosen = {first_names[n] for n in select(adapt, first_names)}
+        self.adapted: tuple[str, ...] = tuple(n for n in named if n in chosen)
         """Names of the adapted parameters, in the model's order."""
         if not self.adapted:
             raise ValueError(
@@ -152,6 +156,11 @@ class _ModelProgram:
     def parameters(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters())
 
+    def first_names(self) -> dict[str, str]:
+        """Every name of a parameter, to the first: a tied one has several."""
+        first = {p: n for n, p in self.model.named_parameters()}
+        return {n: first[p] for n, p in self.model.named_parameters(remove_duplicate=False)}
+
     def trainable(self, parameter: Tensor) -> bool:
         return parameter.requires_grad
 
@@ -187,6 +196,9 @@ class _FunctionProgram:
     def parameters(self) -> dict[str, Tensor]:
         return self.params
 
+    def first_names(self) -> dict[str, str]:
+        return {name: name for name in self.params}
+
     def trainable(self, parameter: Tensor) -> bool:
         return True
 
@@ -197,5 +209,5 @@ class _FunctionProgram:
         pass
 
     def evaluate(self, values: Parameters, batch: Batch, metric: bool) -> tuple[Any, Any]:
-        named = {name: values[name] for name in self.params}
+        named = {name: values.get(name, tensor) for name, tensor in self.params.items()}
         return self.loss(named, batch), self.metric(named, batch) if metric and self.metric else None

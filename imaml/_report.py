@@ -61,7 +61,7 @@ class Report(Outcome):
             gradients=context.gradients,
             hvps=context.hvps,
             hvp_mode=context.hvp_mode,
-            unused=context.unused,
+            unused=tuple(n for n in context.layout.names if context.used and n not in context.used),
         )
 
     def __str__(self) -> str:

@@ -136,3 +136,13 @@ def test_losses_with_a_floating_target(hvp, linearize, loss):
     w = torch.randn_like(phi)
     for i, task in enumerate(tasks):
         torch.testing.assert_close(h.product(w)[0][i], hessian(*dense(model, task, loss)) @ w[i])
+
+
+@pytest.mark.parametrize("hvp", [*EXACT, "finite-difference"])
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_vectors_of_any_size(hvp, scale):
+    """The step of a finite difference moves the parameters equally far, whatever the vector."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    h, phi = curvature(model, draw_tasks(2), hvp=hvp, linearize=False, loss=F.mse_loss)
+    w = torch.randn_like(phi)
+    torch.testing.assert_close(h.product(scale * w)[0] / scale, h.product(w)[0], rtol=1e-6, atol=1e-6)

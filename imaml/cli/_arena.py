@@ -57,11 +57,11 @@ class Arena:
         )
         with self.console.status(f"{label}: measuring"):
             cosine_start = self._cosine_to_exact(engine, model)
-            after = monotonic() - began  # what the same measurement will take after the training
+            after = monotonic() - began  # what is still to come after the training takes as long
             peak = peak_memory(lambda: engine(objective, self.probe).loss.backward(), device=trainer.device)
             before = monotonic()
             curve = [Point(step=0, seconds=0.0, value=trainer.evaluate("val", tasks=self.plan.val_tasks))]
-            after += (monotonic() - before) * self.plan.eval_tasks / self.plan.val_tasks
+            after += (monotonic() - before) * (1 + self.plan.eval_tasks / self.plan.val_tasks)
         if seconds is not None:
             left = began + seconds - after - monotonic()
             trainer.plan = replace(self.plan, minutes=max(left, 1.0) / 60)

@@ -58,7 +58,7 @@ def learning_curves(outcomes: Sequence[Outcome], metric: Metric, theme: Theme, *
         means = [metric.scale * point.value.mean for point in outcome.curve]
         widths = [metric.scale * point.value.interval for point in outcome.curve]
         color = COLORS[outcome.strategy]
-        axes.plot(xs, means, color=color, linewidth=1.8, label=NAMES[outcome.strategy])
+        axes.plot(xs, means, color=color, linewidth=1.8, marker="o", markersize=3, label=NAMES[outcome.strategy])
         lows, highs = ([m + sign * w for m, w in zip(means, widths, strict=True)] for sign in (-1, 1))
         axes.fill_between(xs, lows, highs, color=color, alpha=0.18, linewidth=0)
     axes.set(xlabel="seconds of meta-steps" if by_seconds else "meta-step", ylabel=f"validation {metric.label}")

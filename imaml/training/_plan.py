@@ -19,7 +19,7 @@ class Plan:
         schedule: Learning rate over the run: constant, or half a cosine from `meta_lr` to 0. The cosine
             follows the larger of the fractions of `steps` and `minutes` that are spent, so it reaches 0 whichever
             ends the run; with `minutes` it depends on the clock, and only then two runs differ.
-        eval_every: Meta-steps between two validations.
+        eval_every: Meta-steps between two validations; the last meta-step is validated too.
         val_tasks: Tasks of a validation.
         eval_tasks: Test tasks of the final evaluation.
         eval_inner_steps: Inner steps in validation and test; None: as in training.

@@ -119,17 +119,19 @@ class Trainer:
         result.loss.backward()
         self.optimizer.step()
         loss = result.loss.item()
-        milliseconds = 1000 * (perf_counter() - start)
+        elapsed = perf_counter() - start
         self.step += 1
-        due = self.step % self.plan.eval_every == 0 or self.step == self.plan.steps
-        val = self.evaluate("val", tasks=self.plan.val_tasks) if due else None
-        self.seconds += perf_counter() - start
+        self.seconds += elapsed
+        val = None
+        if self.step % self.plan.eval_every == 0 or self.progress >= 1:
+            val = self.evaluate("val", tasks=self.plan.val_tasks)
+            self.seconds += perf_counter() - start - elapsed
         return StepRecord(
             step=self.step,
             loss=loss,
             metric=task_metrics(result.report).mean().item(),
             learning_rate=learning_rate,
-            milliseconds=milliseconds,
+            milliseconds=1000 * elapsed,
             seconds=self.seconds,
             solver=_solver_outcome(result.report),
             val=val,

@@ -67,6 +67,7 @@ def test_the_clock_ends_a_run():
     records = list(trainer)
     assert 0 < len(records) < 10**6
     assert records[-1].seconds >= 0.2 > records[-2].seconds
+    assert records[-1].val is not None
     assert trainer.plan.learning_rate(records[-2].seconds / 0.2) < PLAN.meta_lr
 
 

@@ -57,7 +57,7 @@ class Arena:
         )
         with self.console.status(f"{label}: measuring"):
             cosine_start = self._cosine_to_exact(engine, model)
-            after = monotonic() - began  # what is still to come after the training takes as long
+            after = monotonic() - began  # the same again follows the training
             peak = peak_memory(lambda: engine(objective, self.probe).loss.backward(), device=trainer.device)
             before = monotonic()
             curve = [Point(step=0, seconds=0.0, value=trainer.evaluate("val", tasks=self.plan.val_tasks))]

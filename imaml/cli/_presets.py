@@ -61,5 +61,5 @@ def train(dataset: Dataset, strategy: Strategy) -> Train:
 def compare(dataset: Dataset) -> Compare:
     """The defaults of `imaml compare`."""
     preset = PRESETS[dataset]
-    plan = replace(preset.plan, minutes=preset.minutes_to_compare, val_tasks=100, eval_tasks=300)
+    plan = replace(preset.plan, minutes=preset.minutes_to_compare, val_tasks=100)
     return Compare(episodes=preset.episodes, plan=plan)

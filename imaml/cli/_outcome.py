@@ -17,7 +17,7 @@ FOOTNOTES = (
     "ms per step: median over the training. Peak MB: what a meta-gradient holds at once, in 10^6 bytes.",
     "Cosine: between a strategy's meta-gradient and the exact derivative, in float64, of the query loss through the "
     "inner loop it runs; at the shared initial parameters, and at those it reached. iMAML differentiates the "
-    "stationary point of its inner problem, so a loop that stops before that point lowers its cosine.",
+    "stationary point of its inner problem, so a loop or a solve that stops early lowers its cosine.",
 )
 
 

@@ -8,7 +8,7 @@ from typing import Literal, TypeVar, get_args
 from torch import Tensor
 
 from imaml._chunk import ChunkLoss
-from imaml._hvp import MODES, FiniteDifference, Product, ReverseOverReverse
+from imaml._hvp import FiniteDifference, ForwardOverReverse, Product, ReverseOverReverse
 
 T = TypeVar("T")
 HvpMode = Literal["auto", "forward-over-reverse", "reverse-over-reverse", "finite-difference"]
@@ -57,10 +57,14 @@ class Curvature:
         return result
 
     def _build(self, linearize: bool) -> Product:
-        kind = MODES[self._mode]
-        if linearize and kind is ReverseOverReverse:
+        at = (self._loss, self._phi, self._step)
+        if self._mode == "forward-over-reverse":
+            return ForwardOverReverse(*at)
+        if self._mode == "finite-difference":
+            return FiniteDifference(*at)
+        if linearize:
             self._context.gradients += self._loss.tasks
-        return kind(self._loss, self._phi, self._step, linearize)
+        return ReverseOverReverse(*at, linearize)
 
     def _or_finite_difference(self, compute: Callable[[], T]) -> T | FiniteDifference:
         """The result; or finite differences, where `auto` meets an operation without second derivatives."""
@@ -75,4 +79,4 @@ class Curvature:
                     "exact mode, or 'finite-difference', which needs first derivatives only."
                 ) from error
             self._mode = "finite-difference"
-            return FiniteDifference(self._loss, self._phi, self._step, linearize=False)
+            return FiniteDifference(self._loss, self._phi, self._step)

@@ -102,14 +102,15 @@ class ForwardOverReverse:
     `binary_cross_entropy_with_logits`, fails for GroupNorm and can crash the process.
     """
 
-    def __init__(self, loss: ChunkLoss, phi: Tensor, step: int, linearize: bool) -> None:
+    gradient: Tensor | None = None
+
+    def __init__(self, loss: ChunkLoss, phi: Tensor, step: int) -> None:
         self._loss, self._phi, self._step = loss, phi, step
         self._data, self._structure = tree_flatten(loss.batch)
         self._moving = [i for i, t in enumerate(self._data) if t.is_floating_point()]
         adapted, fixed = loss.leaves(phi.contiguous(), fixed=False)
         self._primals = ([t.detach() for t in adapted], fixed, [self._data[i] for i in self._moving])
         self._rest = [[torch.zeros_like(t) for t in still] for still in self._primals[1:]]
-        self.gradient: Tensor | None = None
         if loss.context.replay.draws:
             self._check_draws()
 
@@ -145,12 +146,13 @@ class FiniteDifference:
     Each task's step moves phi by a fraction r of its norm, h = r (1 + |phi|) / |w|. For a smooth loss r = eps^(1/3)
     balances the truncation error O(h^2) against the rounding error O(eps / h), and is used below float64. A ReLU that
     switches between the two points adds O(1 / h), with a probability of O(h): float64 can afford r = eps^(1/2), where
-    that is rare. There is nothing to linearise.
+    that is rare.
     """
 
-    def __init__(self, loss: ChunkLoss, phi: Tensor, step: int, linearize: bool) -> None:
+    gradient: Tensor | None = None
+
+    def __init__(self, loss: ChunkLoss, phi: Tensor, step: int) -> None:
         self._loss, self._phi, self._step = loss, phi, step
-        self.gradient: Tensor | None = None
         self._move = torch.finfo(phi.dtype).eps ** (1 / 2 if phi.dtype == torch.float64 else 1 / 3) * (
             1 + phi.norm(dim=-1, keepdim=True)
         )
@@ -164,10 +166,3 @@ class FiniteDifference:
         )
         fixed = None if ahead.fixed is None or behind.fixed is None else ahead.fixed - behind.fixed
         return ahead.adapted - behind.adapted, fixed
-
-
-MODES: dict[str, type[ReverseOverReverse] | type[ForwardOverReverse] | type[FiniteDifference]] = {
-    "forward-over-reverse": ForwardOverReverse,
-    "reverse-over-reverse": ReverseOverReverse,
-    "finite-difference": FiniteDifference,
-}

@@ -69,9 +69,9 @@ class ImplicitMAML(MetaGradient):
         query = problem.judge(phi)
         curvature = Curvature(problem.support, phi, steps, mode=self.hvp, linearize=self.linearize)
         if curvature.gradient is None:
-            stationarity = problem.gradient(phi, steps)
+            stationarity = problem.gradient(phi, steps).norm(dim=-1)
         else:
-            stationarity = problem.add_proximal(curvature.gradient, phi)
+            stationarity = problem.add_proximal(curvature.gradient, phi).norm(dim=-1)
 
         root = problem.damping.sqrt()
         weight = root / root.mean()  # 1 for a single lambda, where the system is I + H / lambda itself
@@ -88,7 +88,7 @@ class ImplicitMAML(MetaGradient):
         norm = rhs.norm(dim=-1)
         outcome = problem.outcome(
             query,
-            stationarity=stationarity.norm(dim=-1),
+            stationarity=stationarity,
             solver_status=solution.status,
             solver_steps=solution.num_steps,
             solver_residual=solution.residual_norm / norm.where(norm > 0, 1),

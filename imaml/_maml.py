@@ -30,8 +30,7 @@ class MAML(MetaGradient):
         checkpoints: How many inner states are kept at most besides theta, >= 0; None: all of them.
         hvp: How Hessian-vector products are computed. "auto" uses "reverse-over-reverse", or "finite-difference" where
             the model has an operation without second derivatives; the report says which. "forward-over-reverse" is
-            exact too. Finite differences are inexact, about 1e-3 relative in float32 and 1e-9 in float64 on smooth
-            models.
+            exact too. Finite differences are inexact and can be of no use below float64: docs/numerics.md has figures.
     """
 
     checkpoints: int | None = None
@@ -47,7 +46,8 @@ class MAML(MetaGradient):
     def _pull_back(self, problem: Problem) -> Pullback:
         states = states_backwards(problem, self.checkpoints)
         query = problem.judge(next(states))
-        cotangent, fixed, damping = query.adapted, query.fixed, problem.damping
+        cotangent, fixed, damping, outcome = query.adapted, query.fixed, problem.damping, problem.outcome(query)
+        del query  # its gradient would live through the sweep
         pulled_by_theta = 0 if damping is None else torch.zeros_like(cotangent)
         for step, phi in zip(reversed(range(problem.inner.steps)), states, strict=True):
             cotangent, w = problem.inner.pullback(cotangent)
@@ -59,4 +59,4 @@ class MAML(MetaGradient):
                 pulled_by_theta -= damping * w
             if fixed is not None and mixed is not None:
                 fixed.add_(mixed)
-        return Pullback(cotangent + pulled_by_theta, fixed, problem.outcome(query))
+        return Pullback(cotangent + pulled_by_theta, fixed, outcome)

@@ -3,6 +3,7 @@
 Exact `MAML`, first-order `FOMAML` and `ImplicitMAML` share one interface, `MetaGradient`.
 """
 
+from imaml import verify as verify
 from imaml._errors import DivergenceError as DivergenceError
 from imaml._errors import NonFiniteError as NonFiniteError
 from imaml._errors import SolverError as SolverError

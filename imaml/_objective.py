@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -103,6 +104,26 @@ class Objective:
         for name in self.adapted:
             _check_adaptable(name, named[name])
 
+    @property
+    def model(self) -> nn.Module | None:
+        """The model; None for an objective made from a function."""
+        return self._program.model if isinstance(self._program, _ModelProgram) else None
+
+    @property
+    def loss(self) -> Callable[..., Tensor]:
+        """`loss(output, target)`, or `loss(params, batch)` for an objective made from a function."""
+        return self._program.loss
+
+    def double(self) -> Objective:
+        """A deep copy in float64, independent of the user's model; tensors inside a function's closure stay as they are.
+
+        Raises:
+            TypeError: The model cannot be copied.
+        """
+        copied = Objective.__new__(Objective)
+        copied._program, copied.adapted = self._program.double(), self.adapted
+        return copied
+
     def parameters(self) -> dict[str, Tensor]:
         """The parameters that receive meta-gradients, as the user holds them: the adapted first, then the fixed."""
         named = self._program.parameters()
@@ -167,6 +188,16 @@ class _ModelProgram:
     def constants(self) -> dict[str, Tensor]:
         return {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
 
+    def double(self) -> _ModelProgram:
+        try:
+            model, loss = copy.deepcopy((self.model, self.loss))
+        except (RuntimeError, TypeError) as error:
+            raise TypeError(
+                f"{type(self.model).__name__} or its loss cannot be copied ({error}). Expected a module that "
+                "copy.deepcopy accepts: make tensors it keeps besides parameters and buffers leaves, with .detach()."
+            ) from error
+        return _ModelProgram(model.double(), loss.double() if isinstance(loss, nn.Module) else loss, self.metric)
+
     def check(self) -> None:
         for name, module in self.model.named_modules():
             if module.training and getattr(module, "track_running_stats", False):
@@ -198,6 +229,11 @@ class _FunctionProgram:
 
     def first_names(self) -> dict[str, str]:
         return {name: name for name in self.params}
+
+    def double(self) -> _FunctionProgram:
+        params = {n: t.detach().clone() for n, t in self.params.items()}
+        params = {n: t.double().requires_grad_() if t.is_floating_point() else t for n, t in params.items()}
+        return _FunctionProgram(params, self.loss, self.metric)
 
     def trainable(self, parameter: Tensor) -> bool:
         return True

@@ -1,0 +1,159 @@
+"""The stationary point of an inner problem to rounding, by Newton's method with scipy's conjugate gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import scipy.sparse.linalg
+import torch
+from torch import Tensor
+
+from imaml.verify._reference import Reference, Values, flat, unflat
+
+NEWTON_STEPS = 100
+STATIONARY = 1e-9
+NEAR = 1e-5
+
+Product = Callable[[Tensor], Tensor]
+
+
+class NoMinimum(Exception):
+    """The inner problem has no minimum that can be found to rounding; the message is the reason."""
+
+
+class NegativeCurvature(Exception):
+    """A matrix is not positive definite: `curvature` is the least w'Aw / w'w that was met."""
+
+    def __init__(self, curvature: float) -> None:
+        super().__init__(curvature)
+        self.curvature = curvature
+
+
+@dataclass(frozen=True)
+class InnerProblem:
+    """The inner objective J of one task as a function of the flat adapted parameters."""
+
+    reference: Reference
+    start: Values
+    """theta, and every other parameter."""
+    batch: Any
+
+    @property
+    def _like(self) -> Values:
+        return {n: self.start[n] for n in self.reference.adapted}
+
+    def values(self, phi: Tensor) -> Values:
+        """All parameters at phi."""
+        return self.start | unflat(phi, self._like)
+
+    def derivatives(self, phi: Tensor) -> tuple[Tensor, Product]:
+        """Gradient of J at phi, and Hessian-vector products there by double backward."""
+        leaf = phi.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = self.reference.inner_loss(self.values(leaf), self.start, self.batch)
+            (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+
+        def product(w: Tensor) -> Tensor:
+            if not gradient.requires_grad:
+                return torch.zeros_like(w)
+            return torch.autograd.grad(gradient, leaf, w, retain_graph=True, materialize_grads=True)[0]
+
+        return gradient.detach(), product
+
+    def value(self, phi: Tensor) -> float:
+        """J at phi."""
+        with torch.no_grad():
+            return self.reference.inner_loss(self.values(phi), self.start, self.batch).item()
+
+    def minimise(self, phi: Tensor) -> Tensor:
+        """The minimum that Newton's method with backtracking finds from phi.
+
+        Stops when the gradient no longer falls, which is at rounding.
+
+        Args:
+            phi: Where to start.
+
+        Returns:
+            The iterate of the least gradient.
+
+        Raises:
+            NoMinimum: Negative curvature, or the gradient stalled above 1e-9 of its scale.
+        """
+        scale = self._scale(phi)
+        best, least, stalls = phi, float("inf"), 0
+        for _ in range(NEWTON_STEPS):
+            gradient, product = self.derivatives(phi)
+            size = gradient.norm().item()
+            stalls = 0 if size < least / 2 else stalls + 1
+            if size < least:
+                best, least = phi, size
+            if size <= 1e-15 * scale or (least <= 1e-11 * scale and stalls) or stalls == 8:
+                break
+            phi = self._line_search(phi, self._newton_step(product, gradient, size / scale), gradient)
+        if not least <= STATIONARY * scale:
+            raise NoMinimum(
+                f"the inner problem could not be solved to rounding: its gradient stalls at {least / scale:.1g} of its "
+                "scale, as happens where the stationary point lies on a kink (ReLU, max pooling) or there is none"
+            )
+        return best
+
+    def _scale(self, phi: Tensor) -> float:
+        gradient = flat(self.reference.gradient(lambda v: self.reference.loss(v, self.batch), self.values(phi)))
+        weights = [w * (t - self.start[n]).norm().item() for n, t in self.values(phi).items() if (w := self._weight(n))]
+        return gradient.norm().item() + sum(weights) + 1e-12
+
+    def _weight(self, name: str) -> float:
+        return self.reference.damping.get(name, 0.0)
+
+    def _newton_step(self, product: Product, gradient: Tensor, size: float) -> Tensor:
+        """Far from the minimum, curvature is shifted until no direction of the solve shows a negative one."""
+        shift = 0.0
+        while True:
+            try:
+                return solve(lambda w: product(w) + shift * w, -gradient, 1e-3 if size > 1e-3 else 1e-8)
+            except NegativeCurvature as error:
+                if size < NEAR:
+                    raise NoMinimum(
+                        "the inner problem is not convex where it was solved (negative curvature): there the implicit "
+                        "meta-gradient is not defined; use a larger `regularization`"
+                    ) from error
+                shift = max(4 * shift, -error.curvature)
+
+    def _line_search(self, phi: Tensor, step: Tensor, gradient: Tensor) -> Tensor:
+        before, slope, length = self.value(phi), torch.dot(gradient, step).item(), 1.0
+        while length > 1e-4 and self.value(phi + length * step) > before + 1e-4 * length * slope + 1e-13 * abs(before):
+            length /= 2
+        return phi + length * step
+
+
+def solve(product: Product, rhs: Tensor, rtol: float) -> Tensor:
+    """The solution of a symmetric positive definite system by scipy's conjugate gradients.
+
+    Args:
+        product: Products with the matrix.
+        rhs: The right-hand side `(n,)`.
+        rtol: Relative tolerance of the residual.
+
+    Returns:
+        The solution.
+
+    Raises:
+        NegativeCurvature: A product shows that the matrix is not positive definite.
+    """
+    least = 0.0
+
+    def mv(x: Any) -> Any:
+        nonlocal least
+        w = torch.as_tensor(x, dtype=rhs.dtype, device=rhs.device).reshape(-1)
+        result = product(w)
+        if w.any():
+            least = min(least, (torch.dot(w, result) / torch.dot(w, w)).item())
+        return result.numpy(force=True)
+
+    operator = scipy.sparse.linalg.LinearOperator(2 * rhs.shape, matvec=mv, dtype=float)
+    x, _ = scipy.sparse.linalg.cg(operator, rhs.numpy(force=True), rtol=rtol, maxiter=20 * len(rhs) + 100)
+    if least < 0:
+        raise NegativeCurvature(least)
+    return torch.as_tensor(x, dtype=rhs.dtype, device=rhs.device)

@@ -1,0 +1,123 @@
+"""What a meta-gradient claims to be the derivative of: a function of one real number per direction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal, get_args
+
+import torch
+
+from imaml._fomaml import FOMAML
+from imaml._implicit import ImplicitMAML
+from imaml._inner import GradientDescent
+from imaml._maml import MAML
+from imaml._strategy import MetaGradient
+from imaml.verify._argmin import InnerProblem
+from imaml.verify._reference import Reference, Values, draws, flat, moved
+
+Claim = Literal["maml", "fomaml", "implicit"]
+_CLAIMS: dict[type[MetaGradient], Claim] = {MAML: "maml", FOMAML: "fomaml", ImplicitMAML: "implicit"}
+
+
+def claim_of(subject: object, against: str | None) -> Claim:
+    """What the subject claims to compute; raises ValueError where that is not said."""
+    if against is not None:
+        for claim in get_args(Claim):
+            if claim == against:
+                return claim  # type: ignore[no-any-return]
+        raise ValueError(f"`against` must be one of {', '.join(get_args(Claim))}. Got {against!r}.")
+    for strategy, known in _CLAIMS.items():
+        if isinstance(subject, strategy):
+            return known
+    raise ValueError(
+        f"What {name_of(subject)} claims to compute is not known. Pass against='maml', 'fomaml' or 'implicit'."
+    )
+
+
+def name_of(subject: object) -> str:
+    """A name for people."""
+    return getattr(subject, "__name__", type(subject).__name__)
+
+
+def inner_of(subject: object, inner: GradientDescent | None, claim: Claim) -> GradientDescent:
+    """The inner loop that was used; raises where it is not said."""
+    inner = inner if inner is not None else getattr(subject, "inner", None)
+    if inner is None and claim == "implicit":
+        return GradientDescent(lr=1.0, steps=0)
+    if not isinstance(inner, GradientDescent):
+        raise ValueError(
+            f"The inner loop of {name_of(subject)} is not known. Expected inner=GradientDescent(lr=..., steps=...). "
+            f"Got {inner!r}."
+        )
+    return inner
+
+
+def damping_of(
+    subject: object, regularization: float | Mapping[str, float] | None, adapted: tuple[str, ...], claim: Claim
+) -> dict[str, float]:
+    """lambda of every adapted parameter; raises ValueError where it is not said."""
+    if regularization is None:
+        regularization = getattr(subject, "regularization", None if claim == "implicit" else 0.0)
+    if regularization is None:
+        raise ValueError(
+            f"The regularisation of {name_of(subject)} is not known. Pass regularization=lambda, the weight of the "
+            "proximal term."
+        )
+    if isinstance(regularization, Mapping):
+        if set(regularization) != set(adapted):
+            raise ValueError(f"`regularization` must name {list(adapted)}. Got {list(regularization)}.")
+        damping = {n: float(regularization[n]) for n in adapted}
+    else:
+        damping = dict.fromkeys(adapted, float(regularization))
+    if min(damping.values()) < 0 or (claim == "implicit" and min(damping.values()) == 0):
+        raise ValueError(f"`regularization` must be {'>' if claim == 'implicit' else '>='} 0. Got {regularization}.")
+    return damping
+
+
+def along(reference: Reference, claim: Claim, seed: int) -> Callable[[Values], Callable[[float], float]]:
+    """For a direction d, the function t -> mean query loss whose derivative at 0 is the meta-gradient times d.
+
+    maml: the query loss after the inner loop from theta + t d. fomaml: at phi + t d, with phi adapted from theta.
+    implicit: at the minimum of the inner objective about theta + t d.
+
+    Args:
+        reference: The problem.
+        claim: Which.
+        seed: Of the random draws, the same for every t.
+
+    Returns:
+        The function of t for a direction; it raises NoMinimum where the inner problem cannot be solved.
+    """
+    start = reference.values()
+    if claim == "maml":
+
+        def after(values: Values) -> float:
+            with draws(seed):
+                return reference.after_adaptation(values).item()
+
+        return lambda d: lambda t: after(moved(start, d, t))
+    if claim == "fomaml":
+        with draws(seed):
+            adapted = [reference.adapt(start, task.support) for task in reference.tasks]
+        return lambda d: lambda t: _mean_query_loss(reference, [moved(values, d, t) for values in adapted])
+    minima = [
+        InnerProblem(reference, start, task.support).minimise(phi) for task, phi in _adapted(reference, start, seed)
+    ]
+
+    def at_minimum(values: Values) -> float:
+        problems = [InnerProblem(reference, values, task.support) for task in reference.tasks]
+        return _mean_query_loss(reference, [p.values(p.minimise(m)) for p, m in zip(problems, minima, strict=True)])
+
+    return lambda d: lambda t: at_minimum(moved(start, d, t))
+
+
+def _adapted(reference: Reference, start: Values, seed: int):  # type: ignore[no-untyped-def]
+    with draws(seed):
+        for task in reference.tasks:
+            values = reference.adapt(start, task.support)
+            yield task, flat({n: values[n] for n in reference.adapted})
+
+
+def _mean_query_loss(reference: Reference, adapted: list[Values]) -> float:
+    losses = [reference.query_loss(v, task) for v, task in zip(adapted, reference.tasks, strict=True)]
+    return torch.stack(losses).mean().item()

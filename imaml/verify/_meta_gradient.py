@@ -1,0 +1,188 @@
+"""Is this meta-gradient right?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from imaml._inner import GradientDescent
+from imaml._objective import Objective
+from imaml._strategy import MetaGradient
+from imaml.verify._argmin import NoMinimum
+from imaml.verify._claims import Claim, along, claim_of, damping_of, inner_of, name_of
+from imaml.verify._differences import derivative
+from imaml.verify._reference import Reference, Values, flat, unflat
+from imaml.verify._subject import Subject, Tasks, call, in_double, is_random
+from imaml.verify._suspects import cause_of
+from imaml.verify._verification import Verification, judge
+
+DIRECTIONS, ATTEMPTS = 4, 10
+SINGLE_TOLERANCE = 1e-3
+"""A subject that returns float32 or less is off by rounding alone: measured up to 1e-3 through BatchNorm and ReLU."""
+
+
+def meta_gradient(
+    engine_or_function: Subject,
+    objective: Objective,
+    tasks: Tasks,
+    *,
+    against: str | None = None,
+    inner: GradientDescent | None = None,
+    regularization: float | Mapping[str, float] | None = None,
+    tolerance: float = 1e-5,
+    seed: int = 0,
+) -> Verification:
+    """Compare a meta-gradient with finite differences of what it claims to be the derivative of.
+
+    The derivative of the mean query loss along random unit directions d of all parameters (adapted or not) is found
+    by extrapolated central differences in float64, without any second derivative, and compared with gradient * d. The
+    query loss is taken
+
+    - "maml": after the inner loop from theta + t d;
+    - "implicit": at the minimum of L_support + lambda/2 |phi - theta - t d|^2, found by Newton's method to rounding;
+    - "fomaml": at phi + t d, with phi adapted from theta.
+
+    The relative error is that over all directions together. Where the subject fails, its result is compared with the
+    results of known mistakes, and `cause` names the one that it equals.
+
+    Args:
+        engine_or_function: A strategy, or `function(objective, tasks)` that returns a dict of gradients by parameter
+            name, or one tensor in the order of `objective.parameters()`: the gradient of the mean over tasks. It gets
+            a deep copy of the objective in float64 and the tasks in float64; the user's are not touched.
+        objective: Model and loss.
+        tasks: A few tasks with shapes as in use; two or more show a wrong mean.
+        against: What is claimed. Known for the library's strategies.
+        inner: The inner loop that was used. Known for strategies; "implicit" only starts from it.
+        regularization: lambda that was used. Known for strategies; 0 for "maml" and "fomaml".
+        tolerance: The largest relative error that passes; raised to 1e-3 for a subject that returns less than float64.
+        seed: Of the directions, and of random draws (dropout).
+
+    Returns:
+        The verdict. Never "passed" where finite differences resolve less than the tolerance.
+
+    Raises:
+        TypeError: The model cannot be copied, or the subject returns something else than gradients.
+        ValueError: The claim is not known, wrong shapes, NaN, or a loss that is not deterministic.
+
+    Cost: some 16 to 60 inner loops of all tasks, for "implicit" with the minimisation instead.
+    """
+    claim = claim_of(engine_or_function, against)
+    inner = inner_of(engine_or_function, inner, claim)
+    if not isinstance(objective, Objective):
+        raise TypeError(f"Expected an Objective(model, loss). Got {type(objective).__name__}.")
+    copied, tasks = objective.double(), in_double(tasks)
+    damping = damping_of(engine_or_function, regularization, copied.adapted, claim)
+    reference = Reference(copied, list(tasks), inner.lr, inner.steps, damping)
+    values = reference.values()
+    random = is_random(copied, reference.tasks[0], lambda batch: reference.loss(values, batch), seed)
+
+    own = objective.double()
+    got, is_double = call(engine_or_function, own, tasks, seed)
+    again, _ = call(engine_or_function, own, tasks, seed)
+    tolerance = tolerance if is_double else max(tolerance, SINGLE_TOLERANCE)
+    drift = ((got - again).norm() / got.norm().clamp(min=1e-300)).item()
+
+    def verification(status: str, error: float, resolution: float, cause: str | None) -> Verification:
+        return Verification(
+            subject=f"{name_of(engine_or_function)} against {claim}",
+            status=status,  # type: ignore[arg-type]
+            relative_error=error,
+            resolution=resolution,
+            cause=cause,
+            tolerance=tolerance,
+        )
+
+    if random and claim != "maml":
+        reason = "the loss draws random numbers (dropout): verify with model.eval()"
+        return verification("inconclusive", math.nan, math.inf, reason)
+    try:
+        if random and isinstance(engine_or_function, MetaGradient):
+            functions = _of_engine(engine_or_function, own, tasks, seed)
+        else:
+            functions = along(reference, claim, seed)
+    except NoMinimum as reason:
+        return verification("inconclusive", math.nan, math.inf, str(reason))
+    error, resolution, reason = compare(functions, got, values, tolerance, seed)
+    status = judge(error, resolution, tolerance)
+    if drift > tolerance:
+        cause = (
+            f"two calls with the same arguments and seed differ by {drift:.2g}: running statistics of BatchNorm or the "
+            "masks of dropout are not fixed between calls"
+        )
+        return verification("failed", max(error, drift), resolution, cause)
+    if status == "failed":
+
+        def again_on(some: Tasks) -> Tensor:
+            return call(engine_or_function, objective.double(), some, seed)[0]
+
+        reason = cause_of(reference, claim, got, again_on, tasks, random=random, seed=seed, tolerance=tolerance)
+    return verification(status, error, resolution, None if status == "passed" else reason)
+
+
+def compare(
+    functions: Callable[[Values], Callable[[float], float]], got: Tensor, like: Values, tolerance: float, seed: int
+) -> tuple[float, float, str | None]:
+    """The relative error of `got` and the resolution of finite differences, over random directions.
+
+    Directions on which finite differences resolve too little (kinks near theta) are replaced by others.
+
+    Returns:
+        Relative error, resolution, and the reason where the latter is larger than the tolerance.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    step = 1e-2 * max(flat(like).norm().item(), 1.0)
+    found: list[tuple[float, float, float]] = []
+    reason: str | None = None
+    for _ in range(ATTEMPTS):
+        d = torch.randn(len(got), generator=generator, dtype=torch.float64).to(got.device)
+        d /= d.norm()
+        try:
+            slope = derivative(functions(unflat(d, like)), step, tolerance / 100)
+        except NoMinimum as unsolved:
+            reason = str(unsolved)
+            continue
+        error = slope.error if slope.kink <= tolerance * abs(slope.value) / 10 else max(slope.error, slope.kink)
+        found.append((slope.value, error, abs(torch.dot(got, d).item() - slope.value)))
+        if sum(error <= tolerance * abs(value) for value, error, _ in found) == DIRECTIONS:
+            break
+    best = sorted(found, key=lambda direction: direction[1] / max(abs(direction[0]), 1e-300))[:DIRECTIONS]
+    if not best:
+        return math.nan, math.inf, reason
+    value, error, difference = (math.sqrt(sum(d[i] ** 2 for d in best) / len(best)) for i in range(3))
+    size = value if value > 2 * error else got.norm().item() / math.sqrt(len(got))
+    if max(size, error, difference) == 0 or size <= 2 * error and difference <= 2 * error:
+        return math.nan, math.inf, "the meta-gradient is zero to rounding: nothing can be compared"
+    relative, resolution = difference / max(size, 1e-300), error / max(size, 1e-300)
+    if resolution > tolerance and reason is None:
+        reason = (
+            "finite differences do not settle: the loss is not smooth near these parameters (kinks of ReLU or max "
+            "pooling), or too noisy"
+        )
+    return relative, resolution, reason
+
+
+def _of_engine(
+    engine: MetaGradient, objective: Objective, tasks: Tasks, seed: int
+) -> Callable[[Values], Callable[[float], float]]:
+    """The engine's own query loss after adaptation: only it knows which random draws it replays."""
+    from imaml.verify._reference import draws, moved
+
+    parameters = objective.parameters()
+    start = {n: p.detach().clone() for n, p in parameters.items()}
+
+    def at(d: Values) -> Callable[[float], float]:
+        def after(t: float) -> float:
+            with torch.no_grad(), draws(seed):
+                for name, value in moved(start, d, t).items():
+                    parameters[name].copy_(value)
+                return engine(objective, tasks).loss.item()
+
+        return after
+
+    return at
+
+
+__all__ = ["Claim", "meta_gradient"]

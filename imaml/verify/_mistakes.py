@@ -1,0 +1,205 @@
+"""Meta-gradients with a known mistake in them, computed the plain way, as suspects for a wrong one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imaml.verify._reference import Reference, Values, flat
+
+Suspect = tuple[str, Callable[[], Tensor]]
+"""A cause in words, and the vector that it leads to."""
+
+
+def unrolled(
+    reference: Reference,
+    *,
+    steps: int | None = None,
+    second_order: bool = True,
+    damping: float = 1.0,
+    fixed_centre: bool = False,
+    zipped: bool = False,
+) -> Tensor:
+    """The derivative through the graph of the inner loop, right by default.
+
+    Args:
+        reference: The problem.
+        steps: Inner steps.
+        second_order: Whether the inner gradients are differentiated.
+        damping: Factor of the proximal term.
+        fixed_centre: Whether the centre of the proximal term is a constant.
+        zipped: Whether gradients of used parameters update the first parameters of the same shapes instead.
+
+    Returns:
+        The meta-gradient as one vector.
+    """
+    start = {n: t.clone().requires_grad_() for n, t in reference.values().items()}
+    centre = {n: t.detach() for n, t in start.items()} if fixed_centre else start
+    names, losses = reference.adapted, []
+    with torch.enable_grad():
+        for task in reference.tasks:
+            values: Values = dict(start)
+            for _ in range(reference.steps if steps is None else steps):
+                loss = reference.loss(values, task.support)
+                for name in names:
+                    weight = damping * reference.damping[name] / 2
+                    loss = loss + weight * (values[name] - centre[name]).square().sum() if weight else loss
+                wanted = [values[n] for n in names]
+                grads = torch.autograd.grad(loss, wanted, create_graph=second_order, allow_unused=True)
+                updates = {n: g for n, g in zip(names, grads, strict=True) if g is not None}
+                if zipped:
+                    updates = {
+                        n: g for n, g in zip(names, updates.values(), strict=False) if g.shape == values[n].shape
+                    }
+                values |= {n: values[n] - reference.lr * g for n, g in updates.items()}
+            losses.append(reference.loss(values, task.query))
+        total = torch.stack(losses).mean()
+    grads = torch.autograd.grad(total, list(start.values()), allow_unused=True, materialize_grads=True)
+    return flat(dict(zip(start, grads, strict=True)))
+
+
+def swept(
+    reference: Reference,
+    *,
+    query_hessian: bool = False,
+    shift: int = 0,
+    sign: float = 1.0,
+    product: Callable[..., Values] | None = None,
+) -> Tensor:
+    """The reverse sweep with a Hessian of the wrong loss, at the wrong state, of the wrong sign, or a wrong product.
+
+    Args:
+        reference: The problem.
+        query_hessian: Take the Hessian of the query loss.
+        shift: Take it so many states later (at most the last) or earlier (at least the first).
+        sign: Factor of the Hessian.
+        product: Called like `hessian_product` in its stead.
+
+    Returns:
+        The meta-gradient as one vector.
+    """
+    start, total = reference.values(), torch.zeros(())
+    for task in reference.tasks:
+        states = [start]
+        one = Reference(reference.objective, [task], reference.lr, 1, reference.damping)
+        for _ in range(reference.steps):
+            states.append(_step(one, states[-1], start, task.support))
+        a = reference.gradient(lambda v, task=task: reference.loss(v, task.query), states[-1])  # type: ignore[misc]
+        a = {n: t.clone() for n, t in a.items()}
+        pulled = {n: torch.zeros_like(t) for n, t in a.items()}
+        for k in reversed(range(reference.steps)):
+            at = states[min(max(k + shift, 0), reference.steps)]
+            w = {n: -reference.lr * a[n] for n in reference.adapted}
+            curved = (product or hessian_product)(reference, at, w, task.query if query_hessian else task.support)
+            for n in a:
+                a[n] += sign * curved[n]
+            for n, weight in reference.damping.items():
+                a[n] += weight * w[n]
+                pulled[n] -= weight * w[n]
+        total = total.to(flat(a)) + flat(a) + flat(pulled)
+    return total / len(reference.tasks)
+
+
+def _step(one: Reference, values: Values, centre: Values, batch: Any) -> Values:
+    grads = one.gradient(lambda v: one.inner_loss(v, centre, batch), values)
+    return values | {n: values[n] - one.lr * grads[n] for n in one.adapted}
+
+
+def hessian_product(reference: Reference, values: Values, w: Values, batch: Any) -> Values:
+    """The derivative of (adapted gradient)' w by every parameter."""
+
+    def slope(leaves: Values) -> Tensor:
+        names = reference.adapted
+        wanted = [leaves[n] for n in names]
+        loss = reference.loss(leaves, batch)
+        grads = torch.autograd.grad(loss, wanted, create_graph=True, materialize_grads=True, allow_unused=True)
+        terms = [(g * w[n]).sum() for n, g in zip(names, grads, strict=True)]
+        return torch.stack(terms).sum() + 0 * sum(t.sum() for t in leaves.values())
+
+    return reference.gradient(slope, values)
+
+
+def reverse_over_forward(reference: Reference, values: Values, w: Values, batch: Any) -> Values:
+    """`grad` of `jvp`, which torch gets wrong for affine normalisation layers."""
+
+    def slope(leaves: Values) -> Tensor:
+        adapted = {n: leaves[n] for n in reference.adapted}
+        tangents = {n: w[n] for n in reference.adapted}
+        return torch.func.jvp(lambda p: reference.loss(leaves | p, batch), (adapted,), (tangents,))[1]
+
+    return torch.func.grad(slope)(values)
+
+
+def vectorised(reference: Reference) -> Tensor:
+    """`grad` over `vmap` over inner `grad`, which torch gets wrong for affine normalisation layers."""
+    start, names = reference.values(), reference.adapted
+    batch = [_stack([getattr(task, kind) for task in reference.tasks]) for kind in ("support", "query")]
+
+    def one(values: Values, support: Any, query: Any) -> Tensor:
+        phi = {n: values[n] for n in names}
+        for _ in range(reference.steps):
+            grads = torch.func.grad(lambda p: reference.inner_loss(values | p, values, support))(phi)
+            phi = {n: phi[n] - reference.lr * grads[n] for n in names}
+        return reference.loss(values | phi, query)
+
+    def mean(values: Values) -> Tensor:
+        return torch.func.vmap(one, in_dims=(None, 0, 0))(values, *batch).mean()
+
+    return flat(torch.func.grad(mean)(start))
+
+
+def _stack(batches: Sequence[Any]) -> Any:
+    return torch.utils._pytree.tree_map(lambda *t: torch.stack(t), *batches)
+
+
+def permuted(reference: Reference, right: Tensor) -> Iterator[Suspect]:
+    """The right values in the wrong places: gradients of used parameters moved onto the first parameters."""
+    like = reference.values()
+    blocks = list(right.split([t.numel() for t in like.values()]))
+    used = [b for b in blocks if bool(b.any())]
+    if len(used) == len(blocks):
+        return
+    joined = torch.cat([*used, right.new_zeros(len(right) - sum(map(len, used)))])
+    text = "gradients of used parameters are moved onto the wrong parameters, past unused ones (fill in zeros there)"
+    yield text, lambda: joined
+    shapes, moved = [t.shape for t in like.values()], [torch.zeros_like(b) for b in blocks]
+    for i, (block, shape) in enumerate(
+        zip(used, [s for s, b in zip(shapes, blocks, strict=True) if bool(b.any())], strict=True)
+    ):
+        if shapes[i] == shape:
+            moved[i] = block
+    yield text, lambda: torch.cat(moved)
+
+
+def of_maml(reference: Reference, right: Tensor | None) -> Iterator[Suspect]:
+    """Mistakes in exact MAML."""
+    steps, damped = reference.steps, any(reference.damping.values())
+    yield "first-order: the inner gradients are not differentiated", lambda: unrolled(reference, second_order=False)
+    yield "the gradient is taken at theta, before any adaptation", lambda: unrolled(reference, steps=0)
+    if steps:
+        yield f"one inner step too few ({steps - 1} of {steps})", lambda: unrolled(reference, steps=steps - 1)
+    yield f"one inner step too many ({steps + 1} for {steps})", lambda: unrolled(reference, steps=steps + 1)
+    if damped:
+        yield "the proximal term is missing in the inner steps", lambda: unrolled(reference, damping=0.0)
+        yield "the proximal term has the wrong sign", lambda: unrolled(reference, damping=-1.0)
+        text = "the proximal term is differentiated as if its centre theta were a constant"
+        yield text, lambda: unrolled(reference, fixed_centre=True)
+    text = "gradients of used parameters update the wrong parameters, past unused ones, in the inner loop"
+    yield text, lambda: unrolled(reference, zipped=True)
+    text = "the Hessian is that of the query loss, not of the support loss"
+    yield text, lambda: swept(reference, query_hessian=True)
+    text = "stale iterate: the Hessian of an inner step is taken at the state "
+    yield text + "after it", lambda: swept(reference, shift=1)
+    yield text + "before it", lambda: swept(reference, shift=-1)
+    yield text + "at the end of the inner loop", lambda: swept(reference, shift=steps)
+    yield text + "theta", lambda: swept(reference, shift=-steps)
+    yield "the Hessian has the wrong sign", lambda: swept(reference, sign=-1.0)
+    text = "second derivatives through vmap between two grads, which torch gets wrong for affine normalisation layers"
+    yield text, lambda: vectorised(reference)
+    text = "second derivatives through grad of jvp, which torch gets wrong for affine normalisation layers"
+    yield text, lambda: swept(reference, product=reverse_over_forward)
+    if right is not None:
+        yield from permuted(reference, right)

@@ -1,0 +1,110 @@
+"""What a meta-gradient must equal, the plain way: slow loops over tasks and steps that share no code with the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from imaml._objective import Objective
+from imaml._tasks import Task
+
+Values = dict[str, Tensor]
+
+
+@contextmanager
+def draws(seed: int) -> Iterator[None]:
+    """Fixed random numbers within, and the global generators untouched after."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The bilevel problem that a meta-gradient belongs to, in float64."""
+
+    objective: Objective
+    tasks: Sequence[Task]
+    lr: float
+    steps: int
+    damping: Mapping[str, float]
+    """lambda of every adapted parameter."""
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """Names of the adapted parameters."""
+        return self.objective.adapted
+
+    def values(self) -> Values:
+        """The parameters that receive meta-gradients, detached."""
+        return {n: p.detach() for n, p in self.objective.parameters().items()}
+
+    def only(self, task: int) -> Reference:
+        """The problem of one task alone."""
+        return replace(self, tasks=[self.tasks[task]])
+
+    def loss(self, values: Mapping[str, Tensor], batch: Any) -> Tensor:
+        """The loss at these parameters; the model's buffers are copies, and attention has second derivatives."""
+        with sdpa_kernel(SDPBackend.MATH):
+            return self.objective.evaluate(dict(values) | self.objective.constants(), batch)[0]
+
+    def inner_loss(self, values: Mapping[str, Tensor], centre: Mapping[str, Tensor], batch: Any) -> Tensor:
+        """The support loss plus the proximal term about `centre`."""
+        loss = self.loss(values, batch)
+        for name, weight in self.damping.items():
+            if weight:
+                loss = loss + weight / 2 * (values[name] - centre[name]).square().sum()
+        return loss
+
+    def adapt(self, start: Values, batch: Any) -> Values:
+        """All parameters after the inner loop, detached."""
+        values = dict(start)
+        for _ in range(self.steps):
+            leaves = values | {n: values[n].detach().requires_grad_() for n in self.adapted}
+            wanted = [leaves[n] for n in self.adapted]
+            with torch.enable_grad():
+                inner = self.inner_loss(leaves, start, batch)
+            grads = torch.autograd.grad(inner, wanted, allow_unused=True)
+            for name, grad in zip(self.adapted, grads, strict=True):
+                if grad is not None:
+                    values[name] = values[name] - self.lr * grad
+        return values
+
+    def after_adaptation(self, start: Values) -> Tensor:
+        """Mean query loss after the inner loop: what exact MAML differentiates."""
+        return torch.stack([self.query_loss(self.adapt(start, task.support), task) for task in self.tasks]).mean()
+
+    @torch.no_grad()
+    def query_loss(self, values: Values, task: Task) -> Tensor:
+        """The query loss of a task at these parameters."""
+        return self.loss(values, task.query)
+
+    def gradient(self, loss: Callable[[Values], Tensor], values: Values) -> Values:
+        """First derivatives by every parameter; zeros where the loss does not depend on one."""
+        leaves = {n: t.detach().requires_grad_() for n, t in values.items()}
+        with torch.enable_grad():
+            value = loss(leaves)
+        grads = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True, allow_unused=True)
+        return dict(zip(leaves, grads, strict=True))
+
+
+def flat(values: Mapping[str, Tensor]) -> Tensor:
+    """One vector of all values, in their order."""
+    return torch.cat([t.detach().reshape(-1) for t in values.values()])
+
+
+def unflat(vector: Tensor, like: Mapping[str, Tensor]) -> Values:
+    """The named tensors that a vector holds."""
+    parts = vector.split([t.numel() for t in like.values()])
+    return {n: part.view(t.shape) for (n, t), part in zip(like.items(), parts, strict=True)}
+
+
+def moved(values: Values, direction: Values, step: float) -> Values:
+    """Values + step * direction."""
+    return {n: t + step * direction[n] for n, t in values.items()}

@@ -1,0 +1,102 @@
+"""What is verified: an engine, or a function of another library, called on a float64 copy of the user's problem."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imaml._errors import SolverWarning
+from imaml._objective import Objective
+from imaml._strategy import MetaGradient
+from imaml._tasks import Task, TaskBatch
+from imaml.verify._claims import name_of
+from imaml.verify._reference import draws, flat
+
+Tasks = TaskBatch | Sequence[Task]
+Subject = MetaGradient | Callable[[Objective, Any], Any]
+
+
+def in_double(tasks: Tasks) -> Tasks:
+    """The tasks in float64; labels keep their integer dtype."""
+    if isinstance(tasks, TaskBatch):
+        return tasks.to(dtype=torch.float64)
+    moved = [TaskBatch.stack([task]).to(dtype=torch.float64)[0] for task in tasks]
+    if not moved:
+        raise ValueError("Expected at least one task. Got an empty list.")
+    return moved
+
+
+def call(subject: Subject, objective: Objective, tasks: Tasks, seed: int) -> tuple[Tensor, bool]:
+    """The meta-gradient as one float64 vector in the order of `objective.parameters()`, and whether it came in float64.
+
+    Raises:
+        TypeError: Not a dict of tensors by parameter name, nor one tensor.
+        ValueError: Wrong names or shapes, or NaN.
+    """
+    with draws(seed), torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", SolverWarning)
+        if isinstance(subject, MetaGradient):
+            result: Any = subject.value_and_grad(objective, tasks)[1]
+        else:
+            result = subject(objective, tasks)
+    like = objective.parameters()
+    vector = _flat(result, like, name_of(subject))
+    if not bool(vector.isfinite().all()):
+        raise ValueError(
+            f"{name_of(subject)} returned NaN or infinite values: use a smaller inner step size, or look for an "
+            "operation with an infinite derivative such as sqrt at 0."
+        )
+    return vector.double(), vector.dtype == torch.float64
+
+
+def _flat(result: Any, like: Mapping[str, Tensor], name: str) -> Tensor:
+    size = sum(p.numel() for p in like.values())
+    if isinstance(result, Tensor):
+        if result.shape != (size,):
+            raise ValueError(
+                f"{name} must return ({size},), the gradients of {len(like)} parameters in order. Got "
+                f"{tuple(result.shape)}: flatten and concatenate one gradient per parameter, zeros for unused ones."
+            )
+        return result.detach()
+    if not isinstance(result, Mapping):
+        raise TypeError(f"{name} must return a dict of gradients by name, or one tensor. Got {type(result).__name__}.")
+    if set(result) != set(like):
+        raise ValueError(
+            f"{name} must return one gradient per parameter. Missing: {sorted(set(like) - set(result)) or 'none'}; "
+            f"unknown: {sorted(map(str, set(result) - set(like))) or 'none'}. Return zeros for unused parameters."
+        )
+    for key, parameter in like.items():
+        gradient = result[key]
+        if not isinstance(gradient, Tensor) or gradient.shape != parameter.shape:
+            got = tuple(gradient.shape) if isinstance(gradient, Tensor) else type(gradient).__name__
+            raise ValueError(
+                f"{name} must return a gradient of shape {tuple(parameter.shape)} for {key!r}. Got {got}: return zeros "
+                "for unused parameters."
+            )
+    return flat({key: result[key] for key in like})
+
+
+def is_random(objective: Objective, task: Task, loss: Callable[[Any], Tensor], seed: int) -> bool:
+    """Whether the support or query loss draws random numbers.
+
+    Raises:
+        ValueError: The loss differs between two calls with the same seed, or is not finite.
+    """
+
+    def both(s: int) -> list[float]:
+        with draws(s), torch.no_grad():
+            return [loss(task.support).item(), loss(task.query).item()]
+
+    first, again, other = both(seed), both(seed), both(seed + 1)
+    if any(x != x or abs(x) == float("inf") for x in first):
+        raise ValueError(f"The loss is not finite: support {first[0]}, query {first[1]}. Look for NaN in task 0.")
+    if first != again:
+        raise ValueError(
+            f"The loss is not deterministic: {first} and then {again} at the same parameters, batch and random seed. "
+            "Draw its random numbers from torch's global generators, and keep no state between calls."
+        )
+    return first != other

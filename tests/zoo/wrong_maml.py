@@ -1,0 +1,231 @@
+"""Wrong gradients through the inner loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.autograd import grad
+
+from imaml import Objective, Task
+from tests.zoo.problems import MAML, PROXIMAL, Setup, batch_norm, layer_norm, mlp, unused
+from tests.zoo.right import Function, Loss, by_name, flatten, gradient, hvp, mean_over_tasks, states, unrolled
+from tests.zoo.specimen import specimen
+
+
+@specimen(MAML, mlp, story="A 'MAML' whose inner gradients lack create_graph=True.", cause="first-order")
+@mean_over_tasks
+def first_order(loss: Loss, theta: Tensor, task: Task, s: Setup) -> Tensor:
+    theta = theta.clone().requires_grad_()
+    phi = theta
+    for _ in range(s.steps):
+        (g,) = grad(loss(phi, task.support), phi)
+        phi = phi - s.lr * g
+    return grad(loss(phi, task.query), theta)[0]
+
+
+@specimen(MAML, mlp, story="Training loops call backward per task and never divide.", cause="sum")
+def sum_over_tasks(s: Setup) -> Function:
+    def function(objective: Objective, tasks: Iterable[Task]) -> dict[str, Tensor]:
+        return {n: g * len(list(tasks)) for n, g in unrolled(s)(objective, tasks).items()}
+
+    return function
+
+
+@specimen(MAML, mlp, story="Training loops zero the gradients before each task instead of each batch.")
+def last_task_only(s: Setup) -> Function:
+    return lambda objective, tasks: unrolled(s)(objective, list(tasks)[-1:])
+
+
+@specimen(
+    MAML, mlp, story="Loops that make the first inner step outside, then one less than they should.", cause="step"
+)
+@mean_over_tasks
+def one_step_too_few(loss: Loss, theta: Tensor, task: Task, s: Setup) -> Tensor:
+    theta = theta.clone().requires_grad_()
+    phi = theta
+    for _ in range(s.steps - 1):
+        (g,) = grad(loss(phi, task.support), phi, create_graph=True)
+        phi = phi - s.lr * g
+    return grad(loss(phi, task.query), theta)[0]
+
+
+@specimen(MAML, mlp, story="Fast weights that are not reset, so each task starts where the last one ended.")
+def tasks_in_a_row(s: Setup) -> Function:
+    def function(objective: Objective, tasks: Iterable[Task]) -> dict[str, Tensor]:
+        loss, start = flatten(objective)
+        start.requires_grad_()
+        phi, total = start, 0.0
+        for task in tasks:
+            for _ in range(s.steps):
+                (g,) = grad(loss(phi, task.support), phi, create_graph=True)
+                phi = phi - s.lr * g
+            total = total + loss(phi, task.query) / len(list(tasks))
+        return by_name(objective, grad(total, start)[0])
+
+    return function
+
+
+@specimen(MAML, mlp, story="Scripts with one data loader judge a model on what it adapted to.", cause="support")
+@mean_over_tasks
+def judged_on_the_support_set(loss: Loss, theta: Tensor, task: Task, s: Setup) -> Tensor:
+    theta = theta.clone().requires_grad_()
+    phi = theta
+    for _ in range(s.steps):
+        (g,) = grad(loss(phi, task.support), phi, create_graph=True)
+        phi = phi - s.lr * g
+    return grad(loss(phi, task.support), theta)[0]
+
+
+@specimen(MAML, mlp, story="The module's own forward reads theta where phi was meant.", cause="adapt")
+@mean_over_tasks
+def query_gradient_at_theta(loss: Loss, theta: Tensor, task: Task, s: Setup) -> Tensor:
+    *visited, _ = states(loss, theta, task.support, s)
+    a = gradient(loss, theta, task.query)
+    for state in reversed(visited):
+        a = a - s.lr * hvp(loss, state, task.support, a)
+    return a
+
+
+@specimen(MAML, mlp, story="Reverse sweeps that store a state after the update and read it as the one before.")
+@mean_over_tasks
+def hessian_at_the_next_state(loss: Loss, theta: Tensor, task: Task, s: Setup) -> Tensor:
+    _, *visited = states(loss, theta, task.support, s)
+    a = gradient(loss, visited[-1], task.query)
+    for state in reversed(visited):
+        a = a - s.lr * hvp(loss, state, task.support, a)
+    return a
+
+
+@specimen(MAML, mlp, story="Reverse sweeps that keep only the last state.")
+@mean_over_tasks
+def hessian_at_the_last_state(loss: Loss, theta: Tensor, task: Task, s: Setup) -> Tensor:
+    phi = states(loss, theta, task.support, s)[-1]
+    a = gradient(loss, phi, task.query)
+    for _ in range(s.steps):
+        a = a - s.lr * hvp(loss, phi, task.support, a)
+    return a
+
+
+@specimen(MAML, mlp, story="A batch variable that still holds the query set when the Hessian products are taken.")
+@mean_over_tasks
+def hessian_of_the_query_loss(loss: Loss, theta: Tensor, task: Task, s: Setup) -> Tensor:
+    *visited, phi = states(loss, theta, task.support, s)
+    a = gradient(loss, phi, task.query)
+    for state in reversed(visited):
+        a = a - s.lr * hvp(loss, state, task.query, a)
+    return a
+
+
+@specimen(PROXIMAL, mlp, story="The proximal term written as theta - phi in a descent step.", cause="proximal")
+@mean_over_tasks
+def proximal_sign(loss: Loss, theta: Tensor, task: Task, s: Setup) -> Tensor:
+    theta = theta.clone().requires_grad_()
+    phi = theta
+    for _ in range(s.steps):
+        (g,) = grad(loss(phi, task.support), phi, create_graph=True)
+        phi = phi - s.lr * (g + s.lam * (theta - phi))
+    return grad(loss(phi, task.query), theta)[0]
+
+
+@specimen(PROXIMAL, mlp, story="A regularised method whose inner steps are plain gradient descent.", cause="proximal")
+@mean_over_tasks
+def proximal_omitted(loss: Loss, theta: Tensor, task: Task, s: Setup) -> Tensor:
+    theta = theta.clone().requires_grad_()
+    phi = theta
+    for _ in range(s.steps):
+        (g,) = grad(loss(phi, task.support), phi, create_graph=True)
+        phi = phi - s.lr * g
+    return grad(loss(phi, task.query), theta)[0]
+
+
+@specimen(PROXIMAL, mlp, story="The anchor of the proximal term detached, so that its pull on theta is lost.")
+@mean_over_tasks
+def proximal_anchor_detached(loss: Loss, theta: Tensor, task: Task, s: Setup) -> Tensor:
+    theta = theta.clone().requires_grad_()
+    phi = theta
+    for _ in range(s.steps):
+        (g,) = grad(loss(phi, task.support), phi, create_graph=True)
+        phi = phi - s.lr * (g + s.lam * (phi - theta.detach()))
+    return grad(loss(phi, task.query), theta)[0]
+
+
+@specimen(MAML, mlp, story="A .detach() or .data left in the head of the query forward pass.", cause="zero")
+def head_detached(s: Setup) -> Function:
+    def function(objective: Objective, tasks: Iterable[Task]) -> dict[str, Tensor]:
+        gradients = unrolled(s)(objective, tasks)
+        head = list(gradients)[-1]
+        return gradients | {head: torch.zeros_like(gradients[head])}
+
+    return function
+
+
+def _named_leaves(objective: Objective) -> dict[str, Tensor]:
+    return {n: p.detach().clone().requires_grad_() for n, p in objective.parameters().items()}
+
+
+@specimen(MAML, unused, story="allow_unused=True, then inner updates zipped with the gradients not None.")
+def inner_updates_misaligned(s: Setup) -> Function:
+    def function(objective: Objective, tasks: Iterable[Task]) -> dict[str, Tensor]:
+        theta, total = _named_leaves(objective), 0.0
+        for task in tasks:
+            phi = dict(theta)
+            for _ in range(s.steps):
+                loss, _ = objective.evaluate(phi, task.support)
+                grads = grad(loss, list(phi.values()), create_graph=True, allow_unused=True)
+                for name, g in zip(phi, [g for g in grads if g is not None], strict=False):
+                    phi[name] = phi[name] - s.lr * g
+            total = total + objective.evaluate(phi, task.query)[0] / len(list(tasks))
+        return dict(zip(theta, grad(total, list(theta.values()), materialize_grads=True), strict=True))
+
+    return function
+
+
+@specimen(MAML, unused, story="Gradients not None handed to the parameters in order.", cause="unused")
+def gradients_misaligned(s: Setup) -> Function:
+    def function(objective: Objective, tasks: Iterable[Task]) -> dict[str, Tensor]:
+        gradients = unrolled(s)(objective, tasks)
+        used = [g for g in gradients.values() if g.any()]
+        used += [torch.zeros_like(g) for g in gradients.values() if not g.any()]
+        return dict(zip(gradients, used, strict=True))
+
+    return function
+
+
+@specimen(MAML, layer_norm, story="The torch.func recipe: grad of the mean over vmap of an inner grad.")
+def vmap_between_the_derivatives(s: Setup) -> Function:
+    def function(objective: Objective, tasks: Iterable[Task]) -> dict[str, Tensor]:
+        loss, theta = flatten(objective)
+        (xs, ys), (xq, yq) = ([torch.stack(t) for t in zip(*sets, strict=True)] for sets in _sets(tasks))
+
+        def of_task(theta: Tensor, xs: Tensor, ys: Tensor, xq: Tensor, yq: Tensor) -> Tensor:
+            phi = theta
+            for _ in range(s.steps):
+                phi = phi - s.lr * torch.func.grad(loss)(phi, (xs, ys))
+            return loss(phi, (xq, yq))
+
+        def mean(theta: Tensor) -> Tensor:
+            return torch.func.vmap(of_task, (None, 0, 0, 0, 0))(theta, xs, ys, xq, yq).mean()
+
+        return by_name(objective, torch.func.grad(mean)(theta))
+
+    return function
+
+
+def _sets(tasks: Iterable[Task]) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
+    return [task.support for task in tasks], [task.query for task in tasks]
+
+
+@specimen(MAML, batch_norm, story="Hessian products as the gradient of a directional derivative.")
+@mean_over_tasks
+def reverse_over_forward(loss: Loss, theta: Tensor, task: Task, s: Setup) -> Tensor:
+    *visited, phi = states(loss, theta, task.support, s)
+    a = gradient(loss, phi, task.query)
+    for state in reversed(visited):
+
+        def slope(x: Tensor, a: Tensor = a) -> Tensor:
+            return torch.func.jvp(lambda x: loss(x, task.support), (x,), (a,))[1]
+
+        a = a - s.lr * torch.func.grad(slope)(state)
+    return a

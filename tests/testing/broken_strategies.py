@@ -1,0 +1,127 @@
+"""Strategies with one defect each. Those on `MAML` claim to be it, those on `ImplicitMAML` likewise."""
+
+import dataclasses
+
+import torch
+
+from imaml import FOMAML, MAML, Dense, GradientDescent, ImplicitMAML
+from imaml._curvature import Curvature
+from imaml._strategy import Pullback
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SumOverTasks(MAML):
+    def _pull_back(self, problem):
+        pulled = super()._pull_back(problem)
+        return Pullback(pulled.theta * len(problem.theta), pulled.fixed, pulled.outcome)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OneStepTooFew(MAML):
+    def _pull_back(self, problem):
+        return super()._pull_back(
+            dataclasses.replace(problem, inner=GradientDescent(lr=problem.inner.lr, steps=problem.inner.steps - 1))
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForgetsTheFixedParameters(MAML):
+    def _pull_back(self, problem):
+        pulled = super()._pull_back(problem)
+        return Pullback(pulled.theta, None if pulled.fixed is None else pulled.fixed * 0, pulled.outcome)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HessianAtTheLastStateOnly(MAML):
+    """Right for quadratics, whose Hessian is the same everywhere."""
+
+    def _pull_back(self, problem):
+        phi = problem.adapt()
+        query = problem.judge(phi)
+        hessian = Curvature(problem.support, phi, problem.inner.steps, mode="auto", linearize=True)
+        cotangent = query.adapted
+        for _ in range(problem.inner.steps):
+            cotangent = cotangent - problem.inner.lr * hessian.product(cotangent)[0]
+        return Pullback(cotangent, query.fixed, problem.outcome(query))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReversedReport(MAML):
+    def _pull_back(self, problem):
+        pulled = super()._pull_back(problem)
+        losses = pulled.outcome.query_loss.flip(0)
+        return Pullback(pulled.theta, pulled.fixed, dataclasses.replace(pulled.outcome, query_loss=losses))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WritesGrad(MAML):
+    def _pull_back(self, problem):
+        for parameter in problem.support.context.objective.parameters().values():
+            parameter.grad = torch.zeros_like(parameter)
+        return super()._pull_back(problem)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MovesTheModel(MAML):
+    @torch.no_grad()
+    def _pull_back(self, problem):
+        for parameter in problem.support.context.objective.parameters().values():
+            parameter.mul_(1.0)
+        return super()._pull_back(problem)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DrawsFromTheGlobalGenerator(MAML):
+    def __call__(self, objective, tasks):
+        torch.rand(1)
+        return super().__call__(objective, tasks)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DifferentiatesUnderNoGrad(MAML):
+    def _run(self, objective, tasks, *, derivatives):
+        return super()._run(objective, tasks, derivatives=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SwallowsNaN(MAML):
+    def _pull_back(self, problem):
+        problem.check_query = lambda losses: None
+        pulled = super()._pull_back(problem)
+        return Pullback(pulled.theta.nan_to_num(), pulled.fixed, pulled.outcome)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HalvesBackward(MAML):
+    def __call__(self, objective, tasks):
+        result = super().__call__(objective, tasks)
+        return dataclasses.replace(result, loss=result.loss / 2 + result.loss.detach() / 2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoProximalTermInTheInnerLoop(ImplicitMAML):
+    solver: Dense = Dense()
+
+    def _pull_back(self, problem):
+        problem.add_proximal = lambda gradient, phi: gradient
+        return super()._pull_back(problem)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OtherSystem(ImplicitMAML):
+    """(1 + 1) I + H / (lambda + 10), after published code."""
+
+    solver: Dense = Dense()
+
+    def _pull_back(self, problem):
+        phi = dataclasses.replace(problem).adapt()
+        moved = dataclasses.replace(
+            problem, theta=phi, inner=GradientDescent(lr=1.0, steps=0), damping=problem.damping + 10
+        )
+        pulled = super()._pull_back(moved)
+        return Pullback(pulled.theta / 2, pulled.fixed, pulled.outcome)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FirstOrder(FOMAML):
+    """Claims to be MAML."""

@@ -95,13 +95,14 @@ class SolverConformance:
         self._assert_solved(self.make().solve(lambda x: x, b), torch.eye(5, dtype=torch.float64), b)
 
     def test_zero_right_hand_sides(self) -> None:
-        """Where b = 0: x = 0 in no step, whatever the other systems do."""
-        b = _vector(2, 5)
+        """Where b = 0: x = 0 in no step, whatever the start and the other systems."""
+        solver, b = self.make(), _vector(2, 5)
         b[0] = 0
-        solution = self.make().solve(_matrix(5, 10), b)
-        assert (solution.x[0] == 0).all() and solution.residual_norm[0] == 0
-        assert solution.num_steps[0] == 0 and solution.status[0] == Status.CONVERGED
-        assert solution.success[1]
+        for x0 in (None, torch.ones_like(b)) if solver._uses_x0 else (None,):
+            solution = solver.solve(_matrix(5, 10), b, x0=x0)
+            assert (solution.x[0] == 0).all() and solution.residual_norm[0] == 0
+            assert solution.num_steps[0] == 0 and solution.status[0] == Status.CONVERGED
+            assert solution.success[1]
 
     @pytest.mark.parametrize("value", [1e-6, 1.0, 4.0, 1e6])
     def test_systems_of_size_one(self, value: float) -> None:
@@ -187,7 +188,7 @@ class SolverConformance:
         assert capfd.readouterr() == ("", "")
 
     def test_a_start_is_used_or_refused(self) -> None:
-        """A start at the solution is kept and costs no step; one that is not finite is said. x0 is not changed."""
+        """A start at the solution is kept; one that is not finite is said. x0 is not changed."""
         solver, matrix, b = self.make(), _matrix(6, 10), _vector(2, 6)
         x0 = torch.linalg.solve(matrix, b.mT).mT.contiguous()
         x0[1] = 1.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,8 @@ MAML = Setup(against="maml", lr=0.1, steps=3)
 PROXIMAL = Setup(against="maml", lr=0.1, steps=3, lam=2.0)
 IMPLICIT = Setup(against="implicit", lr=0.2, steps=150, lam=2.0)
 """Enough steps for a stationary point to 1e-12."""
+BRIEF = replace(IMPLICIT, steps=5)
+"""Far too few."""
 
 
 class Unused(nn.Module):

@@ -39,7 +39,10 @@ def last_task_only(s: Setup) -> Function:
 
 
 @specimen(
-    MAML, mlp, story="Loops that make the first inner step outside, then one less than they should.", cause="step"
+    MAML,
+    mlp,
+    story="Loops that make the first inner step outside, then one less than they should.",
+    cause="one inner step too few",
 )
 @mean_over_tasks
 def one_step_too_few(loss: Loss, theta: Tensor, task: Task, s: Setup) -> Tensor:
@@ -67,7 +70,7 @@ def tasks_in_a_row(s: Setup) -> Function:
     return function
 
 
-@specimen(MAML, mlp, story="Scripts with one data loader judge a model on what it adapted to.", cause="support")
+@specimen(MAML, mlp, story="Scripts with one data loader judge a model on what it adapted to.")
 @mean_over_tasks
 def judged_on_the_support_set(loss: Loss, theta: Tensor, task: Task, s: Setup) -> Tensor:
     theta = theta.clone().requires_grad_()
@@ -78,7 +81,13 @@ def judged_on_the_support_set(loss: Loss, theta: Tensor, task: Task, s: Setup) -
     return grad(loss(phi, task.support), theta)[0]
 
 
-@specimen(MAML, mlp, story="The module's own forward reads theta where phi was meant.", cause="adapt")
+@specimen(MAML, mlp, story="The adapted weights are computed, and never put to use.", cause="before any adaptation")
+@mean_over_tasks
+def never_adapted(loss: Loss, theta: Tensor, task: Task, s: Setup) -> Tensor:
+    return gradient(loss, theta, task.query)
+
+
+@specimen(MAML, mlp, story="The module's own forward reads theta where phi was meant.")
 @mean_over_tasks
 def query_gradient_at_theta(loss: Loss, theta: Tensor, task: Task, s: Setup) -> Tensor:
     *visited, _ = states(loss, theta, task.support, s)
@@ -88,7 +97,12 @@ def query_gradient_at_theta(loss: Loss, theta: Tensor, task: Task, s: Setup) -> 
     return a
 
 
-@specimen(MAML, mlp, story="Reverse sweeps that store a state after the update and read it as the one before.")
+@specimen(
+    MAML,
+    mlp,
+    story="Reverse sweeps that store a state after the update and read it as the one before.",
+    cause="stale iterate",
+)
 @mean_over_tasks
 def hessian_at_the_next_state(loss: Loss, theta: Tensor, task: Task, s: Setup) -> Tensor:
     _, *visited = states(loss, theta, task.support, s)
@@ -98,7 +112,7 @@ def hessian_at_the_next_state(loss: Loss, theta: Tensor, task: Task, s: Setup) -
     return a
 
 
-@specimen(MAML, mlp, story="Reverse sweeps that keep only the last state.")
+@specimen(MAML, mlp, story="Reverse sweeps that keep only the last state.", cause="stale iterate")
 @mean_over_tasks
 def hessian_at_the_last_state(loss: Loss, theta: Tensor, task: Task, s: Setup) -> Tensor:
     phi = states(loss, theta, task.support, s)[-1]
@@ -108,7 +122,12 @@ def hessian_at_the_last_state(loss: Loss, theta: Tensor, task: Task, s: Setup) -
     return a
 
 
-@specimen(MAML, mlp, story="A batch variable that still holds the query set when the Hessian products are taken.")
+@specimen(
+    MAML,
+    mlp,
+    story="A batch variable that still holds the query set when the Hessian products are taken.",
+    cause="query loss",
+)
 @mean_over_tasks
 def hessian_of_the_query_loss(loss: Loss, theta: Tensor, task: Task, s: Setup) -> Tensor:
     *visited, phi = states(loss, theta, task.support, s)
@@ -118,7 +137,7 @@ def hessian_of_the_query_loss(loss: Loss, theta: Tensor, task: Task, s: Setup) -
     return a
 
 
-@specimen(PROXIMAL, mlp, story="The proximal term written as theta - phi in a descent step.", cause="proximal")
+@specimen(PROXIMAL, mlp, story="The proximal term written as theta - phi in a descent step.", cause="wrong sign")
 @mean_over_tasks
 def proximal_sign(loss: Loss, theta: Tensor, task: Task, s: Setup) -> Tensor:
     theta = theta.clone().requires_grad_()
@@ -129,7 +148,12 @@ def proximal_sign(loss: Loss, theta: Tensor, task: Task, s: Setup) -> Tensor:
     return grad(loss(phi, task.query), theta)[0]
 
 
-@specimen(PROXIMAL, mlp, story="A regularised method whose inner steps are plain gradient descent.", cause="proximal")
+@specimen(
+    PROXIMAL,
+    mlp,
+    story="A regularised method whose inner steps are plain gradient descent.",
+    cause="proximal term is missing",
+)
 @mean_over_tasks
 def proximal_omitted(loss: Loss, theta: Tensor, task: Task, s: Setup) -> Tensor:
     theta = theta.clone().requires_grad_()
@@ -140,7 +164,9 @@ def proximal_omitted(loss: Loss, theta: Tensor, task: Task, s: Setup) -> Tensor:
     return grad(loss(phi, task.query), theta)[0]
 
 
-@specimen(PROXIMAL, mlp, story="The anchor of the proximal term detached, so that its pull on theta is lost.")
+@specimen(
+    PROXIMAL, mlp, story="The anchor of the proximal term detached, so that its pull on theta is lost.", cause="centre"
+)
 @mean_over_tasks
 def proximal_anchor_detached(loss: Loss, theta: Tensor, task: Task, s: Setup) -> Tensor:
     theta = theta.clone().requires_grad_()
@@ -151,7 +177,7 @@ def proximal_anchor_detached(loss: Loss, theta: Tensor, task: Task, s: Setup) ->
     return grad(loss(phi, task.query), theta)[0]
 
 
-@specimen(MAML, mlp, story="A .detach() or .data left in the head of the query forward pass.", cause="zero")
+@specimen(MAML, mlp, story="A .detach() or .data left in the head of the query forward pass.")
 def head_detached(s: Setup) -> Function:
     def function(objective: Objective, tasks: Iterable[Task]) -> dict[str, Tensor]:
         gradients = unrolled(s)(objective, tasks)
@@ -165,7 +191,12 @@ def _named_leaves(objective: Objective) -> dict[str, Tensor]:
     return {n: p.detach().clone().requires_grad_() for n, p in objective.parameters().items()}
 
 
-@specimen(MAML, unused, story="allow_unused=True, then inner updates zipped with the gradients not None.")
+@specimen(
+    MAML,
+    unused,
+    story="allow_unused=True, then inner updates zipped with the gradients not None.",
+    cause="wrong parameters",
+)
 def inner_updates_misaligned(s: Setup) -> Function:
     def function(objective: Objective, tasks: Iterable[Task]) -> dict[str, Tensor]:
         theta, total = _named_leaves(objective), 0.0
@@ -182,7 +213,7 @@ def inner_updates_misaligned(s: Setup) -> Function:
     return function
 
 
-@specimen(MAML, unused, story="Gradients not None handed to the parameters in order.", cause="unused")
+@specimen(MAML, unused, story="Gradients not None handed to the parameters in order.", cause="wrong parameters")
 def gradients_misaligned(s: Setup) -> Function:
     def function(objective: Objective, tasks: Iterable[Task]) -> dict[str, Tensor]:
         gradients = unrolled(s)(objective, tasks)
@@ -193,7 +224,7 @@ def gradients_misaligned(s: Setup) -> Function:
     return function
 
 
-@specimen(MAML, layer_norm, story="The torch.func recipe: grad of the mean over vmap of an inner grad.")
+@specimen(MAML, layer_norm, story="The torch.func recipe: grad of the mean over vmap of an inner grad.", cause="vmap")
 def vmap_between_the_derivatives(s: Setup) -> Function:
     def function(objective: Objective, tasks: Iterable[Task]) -> dict[str, Tensor]:
         loss, theta = flatten(objective)
@@ -217,7 +248,7 @@ def _sets(tasks: Iterable[Task]) -> tuple[list[tuple[Tensor, Tensor]], list[tupl
     return [task.support for task in tasks], [task.query for task in tasks]
 
 
-@specimen(MAML, batch_norm, story="Hessian products as the gradient of a directional derivative.")
+@specimen(MAML, batch_norm, story="Hessian products as the gradient of a directional derivative.", cause="jvp")
 @mean_over_tasks
 def reverse_over_forward(loss: Loss, theta: Tensor, task: Task, s: Setup) -> Tensor:
     *visited, phi = states(loss, theta, task.support, s)

@@ -13,7 +13,12 @@ from tests.zoo.right import Function, by_name, cg, flatten, gradient, hvp, state
 from tests.zoo.specimen import specimen
 
 
-@specimen(MAML, running_batch_norm, story="A train() for the inner loop: statistics leak between tasks.")
+@specimen(
+    MAML,
+    running_batch_norm,
+    story="A train() for the inner loop: statistics leak between tasks.",
+    cause="running statistics",
+)
 def running_statistics_leak(s: Setup) -> Function:
     def function(objective: Objective, tasks: Iterable[Task]) -> dict[str, Tensor]:
         loss, theta = flatten(objective)

@@ -52,7 +52,12 @@ def cg_direction_from_the_old_residual(hv: Callable[[Tensor], Tensor], b: Tensor
     return x
 
 
-@specimen(IMPLICIT, one_shot, story="Loops that test convergence before they store the iterate return the one before.")
+@specimen(
+    IMPLICIT,
+    one_shot,
+    story="Loops that test convergence before they store the iterate return the one before.",
+    cause="unconverged solve",
+)
 @solved_by
 def cg_previous_iterate(hv: Callable[[Tensor], Tensor], b: Tensor, lam: float) -> Tensor:
     x, r = torch.zeros_like(b), b
@@ -67,19 +72,24 @@ def cg_previous_iterate(hv: Callable[[Tensor], Tensor], b: Tensor, lam: float) -
         p = r + (r @ r) / (old @ old) * p
 
 
-@specimen(IMPLICIT, one_parameter, story="A default number of steps computed from the size, which is 0 for size 1.")
+@specimen(
+    IMPLICIT,
+    one_parameter,
+    story="A default number of steps computed from the size, which is 0 for size 1.",
+    cause="zero",
+)
 @solved_by
 def cg_without_steps_for_size_one(hv: Callable[[Tensor], Tensor], b: Tensor, lam: float) -> Tensor:
     return cg(lambda w: w + hv(w) / lam, b, steps=10 * (len(b) // 2))
 
 
-@specimen(IMPLICIT, mlp, story="A budget of CG steps far below what the spectrum asks for.", cause="solve")
+@specimen(IMPLICIT, mlp, story="A budget of CG steps far below what the spectrum asks for.", cause="unconverged solve")
 @solved_by
 def cg_stopped_after_one_step(hv: Callable[[Tensor], Tensor], b: Tensor, lam: float) -> Tensor:
     return cg(lambda w: w + hv(w) / lam, b, steps=1)
 
 
-@specimen(IMPLICIT, mlp, story="Neumann series with a fixed small step, cut after a few terms.", cause="solve")
+@specimen(IMPLICIT, mlp, story="Neumann series with a fixed small step, cut after a few terms.")
 @solved_by
 def neumann_with_a_tiny_step(hv: Callable[[Tensor], Tensor], b: Tensor, lam: float, step: float = 0.05) -> Tensor:
     term = b

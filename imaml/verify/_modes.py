@@ -1,0 +1,93 @@
+"""What the engine's modes of Hessian-vector products give at one point, and how well they obey what products obey."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from imaml._chunk import SUPPORT, ChunkLoss
+from imaml._context import Context
+from imaml._curvature import Curvature, HvpMode
+from imaml._objective import Objective
+from imaml.verify._reference import draws
+
+MODES: dict[str, tuple[HvpMode, bool]] = {
+    "reverse-over-reverse, linearised": ("reverse-over-reverse", True),
+    "reverse-over-reverse, rebuilt": ("reverse-over-reverse", False),
+    "forward-over-reverse": ("forward-over-reverse", False),
+    "finite-difference": ("finite-difference", False),
+}
+"""Mode, and whether its graph is kept for all products."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The products H u `(directions, n + m)` of a mode, mixed products for m fixed parameters included."""
+
+    mode: str
+    products: Tensor
+    nonlinearity: float
+    """|H(sum c_i u_i) - sum c_i H u_i| / |sum c_i H u_i|."""
+    asymmetry: float
+    """Root mean square of u'Hv - v'Hu over pairs, relative to that of u'Hv."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the mode errs by rounding alone."""
+        return self.mode != "finite-difference"
+
+
+def find(mode: str, objective: Objective, batch: Any, directions: Tensor, seed: int) -> Found | str:
+    """The products of a mode along `(directions, n)`, or the reason why the model does not support it.
+
+    Args:
+        mode: A key of `MODES`.
+        objective: At whose own parameters.
+        batch: Of one task, without task dimension.
+        directions: Along which.
+        seed: Of the random draws, which are the same in every product.
+
+    Returns:
+        What was found.
+    """
+    with draws(seed):
+        return _find(mode, objective, batch, directions)
+
+
+def _find(mode: str, objective: Objective, batch: Any, directions: Tensor) -> Found | str:
+    context = Context.of(objective)
+    one = tree_map(lambda t: t.unsqueeze(0), batch)
+    loss = ChunkLoss(context, one, tasks=1, start=0, kind=SUPPORT)
+    phi = context.theta.unsqueeze(0)
+    loss.gradient(phi, 0)  # learns whether random numbers are drawn
+    name, linearize = MODES[mode]
+    weights = torch.linspace(-1.5, 2.0, len(directions)).to(directions)
+    try:
+        curvature = Curvature(loss, phi, 0, mode=name, linearize=linearize)
+        rows = []
+        for w in (*directions, weights @ directions):
+            product, mixed = curvature.product(w.unsqueeze(0), mixed=bool(context.fixed))
+            rows.append(product[0] if mixed is None else torch.cat([product[0], mixed]))
+    except RuntimeError as error:
+        return str(error.__cause__ or error).splitlines()[0]
+    *each, combined = rows
+    products = torch.stack(each)
+    return Found(mode, products, ratio(combined - weights @ products, combined), unsymmetric(directions, products)[1])
+
+
+def unsymmetric(directions: Tensor, products: Tensor) -> tuple[float, float]:
+    """The norm of u'Hv - v'Hu over pairs of directions, and the same relative to that of u'Hv."""
+    pairs = directions @ products[:, : directions.shape[1]].T
+    difference = (pairs - pairs.T).triu(1)
+    return difference.norm().item(), ratio(difference, pairs.triu(1))
+
+
+def ratio(difference: Tensor, of: Tensor) -> float:
+    """|difference| / |of|, and 0 for 0 / 0."""
+    above, below = difference.norm().item(), of.norm().item()
+    return above / below if below else math.inf if above else above

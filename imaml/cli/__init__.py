@@ -1,4 +1,4 @@
-"""The program `imaml`: meta-train a model, or compare the strategies."""
+"""The program `imaml`: meta-train a model, compare the strategies, or verify meta-gradients."""
 
 import sys
 from collections.abc import Sequence
@@ -8,21 +8,23 @@ USER_ERRORS = (OSError, ImportError, ValueError, FloatingPointError)
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run `imaml train` or `imaml compare`.
+    """Run `imaml train`, `imaml compare` or `imaml verify`.
 
     Args:
         args: Command line without the program's name; None: that of the process.
 
     Returns:
-        The exit code: 0, 2 after an error of the user's, 130 after Ctrl-C.
+        The exit code: 0, 1 where a verification failed, 2 after an error of the user's, 130 after Ctrl-C.
     """
     try:
-        from imaml.cli import _command_line, _compare, _options, _train
+        from imaml.cli import _command_line, _compare, _options, _train, _verify
     except ModuleNotFoundError as error:
         print(f"imaml: the program needs {error.name}: pip install 'imaml[train]'", file=sys.stderr)
         return 2
     try:
         options = _command_line.parse(sys.argv[1:] if args is None else args)
+        if isinstance(options, _options.Verify):
+            return _verify.verify(options)
         return _train.train(options) if isinstance(options, _options.Train) else _compare.compare(options)
     except USER_ERRORS as error:
         print(f"imaml: {error}", file=sys.stderr)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import tyro
 
 from imaml.cli import _presets
-from imaml.cli._options import Compare, Train
+from imaml.cli._options import Compare, Train, Verify
 from imaml.training import RunFolder
 
-_COMMANDS: dict[str, type[Train | Compare]] = {"train": Train, "compare": Compare}
+Options = Train | Compare | Verify
+T = TypeVar("T", bound=Options)
+_COMMANDS: dict[str, type[Options]] = {"train": Train, "compare": Compare, "verify": Verify}
 
 
-def parse(args: Sequence[str]) -> Train | Compare:
+def parse(args: Sequence[str]) -> Options:
     """Read the command line twice: for what the defaults depend on, then with these defaults.
 
     Args:
@@ -28,13 +30,17 @@ def parse(args: Sequence[str]) -> Train | Compare:
     """
     if not args or args[0] not in _COMMANDS:
         tyro.cli(
-            Annotated[Train, tyro.conf.subcommand("train")] | Annotated[Compare, tyro.conf.subcommand("compare")],
+            Annotated[Train, tyro.conf.subcommand("train")]
+            | Annotated[Compare, tyro.conf.subcommand("compare")]
+            | Annotated[Verify, tyro.conf.subcommand("verify")],
             args=args or ["--help"],
             prog="imaml",
             description="Meta-learning with exact, first-order and implicit meta-gradients.",
         )
     command, *flags = args
     first = _parse(command, [flag for flag in flags if flag not in ("-h", "--help")], _COMMANDS[command]())
+    if isinstance(first, Verify):
+        return _parse(command, flags, Verify())
     if isinstance(first, Compare):
         return _parse(command, flags, _presets.compare(first.episodes.dataset))
     if first.resume:
@@ -42,7 +48,7 @@ def parse(args: Sequence[str]) -> Train | Compare:
     return _parse(command, flags, _presets.train(first.episodes.dataset, first.strategy))
 
 
-def _parse(command: str, flags: Sequence[str], default: Train | Compare) -> Train | Compare:
+def _parse(command: str, flags: Sequence[str], default: T) -> T:
     return tyro.cli(
         type(default),
         args=flags,

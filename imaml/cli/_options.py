@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
+
+import tyro
 
 from imaml._curvature import HvpMode
 from imaml.training import CheckpointError, Plan
@@ -150,3 +152,29 @@ class Compare:
     def folder(self) -> Path:
         """The folder of the report."""
         return self.out or Path("runs", f"compare-{self.episodes.dataset}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Prove meta-gradients right, or show them wrong, against finite differences in float64.
+
+    A problem is a function without arguments that returns (objective, tasks), or (objective, tasks, engine) to verify
+    that engine, or (objective, tasks, function) to verify any function(objective, tasks) that returns gradients by
+    parameter name: then --strategy says what it claims to compute, --inner-lr, --inner-steps and --regularization how.
+    Without a problem the library's own strategies are checked on built-in models.
+
+    Exit code: 1 if a check failed, 2 after bad input, else 0. A check without a verdict ("inconclusive") is listed with
+    the reason and does not fail.
+
+    Args:
+        problem: module:function, imported with the current folder on the path.
+        strategy: What to verify; imaml needs an inner loop and a solve that converge.
+        tolerance: The largest relative error that passes.
+        seed: Of the directions, of random draws, and of the built-in problems.
+    """
+
+    problem: Annotated[str | None, tyro.conf.Positional] = None
+    strategy: Literal["maml", "fomaml", "imaml", "all"] = "all"
+    tolerance: float = 1e-5
+    seed: int = 0
+    engine: EngineOptions = field(default_factory=EngineOptions)

@@ -56,12 +56,15 @@ def hvp(
 
     Raises:
         TypeError: The model cannot be copied, or an argument is of the wrong type.
-        ValueError: Wrong names or shapes of `params`; a loss that is not finite or not deterministic.
+        ValueError: Wrong names or shapes of `params`, a tolerance that is not positive, or a loss that is not finite or
+            not deterministic.
 
     Cost: 6 gradients a level of differences, 3 to 9 levels, and 4 products a mode.
     """
     if not isinstance(objective, Objective):
         raise TypeError(f"Expected an Objective(model, loss). Got {type(objective).__name__}.")
+    if not tolerance > 0:
+        raise ValueError(f"`tolerance` must be positive. Got {tolerance}.")
     objective.check()
     copied = _at(objective.double(), params)
     (task,) = in_double([Task(support=batch, query=batch)])

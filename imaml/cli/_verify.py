@@ -1,0 +1,130 @@
+"""`imaml verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import imaml.verify
+from imaml import GradientDescent, MetaGradient
+from imaml.cli._built_in import BUILT_IN, ENGINES, problem
+from imaml.cli._factory import Made, make
+from imaml.cli._options import STRATEGIES, Strategy, Verify
+from imaml.cli._outcome import NAMES
+from imaml.cli._problem import applies, build_engine, flag
+from imaml.cli._progress import say
+from imaml.verify import Verification
+from imaml.verify._subject import Subject
+
+Check = tuple[str, Callable[[], Verification]]
+STYLES = {"passed": "green", "failed": "bold red", "inconclusive": "yellow"}
+
+
+def verify(options: Verify) -> int:
+    """Run all checks and print the table, and the causes below it.
+
+    Args:
+        options: Everything from the command line.
+
+    Returns:
+        The exit code: 1 if a check failed, else 0; one without a verdict does not fail.
+
+    Raises:
+        ValueError: Bad input, said in one sentence.
+    """
+    console = Console()
+    made = None if options.problem is None else make(options.problem)
+    found: dict[str, Verification] = {}
+    for name, check in _built_in(options) if made is None else _own(made, options):
+        with console.status(name):
+            try:
+                found[name] = check()
+            except (TypeError, RuntimeError) as error:
+                raise ValueError(f"{name}: {error}") from error
+    console.print(_table(found))
+    for name, one in found.items():
+        if one.cause:
+            say(console, f"{name}: {one.status}: {one.cause}.")
+        if made is not None:
+            for line in one.details:
+                say(console, line)
+    counts = [f"{n} {s}" for s in STYLES if (n := sum(one.status == s for one in found.values()))]
+    say(console, ", ".join(counts))
+    return int(any(one.status == "failed" for one in found.values()))
+
+
+def _chosen(options: Verify) -> tuple[Strategy, ...]:
+    return STRATEGIES if options.strategy == "all" else (options.strategy,)
+
+
+def _given(options: Verify) -> dict[str, Any]:
+    return {name: value for name, value in vars(options.engine).items() if value is not None}
+
+
+def _refuse(options: Verify, why: str) -> None:
+    for name, value in _given(options).items():
+        raise ValueError(f"{flag(name)} does not apply: {why}. Got {value}: leave it out.")
+
+
+def _built_in(options: Verify) -> Iterator[Check]:
+    """Every built-in model with every strategy that is chosen, and its Hessian-vector products."""
+    _refuse(options, "the built-in problems have their own engines")
+    settings: dict[str, Any] = {"tolerance": options.tolerance, "seed": options.seed}
+    for name, kind in BUILT_IN.items():
+        objective, tasks = problem(name, options.seed)
+        yield f"{name}: products", partial(imaml.verify.hvp, objective, None, tasks[0].support, **settings)
+        for strategy in _chosen(options):
+            if strategy in kind.strategies:
+                engine = build_engine(strategy, ENGINES[strategy])
+                label = f"{name}: {NAMES[strategy]}"
+                yield label, partial(imaml.verify.meta_gradient, engine, objective, tasks, **settings)
+
+
+def _own(made: Made, options: Verify) -> Iterator[Check]:
+    """Products at the user's model, and its meta-gradients."""
+    settings: dict[str, Any] = {"tolerance": options.tolerance, "seed": options.seed}
+    subjects = list(_subjects(made, options))
+    yield "products", partial(imaml.verify.hvp, made.objective, None, made.first.support, **settings)
+    for name, subject, claim in subjects:
+        yield name, partial(imaml.verify.meta_gradient, subject, made.objective, made.tasks, **claim, **settings)
+
+
+def _subjects(made: Made, options: Verify) -> Iterator[tuple[str, Subject, dict[str, Any]]]:
+    """What is verified, by name, with what it claims."""
+    against = {"imaml": "implicit"}.get(options.strategy, options.strategy)
+    if made.subject is None:
+        for strategy in _chosen(options):
+            given = {n: v for n, v in _given(options).items() if options.strategy != "all" or applies(n, strategy)}
+            yield NAMES[strategy], build_engine(strategy, replace(ENGINES[strategy], **given)), {}
+    elif isinstance(made.subject, MetaGradient):
+        _refuse(options, "the problem brings its own engine")
+        yield type(made.subject).__name__, made.subject, {} if against == "all" else {"against": against}
+    else:
+        engine = options.engine
+        if against == "all" or engine.inner_lr is None or engine.inner_steps is None:
+            raise ValueError(
+                "The problem brings its own function. Say what it claims to compute by --strategy, and by which inner "
+                "loop: --inner-lr, --inner-steps (and --regularization)."
+            )
+        inner = GradientDescent(lr=engine.inner_lr, steps=engine.inner_steps)
+        claim = {"against": against, "inner": inner, "regularization": engine.regularization}
+        yield getattr(made.subject, "__name__", "function"), made.subject, claim
+
+
+def _table(found: dict[str, Verification]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("check", "verdict"):
+        table.add_column(heading)
+    for heading in ("relative error", "resolution"):
+        table.add_column(heading, justify="right")
+    for name, one in found.items():
+        numbers = (f"{one.relative_error:.1e}", f"{one.resolution:.1e}")
+        table.add_row(name, Text(one.status, style=STYLES[one.status]), *numbers)
+    return table

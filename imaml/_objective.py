@@ -115,7 +115,10 @@ class Objective:
         return self._program.loss
 
     def double(self) -> Objective:
-        """A deep copy in float64, independent of the user's model; tensors inside a function's closure stay as they are.
+        """A deep copy in float64, independent of the user's model.
+
+        Returns:
+            The copy; its loss too is copied if it is a module. Tensors in a function's closure stay as they are.
 
         Raises:
             TypeError: The model cannot be copied.

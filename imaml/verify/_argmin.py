@@ -1,34 +1,25 @@
-"""The stationary point of an inner problem to rounding, by Newton's method with scipy's conjugate gradients."""
+"""The stationary point of an inner problem to rounding, by Newton's method."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from typing import Any
 
-import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
+from imaml.verify._plain_cg import NegativeCurvature, Product, solve
 from imaml.verify._reference import Reference, Values, flat, unflat
 
 NEWTON_STEPS = 100
 STATIONARY = 1e-9
 NEAR = 1e-5
-
-Product = Callable[[Tensor], Tensor]
+SOLVED = 1e-13
 
 
 class NoMinimum(Exception):
     """The inner problem has no minimum that can be found to rounding; the message is the reason."""
-
-
-class NegativeCurvature(Exception):
-    """A matrix is not positive definite: `curvature` is the least w'Aw / w'w that was met."""
-
-    def __init__(self, curvature: float) -> None:
-        super().__init__(curvature)
-        self.curvature = curvature
 
 
 @dataclass(frozen=True)
@@ -89,7 +80,7 @@ class InnerProblem:
             stalls = 0 if size < least / 2 else stalls + 1
             if size < least:
                 best, least = phi, size
-            if size <= 1e-15 * scale or (least <= 1e-11 * scale and stalls) or stalls == 8:
+            if size <= SOLVED * scale or (least <= 1e-11 * scale and stalls) or stalls == 8:
                 break
             phi = self._line_search(phi, self._newton_step(product, gradient, size / scale), gradient)
         if not least <= STATIONARY * scale:
@@ -102,17 +93,17 @@ class InnerProblem:
     def _scale(self, phi: Tensor) -> float:
         gradient = flat(self.reference.gradient(lambda v: self.reference.loss(v, self.batch), self.values(phi)))
         weights = [w * (t - self.start[n]).norm().item() for n, t in self.values(phi).items() if (w := self._weight(n))]
-        return gradient.norm().item() + sum(weights) + 1e-12
+        return float(gradient.norm()) + math.fsum(weights) + 1e-12
 
     def _weight(self, name: str) -> float:
         return self.reference.damping.get(name, 0.0)
 
     def _newton_step(self, product: Product, gradient: Tensor, size: float) -> Tensor:
         """Far from the minimum, curvature is shifted until no direction of the solve shows a negative one."""
-        shift = 0.0
+        shift, rtol = 0.0, min(1e-2, max(size, SOLVED / 2 / size))
         while True:
             try:
-                return solve(lambda w: product(w) + shift * w, -gradient, 1e-3 if size > 1e-3 else 1e-8)
+                return solve(lambda w, shift=shift: product(w) + shift * w, -gradient, rtol=rtol)  # type: ignore[misc]
             except NegativeCurvature as error:
                 if size < NEAR:
                     raise NoMinimum(
@@ -126,34 +117,3 @@ class InnerProblem:
         while length > 1e-4 and self.value(phi + length * step) > before + 1e-4 * length * slope + 1e-13 * abs(before):
             length /= 2
         return phi + length * step
-
-
-def solve(product: Product, rhs: Tensor, rtol: float) -> Tensor:
-    """The solution of a symmetric positive definite system by scipy's conjugate gradients.
-
-    Args:
-        product: Products with the matrix.
-        rhs: The right-hand side `(n,)`.
-        rtol: Relative tolerance of the residual.
-
-    Returns:
-        The solution.
-
-    Raises:
-        NegativeCurvature: A product shows that the matrix is not positive definite.
-    """
-    least = 0.0
-
-    def mv(x: Any) -> Any:
-        nonlocal least
-        w = torch.as_tensor(x, dtype=rhs.dtype, device=rhs.device).reshape(-1)
-        result = product(w)
-        if w.any():
-            least = min(least, (torch.dot(w, result) / torch.dot(w, w)).item())
-        return result.numpy(force=True)
-
-    operator = scipy.sparse.linalg.LinearOperator(2 * rhs.shape, matvec=mv, dtype=float)
-    x, _ = scipy.sparse.linalg.cg(operator, rhs.numpy(force=True), rtol=rtol, maxiter=20 * len(rhs) + 100)
-    if least < 0:
-        raise NegativeCurvature(least)
-    return torch.as_tensor(x, dtype=rhs.dtype, device=rhs.device)

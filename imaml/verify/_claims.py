@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
 from imaml._fomaml import FOMAML
 from imaml._implicit import ImplicitMAML
 from imaml._inner import GradientDescent
 from imaml._maml import MAML
 from imaml._strategy import MetaGradient
+from imaml._tasks import Task
 from imaml.verify._argmin import InnerProblem
 from imaml.verify._reference import Reference, Values, draws, flat, moved
 
@@ -55,7 +57,7 @@ def inner_of(subject: object, inner: GradientDescent | None, claim: Claim) -> Gr
 def damping_of(
     subject: object, regularization: float | Mapping[str, float] | None, adapted: tuple[str, ...], claim: Claim
 ) -> dict[str, float]:
-    """lambda of every adapted parameter; raises ValueError where it is not said."""
+    """Lambda of every adapted parameter; raises ValueError where it is not said."""
     if regularization is None:
         regularization = getattr(subject, "regularization", None if claim == "implicit" else 0.0)
     if regularization is None:
@@ -100,22 +102,29 @@ def along(reference: Reference, claim: Claim, seed: int) -> Callable[[Values], C
         with draws(seed):
             adapted = [reference.adapt(start, task.support) for task in reference.tasks]
         return lambda d: lambda t: _mean_query_loss(reference, [moved(values, d, t) for values in adapted])
-    minima = [
-        InnerProblem(reference, start, task.support).minimise(phi) for task, phi in _adapted(reference, start, seed)
-    ]
-
-    def at_minimum(values: Values) -> float:
-        problems = [InnerProblem(reference, values, task.support) for task in reference.tasks]
-        return _mean_query_loss(reference, [p.values(p.minimise(m)) for p, m in zip(problems, minima, strict=True)])
-
-    return lambda d: lambda t: at_minimum(moved(start, d, t))
-
-
-def _adapted(reference: Reference, start: Values, seed: int):  # type: ignore[no-untyped-def]
     with draws(seed):
-        for task in reference.tasks:
-            values = reference.adapt(start, task.support)
-            yield task, flat({n: values[n] for n in reference.adapted})
+        minima = [_minimum(reference, start, task) for task in reference.tasks]
+
+    def of(d: Values) -> Callable[[float], float]:
+        velocities: list[Tensor | None] = [None] * len(minima)
+
+        def at_minimum(t: float) -> float:
+            values, adapted = moved(start, d, t), []
+            for i, (task, minimum) in enumerate(zip(reference.tasks, minima, strict=True)):
+                problem, velocity = InnerProblem(reference, values, task.support), velocities[i]
+                phi = problem.minimise(minimum if velocity is None else minimum + t * velocity)
+                velocities[i] = (phi - minimum) / t if t else None
+                adapted.append(problem.values(phi))
+            return _mean_query_loss(reference, adapted)
+
+        return at_minimum
+
+    return of
+
+
+def _minimum(reference: Reference, start: Values, task: Task) -> Tensor:
+    reached = reference.adapt(start, task.support)
+    return InnerProblem(reference, start, task.support).minimise(flat({n: reached[n] for n in reference.adapted}))
 
 
 def _mean_query_loss(reference: Reference, adapted: list[Values]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from imaml.verify._argmin import InnerProblem
 from imaml.verify._mistakes import Suspect, hessian_product, reverse_over_forward
+from imaml.verify._plain_cg import NegativeCurvature, Product, iterates
 from imaml.verify._reference import Reference, Values, flat, unflat
 
 DENSE = 400
@@ -51,9 +53,13 @@ def stationarity(reference: Reference, adapted: Sequence[Values]) -> float:
     """The largest norm of the gradient of the inner objective."""
     start, sizes = reference.values(), []
     for task, values in zip(reference.tasks, adapted, strict=True):
-        grads = reference.gradient(lambda v, t=task: reference.inner_loss(v, start, t.support), values)  # type: ignore[misc]
+        grads = reference.gradient(partial(_inner_loss, reference, start, task.support), values)
         sizes.append(flat({n: grads[n] for n in reference.adapted}).norm().item())
-    return max(sizes)
+    return float(max(sizes))
+
+
+def _inner_loss(reference: Reference, centre: Values, batch: Any, values: Values) -> Tensor:
+    return reference.inner_loss(values, centre, batch)
 
 
 class System:
@@ -87,26 +93,19 @@ class System:
             named |= {n: g - mixed[n] for n, g in self._fixed.items()}
         return flat({n: named[n] for n in self._values})
 
-    def iterates(self, mv: Callable[[Tensor], Tensor], most: int) -> Iterator[Tensor]:
-        """The iterates of conjugate gradients on Lambda^-1/2-scaled products, without stopping before `most` steps."""
+    def iterates(self, mv: Product, most: int, rtol: float = 1e-14) -> Iterator[Tensor]:
+        """Iterates of conjugate gradients for mv(u) = v, made symmetric by Lambda; none after negative curvature."""
         root = self.damping.sqrt()
-        b, x = self.v / root, torch.zeros_like(self.v)
-        r, p = b, b
-        for _ in range(most):
-            q = mv(p * root) / root
-            curvature = torch.dot(p, q)
-            if curvature <= 0 or r.norm() <= 1e-14 * b.norm():
-                return
-            alpha = torch.dot(r, r) / curvature
-            x, before = x + alpha * p, torch.dot(r, r)
-            r = r - alpha * q
-            p = r + torch.dot(r, r) / before * p
-            yield x * root
+        try:
+            for x in iterates(lambda p: mv(p * root) / root, self.v / root, rtol=rtol, most=most):
+                yield x * root
+        except NegativeCurvature:
+            return
 
-    def solution(self, mv: Callable[[Tensor], Tensor]) -> Tensor:
+    def solution(self, mv: Product) -> Tensor:
         """The last iterate: the solution of mv(u) = v."""
         u = torch.zeros_like(self.v)
-        for u in self.iterates(mv, 3 * len(self.v) + 20):  # noqa: B007
+        for u in self.iterates(mv, 5 * len(self.v) + 50, rtol=1e-12):  # noqa: B007
             pass
         return u
 
@@ -116,7 +115,7 @@ class System:
 
     def residual(self, u: Tensor) -> float:
         """|v - (I + H Lambda^-1) u| / |v|."""
-        return ((self.v - self.right(u)).norm() / self.v.norm()).item()
+        return float((self.v - self.right(u)).norm() / self.v.norm())
 
 
 def systems(reference: Reference, place: Place, product: Callable[..., Values] = hessian_product) -> list[System]:
@@ -132,34 +131,39 @@ def mean(vectors: Sequence[Tensor]) -> Tensor:
 def of_implicit(reference: Reference, found: Sequence[Place]) -> Iterator[Suspect]:
     """Mistakes in the implicit meta-gradient."""
     for place in found:
-        known = systems(reference, place)
-        at = f" ({place.words})" if place.words else ""
-
-        def every(make: Callable[[System], Tensor], known: list[System] = known) -> Tensor:
-            return mean([s.full(make(s)) for s in known])
-
-        if place.words:
-            yield place.words, lambda every=every: every(lambda s: s.solution(s.right))  # type: ignore[misc]
-        text = "first-order: the query gradient is returned, no linear system is solved"
-        yield text + at, lambda known=known: mean([s.full(s.v, fixed=False) for s in known])  # type: ignore[misc]
-        yield text + at, lambda every=every: every(lambda s: s.v)  # type: ignore[misc]
-        text = "the Hessian is that of the query loss, not of the support loss"
-        yield (
-            text + at,
-            lambda every=every: every(lambda s: s.solution(lambda u: u + s.hessian(u / s.damping, query=True))),  # type: ignore[misc]
-        )
-        for k, vectors in _iterates(known):
-            residual = max(s.residual(u) for s, u in zip(known, vectors, strict=True))
-            text = f"unconverged solve: the iterate after {k} steps of conjugate gradients, relative residual {residual:.2g}"
-            yield (
-                f"{place.words}; {text}" if place.words else text,
-                lambda v=vectors, known=known: mean([s.full(u) for s, u in zip(known, v, strict=True)]),  # type: ignore[misc]
-            )
+        yield from _of_place(reference, place)
     if len(flat(reference.values())) <= DENSE:
         for place in found[:2]:
             for words, product in (("grad of jvp", reverse_over_forward), ("torch.func.hessian", func_hessian)):
                 text = f"second derivatives by {words}, which torch gets wrong for affine normalisation layers"
-                yield text, lambda place=place, product=product: _with(reference, place, product)  # type: ignore[misc]
+                yield text, partial(_with, reference, place, product)
+
+
+def _of_place(reference: Reference, place: Place) -> Iterator[Suspect]:
+    known = systems(reference, place)
+    at = f" ({place.words})" if place.words else ""
+
+    def every(make: Callable[[System], Tensor], *, fixed: bool = True) -> Callable[[], Tensor]:
+        return lambda: mean([s.full(make(s), fixed=fixed) for s in known])
+
+    if place.words:
+        yield place.words, every(lambda s: s.solution(s.right))
+    text = "first-order: the query gradient is returned, no linear system is solved"
+    yield text + at, every(lambda s: s.v)
+    yield text + at, every(lambda s: s.v, fixed=False)
+    text = "the Hessian is that of the query loss, not of the support loss"
+    yield text + at, every(lambda s: s.solution(lambda u: u + s.hessian(u / s.damping, query=True)))
+    for k, vectors in _iterates(known):
+        residual = max(s.residual(u) for s, u in zip(known, vectors, strict=True))
+        text = (
+            f"unconverged solve: the iterate after {k} steps of conjugate gradients, relative residual {residual:.2g}"
+        )
+        result = partial(_mean_of, known, vectors)
+        yield f"{place.words}; {text}" if place.words else text, result
+
+
+def _mean_of(known: Sequence[System], solutions: Sequence[Tensor]) -> Tensor:
+    return mean([s.full(u) for s, u in zip(known, solutions, strict=True)])
 
 
 def _with(reference: Reference, place: Place, product: Callable[..., Values]) -> Tensor:

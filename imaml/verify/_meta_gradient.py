@@ -12,14 +12,16 @@ from imaml._inner import GradientDescent
 from imaml._objective import Objective
 from imaml._strategy import MetaGradient
 from imaml.verify._argmin import NoMinimum
-from imaml.verify._claims import Claim, along, claim_of, damping_of, inner_of, name_of
+from imaml.verify._claims import along, claim_of, damping_of, inner_of, name_of
 from imaml.verify._differences import derivative
-from imaml.verify._reference import Reference, Values, flat, unflat
+from imaml.verify._reference import Reference, Values, draws, flat, moved, unflat
 from imaml.verify._subject import Subject, Tasks, call, in_double, is_random
 from imaml.verify._suspects import cause_of
-from imaml.verify._verification import Verification, judge
+from imaml.verify._verification import RESOLVING, Verification, judge
 
 DIRECTIONS, ATTEMPTS = 4, 10
+REOPEN = 16.0
+"""A direction starts with a step this many times the best one of the direction before."""
 SINGLE_TOLERANCE = 1e-3
 """A subject that returns float32 or less is off by rounding alone: measured up to 1e-3 through BatchNorm and ReLU."""
 
@@ -61,7 +63,8 @@ def meta_gradient(
         seed: Of the directions, and of random draws (dropout).
 
     Returns:
-        The verdict. Never "passed" where finite differences resolve less than the tolerance.
+        The verdict. "passed" is an error within the tolerance, or within the resolution of finite differences where
+        kinks (ReLU) make that coarser; never where they resolve less than 1e-3, which is "inconclusive".
 
     Raises:
         TypeError: The model cannot be copied, or the subject returns something else than gradients.
@@ -96,30 +99,30 @@ def meta_gradient(
         )
 
     if random and claim != "maml":
-        reason = "the loss draws random numbers (dropout): verify with model.eval()"
-        return verification("inconclusive", math.nan, math.inf, reason)
+        drawn = "the loss draws random numbers (dropout): verify with model.eval()"
+        return verification("inconclusive", math.nan, math.inf, drawn)
     try:
         if random and isinstance(engine_or_function, MetaGradient):
             functions = _of_engine(engine_or_function, own, tasks, seed)
         else:
             functions = along(reference, claim, seed)
-    except NoMinimum as reason:
-        return verification("inconclusive", math.nan, math.inf, str(reason))
-    error, resolution, reason = compare(functions, got, values, tolerance, seed)
-    status = judge(error, resolution, tolerance)
+    except NoMinimum as error:
+        return verification("inconclusive", math.nan, math.inf, str(error))
+    relative_error, resolution, reason = compare(functions, got, values, tolerance, seed)
+    status = judge(relative_error, resolution, tolerance)
     if drift > tolerance:
         cause = (
             f"two calls with the same arguments and seed differ by {drift:.2g}: running statistics of BatchNorm or the "
             "masks of dropout are not fixed between calls"
         )
-        return verification("failed", max(error, drift), resolution, cause)
+        return verification("failed", max(relative_error, drift), resolution, cause)
     if status == "failed":
 
         def again_on(some: Tasks) -> Tensor:
             return call(engine_or_function, objective.double(), some, seed)[0]
 
         reason = cause_of(reference, claim, got, again_on, tasks, random=random, seed=seed, tolerance=tolerance)
-    return verification(status, error, resolution, None if status == "passed" else reason)
+    return verification(status, relative_error, resolution, None if status == "passed" else reason)
 
 
 def compare(
@@ -130,10 +133,10 @@ def compare(
     Directions on which finite differences resolve too little (kinks near theta) are replaced by others.
 
     Returns:
-        Relative error, resolution, and the reason where the latter is larger than the tolerance.
+        Relative error, resolution, and the reason where the latter is too large for a verdict.
     """
     generator = torch.Generator().manual_seed(seed)
-    step = 1e-2 * max(flat(like).norm().item(), 1.0)
+    largest = step = 1e-2 * max(flat(like).norm().item(), 1.0)
     found: list[tuple[float, float, float]] = []
     reason: str | None = None
     for _ in range(ATTEMPTS):
@@ -144,9 +147,9 @@ def compare(
         except NoMinimum as unsolved:
             reason = str(unsolved)
             continue
-        error = slope.error if slope.kink <= tolerance * abs(slope.value) / 10 else max(slope.error, slope.kink)
-        found.append((slope.value, error, abs(torch.dot(got, d).item() - slope.value)))
-        if sum(error <= tolerance * abs(value) for value, error, _ in found) == DIRECTIONS:
+        step = min(largest, REOPEN * slope.step)
+        found.append((slope.value, slope.error, abs(torch.dot(got, d).item() - slope.value)))
+        if sum(error <= max(tolerance, RESOLVING / 3) * abs(value) for value, error, _ in found) == DIRECTIONS:
             break
     best = sorted(found, key=lambda direction: direction[1] / max(abs(direction[0]), 1e-300))[:DIRECTIONS]
     if not best:
@@ -156,7 +159,7 @@ def compare(
     if max(size, error, difference) == 0 or size <= 2 * error and difference <= 2 * error:
         return math.nan, math.inf, "the meta-gradient is zero to rounding: nothing can be compared"
     relative, resolution = difference / max(size, 1e-300), error / max(size, 1e-300)
-    if resolution > tolerance and reason is None:
+    if resolution > max(tolerance, RESOLVING) and reason is None:
         reason = (
             "finite differences do not settle: the loss is not smooth near these parameters (kinks of ReLU or max "
             "pooling), or too noisy"
@@ -168,8 +171,6 @@ def _of_engine(
     engine: MetaGradient, objective: Objective, tasks: Tasks, seed: int
 ) -> Callable[[Values], Callable[[float], float]]:
     """The engine's own query loss after adaptation: only it knows which random draws it replays."""
-    from imaml.verify._reference import draws, moved
-
     parameters = objective.parameters()
     start = {n: p.detach().clone() for n, p in parameters.items()}
 
@@ -183,6 +184,3 @@ def _of_engine(
         return after
 
     return at
-
-
-__all__ = ["Claim", "meta_gradient"]

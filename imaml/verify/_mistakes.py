@@ -128,9 +128,11 @@ def reverse_over_forward(reference: Reference, values: Values, w: Values, batch:
     def slope(leaves: Values) -> Tensor:
         adapted = {n: leaves[n] for n in reference.adapted}
         tangents = {n: w[n] for n in reference.adapted}
-        return torch.func.jvp(lambda p: reference.loss(leaves | p, batch), (adapted,), (tangents,))[1]
+        slope: Tensor = torch.func.jvp(lambda p: reference.loss(leaves | p, batch), (adapted,), (tangents,))[1]
+        return slope
 
-    return torch.func.grad(slope)(values)
+    product: Values = torch.func.grad(slope)(values)
+    return product
 
 
 def vectorised(reference: Reference) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a meta-gradient must equal, the plain way: slow loops over tasks and steps that share no code with the engine."""
+"""What a meta-gradient must equal, by plain loops over tasks and steps that share no code with the engine."""
 
 from __future__ import annotations
 

@@ -31,7 +31,10 @@ def in_double(tasks: Tasks) -> Tasks:
 
 
 def call(subject: Subject, objective: Objective, tasks: Tasks, seed: int) -> tuple[Tensor, bool]:
-    """The meta-gradient as one float64 vector in the order of `objective.parameters()`, and whether it came in float64.
+    """The meta-gradient of the subject.
+
+    Returns:
+        One float64 vector in the order of `objective.parameters()`, and whether it came in float64.
 
     Raises:
         TypeError: Not a dict of tensors by parameter name, nor one tensor.
@@ -82,6 +85,9 @@ def _flat(result: Any, like: Mapping[str, Tensor], name: str) -> Tensor:
 
 def is_random(objective: Objective, task: Task, loss: Callable[[Any], Tensor], seed: int) -> bool:
     """Whether the support or query loss draws random numbers.
+
+    Returns:
+        Whether it does.
 
     Raises:
         ValueError: The loss differs between two calls with the same seed, or is not finite.

@@ -11,7 +11,7 @@ from imaml.verify._argmin import NoMinimum
 from imaml.verify._claims import Claim
 from imaml.verify._implicit_mistakes import Place, fitted, mean, of_implicit, places, systems
 from imaml.verify._mistakes import Suspect, of_maml, unrolled
-from imaml.verify._reference import Reference, draws, flat
+from imaml.verify._reference import Reference, draws
 from imaml.verify._subject import Tasks
 
 EXPLAINS = 0.05
@@ -142,6 +142,3 @@ def _worst(reference: Reference, got: Tensor, right: Tensor) -> str:
     return (
         f"The largest error is in {name!r}: {error.norm().item():.2g} where the gradient is {part.norm().item():.2g}."
     )
-
-
-__all__ = ["cause_of", "flat"]

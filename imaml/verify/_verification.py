@@ -7,6 +7,9 @@ from typing import Literal
 
 Status = Literal["passed", "failed", "inconclusive"]
 
+RESOLVING = 1e-3
+"""A comparison that resolves less than this has no power: published defects start at some 1e-3."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
@@ -15,9 +18,9 @@ class Verification:
     subject: str
     """What was verified, for people."""
     status: Status
-    """"passed" within the tolerance, "failed" beyond it; "inconclusive" where the comparison had no resolving power."""
+    """See `judge`; "inconclusive" where the comparison had no resolving power."""
     relative_error: float
-    """Root mean square over directions of the error of the directional derivative, relative to that of the derivative."""
+    """Root mean square over directions of the error of the directional derivative, relative to that of the latter."""
     resolution: float
     """What finite differences could resolve: the estimate of their own relative error, in the same measure."""
     cause: str | None
@@ -38,7 +41,18 @@ class Verification:
 
 
 def judge(error: float, resolution: float, tolerance: float) -> Status:
-    """The verdict: a difference only counts where finite differences resolve it."""
-    if resolution > tolerance:
-        return "failed" if error > max(0.1, 10 * resolution) else "inconclusive"
-    return "passed" if error <= tolerance else "failed"
+    """The verdict: a difference counts only where finite differences resolve it, and agreement only where they can.
+
+    Args:
+        error: The relative error.
+        resolution: The estimate of the relative error of finite differences.
+        tolerance: The largest error that passes.
+
+    Returns:
+        "failed" where the error is above the tolerance and three times the resolution; else "passed" where the
+        resolution is within the tolerance or 1e-3, or "inconclusive".
+    """
+    limit = max(tolerance, 3 * resolution)
+    if error > limit:
+        return "failed"
+    return "passed" if resolution <= max(tolerance, RESOLVING) else "inconclusive"

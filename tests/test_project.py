@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import imaml
+import imaml.testing
 import imaml_solvers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,6 +22,11 @@ ENGINE = {
     *("MetaGradient", "MAML", "FOMAML", "ImplicitMAML", "MetaResult", "Report"),
     *("Objective", "GradientDescent", "Task", "TaskBatch"),
     *("NonFiniteError", "DivergenceError", "SolverError", "SolverWarning"),
+}
+
+TESTING = {
+    *("spectra", "spd_matrices", "QuadraticTasks", "quadratic_tasks", "small_models", "task_batches"),
+    *("SolverConformance", "solver_conformance", "StrategyConformance", "strategy_conformance"),
 }
 
 
@@ -34,6 +40,10 @@ def test_the_public_names_of_imaml():
 
 def test_the_public_names_of_imaml_solvers():
     assert public_names(imaml_solvers) == SOLVERS
+
+
+def test_the_public_names_of_imaml_testing():
+    assert public_names(imaml.testing) == TESTING
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +70,9 @@ def test_importing_leaves_the_users_own_solvers_alone(loaded):
 
 
 def test_importing_needs_no_extra(loaded):
-    assert loaded.isdisjoint({"PIL", "fontTools", "jinja2", "matplotlib", "pooch", "rich", "tyro"})
+    assert loaded.isdisjoint(
+        {"PIL", "fontTools", "hypothesis", "jinja2", "matplotlib", "pooch", "pytest", "rich", "tyro"}
+    )
 
 
 def test_the_solvers_know_nothing_of_meta_learning():

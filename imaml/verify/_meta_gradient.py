@@ -22,6 +22,7 @@ from imaml.verify._verification import RESOLVING, Verification, judge
 DIRECTIONS, ATTEMPTS = 4, 10
 REOPEN = 16.0
 """A direction starts with a step this many times the best one of the direction before."""
+ZERO = "finite differences see no derivative: it is zero to rounding, or the loss is not smooth at these parameters"
 SINGLE_TOLERANCE = 1e-3
 """A subject that returns float32 or less is off by rounding alone: measured up to 1e-3 through BatchNorm and ReLU."""
 
@@ -157,7 +158,7 @@ def compare(
     value, error, difference = (math.sqrt(sum(d[i] ** 2 for d in best) / len(best)) for i in range(3))
     size = value if value > 2 * error else got.norm().item() / math.sqrt(len(got))
     if max(size, error, difference) == 0 or size <= 2 * error and difference <= 2 * error:
-        return math.nan, math.inf, "the meta-gradient is zero to rounding: nothing can be compared"
+        return math.nan, math.inf, ZERO
     relative, resolution = difference / max(size, 1e-300), error / max(size, 1e-300)
     if resolution > max(tolerance, RESOLVING) and reason is None:
         reason = (

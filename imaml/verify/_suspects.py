@@ -16,6 +16,8 @@ from imaml.verify._subject import Tasks
 
 EXPLAINS = 0.05
 """A suspect explains a result that is this many times nearer to it than to the right one."""
+EXACT = 1e-5
+"""And no other is asked once one is as near as this."""
 
 
 def cause_of(
@@ -106,6 +108,8 @@ def _nearest(got: Tensor, right: Tensor, suspects: Iterable[Suspect]) -> str | N
         distance = (got - suspect).norm().item()
         if distance < best and (suspect - right).norm() > 10 * distance:
             best, words = distance, text
+        if best <= EXACT * (got - right).norm():
+            break
     return words
 
 

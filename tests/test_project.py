@@ -38,6 +38,10 @@ def test_the_public_names_of_imaml():
     assert public_names(imaml) == ENGINE | SOLVERS
 
 
+def test_the_public_names_of_imaml_verify():
+    assert public_names(imaml.verify) == {"Verification", "hvp", "meta_gradient"}
+
+
 def test_the_public_names_of_imaml_solvers():
     assert public_names(imaml_solvers) == SOLVERS
 

@@ -15,7 +15,7 @@ from imaml.verify._argmin import NoMinimum
 from imaml.verify._claims import along, claim_of, damping_of, inner_of, name_of
 from imaml.verify._differences import derivative
 from imaml.verify._reference import Reference, Values, draws, flat, moved, unflat
-from imaml.verify._subject import Subject, Tasks, call, in_double, is_random
+from imaml.verify._subject import Subject, Tasks, call, in_double, is_random, snapshot, why_calls_differ
 from imaml.verify._suspects import cause_of
 from imaml.verify._verification import RESOLVING, Verification, judge
 
@@ -84,6 +84,7 @@ def meta_gradient(
     random = is_random(copied, reference.tasks[0], lambda batch: reference.loss(values, batch), seed)
 
     own = objective.double()
+    before = snapshot(own)
     got, is_double = call(engine_or_function, own, tasks, seed)
     again, _ = call(engine_or_function, own, tasks, seed)
     tolerance = tolerance if is_double else max(tolerance, SINGLE_TOLERANCE)
@@ -112,10 +113,7 @@ def meta_gradient(
     relative_error, resolution, reason = compare(functions, got, values, tolerance, seed)
     status = judge(relative_error, resolution, tolerance)
     if drift > tolerance:
-        cause = (
-            f"two calls with the same arguments and seed differ by {drift:.2g}: running statistics of BatchNorm or the "
-            "masks of dropout are not fixed between calls"
-        )
+        cause = f"two calls with equal arguments and seed differ by {drift:.2g}: {why_calls_differ(own, before)}"
         return verification("failed", max(relative_error, drift), resolution, cause)
     if status == "failed":
 

@@ -90,6 +90,7 @@ def is_random(objective: Objective, task: Task, loss: Callable[[Any], Tensor], s
         Whether it does.
 
     Raises:
+        TypeError: The loss cannot be evaluated in float64.
         ValueError: The loss differs between two calls with the same seed, or is not finite.
     """
 
@@ -97,6 +98,13 @@ def is_random(objective: Objective, task: Task, loss: Callable[[Any], Tensor], s
         with draws(s), torch.no_grad():
             return [loss(task.support).item(), loss(task.query).item()]
 
+    try:
+        both(seed)
+    except RuntimeError as error:
+        raise TypeError(
+            f"The model or its loss does not run in float64: {error}. Expected one that computes in the dtype of its "
+            "parameters and inputs: keep constants as buffers of the model, and make no tensor of a fixed dtype."
+        ) from error
     first, again, other = both(seed), both(seed), both(seed + 1)
     if any(x != x or abs(x) == float("inf") for x in first):
         raise ValueError(f"The loss is not finite: support {first[0]}, query {first[1]}. Look for NaN in task 0.")
@@ -106,3 +114,20 @@ def is_random(objective: Objective, task: Task, loss: Callable[[Any], Tensor], s
             "Draw its random numbers from torch's global generators, and keep no state between calls."
         )
     return first != other
+
+
+def snapshot(objective: Objective) -> dict[str, Tensor]:
+    """Copies of the parameters and buffers."""
+    return {n: p.detach().clone() for n, p in objective.parameters().items()} | objective.constants()
+
+
+def why_calls_differ(objective: Objective, before: Mapping[str, Tensor]) -> str:
+    """What a subject that gives another result at its second call did not leave as it was."""
+    after = snapshot(objective)
+    changed = [n for n, t in before.items() if not torch.equal(t, after[n])]
+    parameters = [n for n in changed if n in objective.parameters()]
+    if parameters:
+        return f"it changes the parameters that it is given in place ({', '.join(parameters)})"
+    if changed:
+        return f"it changes buffers of the model: running statistics of BatchNorm leak ({', '.join(changed)})"
+    return "dropout, or another random draw, is not fixed by torch's global seed"

@@ -153,6 +153,40 @@ def test_dropout_drawn_in_the_order_of_one_pass_a_step_passes_in_a_function() ->
     assert verify.meta_gradient(plain, objective, tasks, against="maml", inner=LOOP).status == "passed"
 
 
+def test_a_function_that_differs_between_calls_fails() -> None:
+    objective, tasks = problem(network(nn.Tanh(), nn.BatchNorm1d(6)))
+
+    def leaking(given: Objective, given_tasks: TaskBatch) -> dict[str, Tensor]:
+        given.model(given_tasks.support[0][0])  # in training mode: the running statistics move
+        given.model.eval()
+        grads = MAML(inner=LOOP).value_and_grad(given, given_tasks)[1]
+        given.model.train()
+        return grads
+
+    def descending(given: Objective, given_tasks: TaskBatch) -> dict[str, Tensor]:
+        given.model.eval()
+        grads = MAML(inner=LOOP).value_and_grad(given, given_tasks)[1]
+        given.model.train()
+        with torch.no_grad():
+            for name, parameter in given.parameters().items():
+                parameter -= 0.1 * grads[name]
+        return grads
+
+    for function, cause in ((leaking, "running statistics"), (descending, "in place")):
+        result = verify.meta_gradient(function, objective, tasks, against="maml", inner=LOOP)
+        assert result.status == "failed"
+        assert cause in result.cause
+
+
+def test_a_loss_that_cannot_run_in_double_precision_is_an_error() -> None:
+    weight = torch.tensor([1.0, 2.0, 3.0])
+    _, tasks = problem(model := network(nn.Tanh()))
+    with pytest.raises(TypeError, match="does not run in float64"):
+        verify.meta_gradient(
+            MAML(inner=LOOP), Objective(model, lambda out, y: F.cross_entropy(out, y, weight=weight)), tasks
+        )
+
+
 def test_a_zero_meta_gradient_is_inconclusive() -> None:
     weight = torch.ones(3, dtype=torch.float64)
     objective = Objective.from_function(lambda p, batch: 0 * (p["w"] * batch[0]).sum(), {"w": weight})

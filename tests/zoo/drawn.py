@@ -63,12 +63,12 @@ def draw(seed: int) -> Drawn:
 
 
 def _problem(rng: np.random.Generator) -> tuple[Objective, TaskBatch]:
-    width, number = 2 * int(rng.integers(1, 3)), int(rng.integers(1, 4))
+    width, number = 2 * int(rng.integers(1, 3)), int(rng.integers(1, 3))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**31)))
         network = Network(
             width,
-            int(rng.integers(1, 4)),
+            int(rng.integers(1, 3)),
             ACTIVATIONS[rng.integers(4)],
             NORMALISATIONS[rng.integers(5)],
             tied=bool(rng.integers(2)),
@@ -93,7 +93,7 @@ def _problem(rng: np.random.Generator) -> tuple[Objective, TaskBatch]:
 
 def _engine(rng: np.random.Generator) -> MetaGradient:
     chunk_size = [None, 1, 2][rng.integers(3)]
-    if rng.integers(4) == 0:
+    if rng.integers(8) == 0:
         return ImplicitMAML(
             inner=GradientDescent(lr=0.2, steps=60),
             regularization=float(rng.uniform(3, 5)),
@@ -103,7 +103,7 @@ def _engine(rng: np.random.Generator) -> MetaGradient:
             linearize=bool(rng.integers(2)),
             on_failure="ignore",
         )
-    inner = GradientDescent(lr=float(rng.uniform(0.02, 0.3)), steps=int(rng.integers(5)))
+    inner = GradientDescent(lr=float(rng.uniform(0.02, 0.3)), steps=int(rng.integers(4)))
     regularization = float(rng.choice([0.0, rng.uniform(0, 3)]))
     if rng.integers(4) == 0:
         return FOMAML(inner=inner, regularization=regularization, chunk_size=chunk_size)

@@ -13,16 +13,12 @@ from imaml._objective import Objective
 from imaml._strategy import MetaGradient
 from imaml.verify._argmin import NoMinimum
 from imaml.verify._claims import along, claim_of, damping_of, inner_of, name_of
-from imaml.verify._differences import derivative
-from imaml.verify._reference import Reference, Values, draws, flat, moved, unflat
+from imaml.verify._comparison import compare
+from imaml.verify._reference import Reference, Values, draws, moved
 from imaml.verify._subject import Subject, Tasks, call, in_double, is_random, snapshot, why_calls_differ
 from imaml.verify._suspects import cause_of
-from imaml.verify._verification import RESOLVING, Verification, judge
+from imaml.verify._verification import Status, Verification, judge
 
-DIRECTIONS, ATTEMPTS = 4, 10
-REOPEN = 16.0
-"""A direction starts with a step this many times the best one of the direction before."""
-ZERO = "finite differences see no derivative: it is zero to rounding, or the loss is not smooth at these parameters"
 SINGLE_TOLERANCE = 1e-3
 """A subject that returns float32 or less is off by rounding alone: measured up to 1e-3 through BatchNorm and ReLU."""
 
@@ -90,10 +86,10 @@ def meta_gradient(
     tolerance = tolerance if is_double else max(tolerance, SINGLE_TOLERANCE)
     drift = ((got - again).norm() / got.norm().clamp(min=1e-300)).item()
 
-    def verification(status: str, error: float, resolution: float, cause: str | None) -> Verification:
+    def verification(status: Status, error: float, resolution: float, cause: str | None) -> Verification:
         return Verification(
             subject=f"{name_of(engine_or_function)} against {claim}",
-            status=status,  # type: ignore[arg-type]
+            status=status,
             relative_error=error,
             resolution=resolution,
             cause=cause,
@@ -105,7 +101,7 @@ def meta_gradient(
         return verification("inconclusive", math.nan, math.inf, drawn)
     try:
         if random and isinstance(engine_or_function, MetaGradient):
-            functions = _of_engine(engine_or_function, own, tasks, seed)
+            functions = _of_engine(engine_or_function, objective.double(), tasks, seed)
         else:
             functions = along(reference, claim, seed)
     except NoMinimum as error:
@@ -122,48 +118,6 @@ def meta_gradient(
 
         reason = cause_of(reference, claim, got, again_on, tasks, random=random, seed=seed, tolerance=tolerance)
     return verification(status, relative_error, resolution, None if status == "passed" else reason)
-
-
-def compare(
-    functions: Callable[[Values], Callable[[float], float]], got: Tensor, like: Values, tolerance: float, seed: int
-) -> tuple[float, float, str | None]:
-    """The relative error of `got` and the resolution of finite differences, over random directions.
-
-    Directions on which finite differences resolve too little (kinks near theta) are replaced by others.
-
-    Returns:
-        Relative error, resolution, and the reason where the latter is too large for a verdict.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    largest = step = 1e-2 * max(flat(like).norm().item(), 1.0)
-    found: list[tuple[float, float, float]] = []
-    reason: str | None = None
-    for _ in range(ATTEMPTS):
-        d = torch.randn(len(got), generator=generator, dtype=torch.float64).to(got.device)
-        d /= d.norm()
-        try:
-            slope = derivative(functions(unflat(d, like)), step, tolerance / 100)
-        except NoMinimum as unsolved:
-            reason = str(unsolved)
-            continue
-        step = min(largest, REOPEN * slope.step)
-        found.append((slope.value, slope.error, abs(torch.dot(got, d).item() - slope.value)))
-        if sum(error <= max(tolerance, RESOLVING / 3) * abs(value) for value, error, _ in found) == DIRECTIONS:
-            break
-    best = sorted(found, key=lambda direction: direction[1] / max(abs(direction[0]), 1e-300))[:DIRECTIONS]
-    if not best:
-        return math.nan, math.inf, reason
-    value, error, difference = (math.sqrt(sum(d[i] ** 2 for d in best) / len(best)) for i in range(3))
-    size = value if value > 2 * error else got.norm().item() / math.sqrt(len(got))
-    if max(size, error, difference) == 0 or size <= 2 * error and difference <= 2 * error:
-        return math.nan, math.inf, ZERO
-    relative, resolution = difference / max(size, 1e-300), error / max(size, 1e-300)
-    if resolution > max(tolerance, RESOLVING) and reason is None:
-        reason = (
-            "finite differences do not settle: the loss is not smooth near these parameters (kinks of ReLU or max "
-            "pooling), or too noisy"
-        )
-    return relative, resolution, reason
 
 
 def _of_engine(

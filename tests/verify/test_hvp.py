@@ -100,7 +100,7 @@ SMOOTH = {
 def test_a_smooth_model_passes_with_second_order_convergence(build):
     found = verify(build())
     assert found.status == "passed", str(found)
-    assert found.relative_error < 1e-8 and found.resolution < 1e-6 and found.cause is None
+    assert found.relative_error < 1e-10 and found.resolution < 1e-6 and found.cause is None
     rows = [line for line in found.details if line.startswith(("reverse", "forward", "finite"))]
     assert len(rows) == 4 and not any("not supported" in row for row in rows)
     order = float(str(found).split(": order ")[1].split()[0])

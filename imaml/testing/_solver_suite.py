@@ -83,6 +83,7 @@ class SolverConformance:
         """Every system of a batch has its own stopping."""
         b = normal(generator(seed), 3, 5) * torch.tensor([[1.0], [1e-9], [1e9]], dtype=torch.float64)
         together = self.make().solve(matrix, b)
+        self._assert_solved(together, matrix, b)
         for i in range(3):
             alone = self.make().solve(matrix[i], b[i])
             assert together.status[i] == alone.status

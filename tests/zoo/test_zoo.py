@@ -15,6 +15,7 @@ from tests.zoo import (  # the modules of specimens fill the zoo
     wrong_implicit,  # noqa: F401
     wrong_maml,  # noqa: F401
     wrong_modes,  # noqa: F401
+    wrong_pytorch,  # noqa: F401
     wrong_solvers,  # noqa: F401
 )
 from tests.zoo.drawn import draw

@@ -148,6 +148,24 @@ class StrategyConformance:
         one, other = engine(objective, tasks).report, engine(objective, list(tasks)).report
         assert isinstance(tasks[0], Task) and torch.equal(one.query_loss, other.query_loss)
 
+    def test_unused_parameters_get_zeros_in_their_own_place(self) -> None:
+        """A parameter that no loss depends on: zero for it, the same for the others, and its name in the report."""
+        model, objective, tasks = _problem()
+        params = dict(model.named_parameters())
+        first, *others = params
+        named = {first: params[first], "spare": torch.ones(3, dtype=torch.float64)} | {n: params[n] for n in others}
+
+        def loss(values: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+            used = {n: values[n] for n in params}
+            return F.cross_entropy(torch.func.functional_call(model, used, (batch[0],)), batch[1])
+
+        with_spare, engine = Objective.from_function(loss, named), self._engine()
+        _, expected = engine.value_and_grad(objective, tasks)
+        _, got = engine.value_and_grad(with_spare, tasks)
+        assert (got.pop("spare") == 0).all()
+        self._assert_close(got, expected)
+        assert engine(with_spare, tasks).report.unused == ("spare",)
+
     def test_backward_delivers_value_and_grad(self) -> None:
         """`result.loss` is 0-dim and carries the gradient of `value_and_grad`; a call alone does not touch `.grad`."""
         model, objective, tasks = _problem()

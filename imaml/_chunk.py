@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -34,16 +34,8 @@ def outside_inference(batch: Batch) -> Batch:
     return tree_map(lambda t: t.clone() if t.is_inference() else t, batch)
 
 
-def _vectorised(one: Callable[..., tuple[Tensor, ...]], adapted: list[Tensor], batch: Batch) -> tuple[Tensor, ...]:
-    try:
-        with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no batching rule
-            return vmap(one, randomness="different")(adapted, batch)
-    except RuntimeError as error:
-        if any(sign in str(error) for sign in ("vmap", "batching rule", "functorch")):
-            raise RuntimeError(
-                f"The model or the loss cannot be vectorised over tasks: {error}\nSet chunk_size=1 to run task by task."
-            ) from error
-        raise
+def _cannot_vectorise(error: RuntimeError) -> bool:
+    return any(sign in str(error).lower() for sign in ("vmap", "batching rule", "functorch"))
 
 
 @dataclass(frozen=True)
@@ -53,7 +45,7 @@ class ChunkLoss:
     Derivatives are taken by plain autograd *outside* `vmap`, of the sum over tasks: the tasks are independent, so its
     gradient holds each task's own. Only the forward pass is vectorised, hence both derivatives of an HVP see the same
     plain operations; a `vmap` between two derivatives gives wrong second derivatives for affine normalisation layers.
-    A chunk of one task runs without `vmap`.
+    A chunk of one task runs without `vmap`, and so do all once a model turns out not to support it.
     """
 
     context: Context
@@ -67,21 +59,52 @@ class ChunkLoss:
         self, adapted: Sequence[Tensor], fixed: Sequence[Tensor], batch: Batch, step: int, *, metric: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Losses `(tasks,)` (and metric) at parameters per tensor: adapted `(tasks, *shape)`, fixed `(*shape)`."""
-        context = self.context
-        shared = dict(zip(context.fixed_layout.names, fixed, strict=True)) | context.fresh_constants()
+        data = (list(adapted), fixed, batch, metric)
+        outputs: tuple[Tensor, ...] | None = None
+        if self.tasks > 1 and self.context.is_vectorised:
+            outputs = self._together(*data, step)
+        if outputs is None:
+            outputs = self._one_by_one(*data, step)
+        return outputs[0], outputs[1] if len(outputs) > 1 else None
+
+    def _together(
+        self, adapted: list[Tensor], fixed: Sequence[Tensor], batch: Batch, metric: bool, step: int
+    ) -> tuple[Tensor, ...] | None:
+        """All tasks in one vectorised pass; None for a model or a loss that has an operation which cannot be."""
+        shared = self._shared(fixed)
 
         def one(values: Sequence[Tensor], batch: Batch) -> tuple[Tensor, ...]:
-            named = dict(zip(context.layout.names, values, strict=True)) | shared
-            loss, figure = context.objective.evaluate(named, batch, metric=metric)
-            return (loss,) if figure is None else (loss, figure.detach())
+            return self._one(values, batch, shared, metric)
 
+        try:
+            with self.draws(step), sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no batching rule
+                return vmap(one, randomness="different")(adapted, batch)
+        except RuntimeError as error:
+            if not _cannot_vectorise(error):
+                raise
+            self.context.is_vectorised = False
+            return None
+
+    def _one_by_one(
+        self, adapted: list[Tensor], fixed: Sequence[Tensor], batch: Batch, metric: bool, step: int
+    ) -> tuple[Tensor, ...]:
         with self.draws(step):
-            if self.tasks > 1:
-                outputs = _vectorised(one, list(adapted), batch)
-            else:
-                outputs = one([a.squeeze(0) for a in adapted], tree_map(lambda t: t.squeeze(0), batch))
-                outputs = tuple(t.unsqueeze(0) for t in outputs)
-        return outputs[0], outputs[1] if len(outputs) > 1 else None
+            found = []
+            for i in range(self.tasks):
+                of_task = tree_map(lambda t, i=i: t[i], batch)
+                found.append(self._one([a[i] for a in adapted], of_task, self._shared(fixed), metric))
+            return tuple(torch.stack(tensors) for tensors in zip(*found, strict=True))
+
+    def _shared(self, fixed: Sequence[Tensor]) -> dict[str, Tensor]:
+        context = self.context
+        return dict(zip(context.fixed_layout.names, fixed, strict=True)) | context.fresh_constants()
+
+    def _one(
+        self, values: Sequence[Tensor], batch: Batch, shared: dict[str, Tensor], metric: bool
+    ) -> tuple[Tensor, ...]:
+        named = dict(zip(self.context.layout.names, values, strict=True)) | shared
+        loss, figure = self.context.objective.evaluate(named, batch, metric=metric)
+        return (loss,) if figure is None else (loss, figure.detach())
 
     def draws(self, step: int) -> AbstractContextManager[None]:
         """Within it, random numbers are those of the loss at this inner step."""

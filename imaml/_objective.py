@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 
+from imaml._exact import ExactDerivatives
 from imaml._select import select
 from imaml._tasks import Batch
 
@@ -147,7 +148,8 @@ class Objective:
 
     def evaluate(self, values: Parameters, batch: Batch, *, metric: bool = False) -> tuple[Tensor, Tensor | None]:
         """Loss, and metric if asked, at `values` (which may name fewer than all parameters) on one task's batch."""
-        loss, figure = self._program.evaluate(values, batch, metric)
+        with ExactDerivatives():
+            loss, figure = self._program.evaluate(values, batch, metric)
         for name, value in (("loss", loss), ("metric", figure)):
             if not isinstance(value, Tensor) and not (name == "metric" and value is None):
                 raise TypeError(f"The {name} must return a tensor. Got {type(value).__name__}.")

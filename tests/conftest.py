@@ -1,6 +1,7 @@
 """Reproducible randomness, one thread, and the folder of real data, for every test."""
 
 import os
+import warnings
 from pathlib import Path
 
 import hypothesis
@@ -19,6 +20,14 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _import_forward_ad() -> None:
+    """torch's forward AD imports, at its first use, a module of torch that uses a deprecated part of torch."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated", category=DeprecationWarning)
+        torch.func.jvp(torch.sin, (torch.ones(()),), (torch.ones(()),))
 
 
 @pytest.fixture(scope="session")

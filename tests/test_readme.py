@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from imaml.cli import main
-from tests.engine.conftest import _import_forward_ad as _import_forward_ad
 
 README = Path(__file__).parent.parent / "README.md"
 

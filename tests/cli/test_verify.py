@@ -8,7 +8,6 @@ import torch
 
 from imaml._hvp import ReverseOverReverse
 from imaml.cli import _built_in, main
-from tests.engine.conftest import _import_forward_ad as _import_forward_ad
 
 MODULE = """
 import torch

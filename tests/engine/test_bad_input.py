@@ -242,26 +242,6 @@ def test_batchnorm_with_running_statistics():
             assert call(objective, tasks, MAML(inner=INNER, hvp=hvp, chunk_size=chunk_size)).loss.isfinite()
 
 
-class Branching(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(4, 3)
-
-    def forward(self, x):
-        y = self.linear(x)
-        return y if y.sum() > 0 else 2 * y
-
-
-def test_a_model_that_cannot_be_vectorised():
-    model, tasks = Branching().double(), classification((4,))
-    objective = Objective(model, F.cross_entropy)
-    for strategy in STRATEGIES:
-        with pytest.raises(RuntimeError, match="(?s)cannot be vectorised.*chunk_size=1") as caught:
-            call(objective, tasks, strategy(inner=INNER))
-        assert caught.value.__cause__ is not None
-        call(objective, tasks, strategy(inner=INNER, chunk_size=1))
-
-
 class Counting(nn.Module):
     """Updates a buffer of its own in every forward pass."""
 

@@ -334,9 +334,8 @@ def test_parameters_are_read_anew_at_every_call():
     assert after != before and after == MAML(inner=INNER)(fresh, tasks).loss
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_weights_of_a_parametrization():
-    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))).double()
+    model = nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(4, 3), "weight", "householder")).double()
     tasks = classification((4,))
     engine = MAML(inner=INNER)
     _, expected = unrolled(setting(engine, tasks, model_loss(model, F.cross_entropy), dict(model.named_parameters())))

@@ -95,12 +95,6 @@ def test_an_exact_mode_that_was_asked_for_refuses(function, strategy, hvp):
     assert caught.value.__cause__ is not None
 
 
-def test_a_function_without_a_batching_rule_names_chunk_size():
-    objective = Objective(network(OldStyle.apply), F.cross_entropy)
-    with pytest.raises(RuntimeError, match="chunk_size=1"):
-        MAML(inner=INNER)(objective, classification((4,)))
-
-
 def test_a_loss_without_forward_over_reverse():
     tasks, model = classification((4,)), network(torch.tanh)
 

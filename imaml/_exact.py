@@ -1,0 +1,62 @@
+"""Operations whose derivatives torch gets wrong without a word, computed by others that it gets right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class ExactDerivatives(TorchFunctionMode):
+    """Within it, replaced operations have the values, and the true derivatives, of the originals (torch 2.13).
+
+    - `torch._weight_norm` (the parametrization `weight_norm`): its second derivative is wrong by percents.
+    - `F.embedding` with `padding_idx`: vectorised over tasks, the padding row of all tasks but the first receives a
+      gradient. With `sparse=True` its gradient has no second derivative: it is dense here.
+
+    An active mode also keeps `nn.TransformerEncoder` and `nn.MultiheadAttention` off their fast path, which has no
+    derivative at all.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[Any], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Call `func`, or what replaces it."""
+        return _REPLACED.get(func, func)(*args, **(kwargs or {}))
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    if max_norm is not None:
+        raise ValueError(
+            f"An embedding with max_norm={max_norm} changes its weight in place, which is no function of the "
+            "parameters. Build it with max_norm=None, and bound the norm in the loss or after a meta-step."
+        )
+    found = F.embedding(input, weight, scale_grad_by_freq=scale_grad_by_freq)
+    if padding_idx is None:
+        return found
+    is_padding = input == padding_idx % weight.shape[0]
+    return torch.where(is_padding.unsqueeze(-1), found.detach(), found)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    others = [d for d in range(v.ndim) if d != dim % v.ndim] if dim != -1 else list(range(v.ndim))
+    norm: Tensor = torch.linalg.vector_norm(v, dim=others, keepdim=True) if others else v.abs()
+    return v * (g / norm)
+
+
+_REPLACED: Mapping[Callable[..., Any], Callable[..., Any]] = {
+    F.embedding: _embedding,
+    torch._weight_norm: _weight_norm,
+}

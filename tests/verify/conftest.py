@@ -1,1 +1,0 @@
-from tests.engine.conftest import _import_forward_ad as _import_forward_ad

@@ -58,10 +58,14 @@ class Problem:
     def judge(self, phi: Tensor) -> Gradient:
         """The query loss at the adapted parameters, with its gradient v."""
         self.check_inner_loop()
-        gradient = self.query.gradient(phi, self.inner.steps, fixed=True, metric=True)
-        self.query.context.gradients += self.query.tasks
+        gradient = self.query_gradient(phi, fixed=True, metric=True)
         self.check_query(gradient.losses)
         return gradient
+
+    def query_gradient(self, phi: Tensor, *, fixed: bool = False, metric: bool = False) -> Gradient:
+        """The query loss and its derivatives, unchecked."""
+        self.query.context.gradients += self.query.tasks
+        return self.query.gradient(phi, self.inner.steps, fixed=fixed, metric=metric)
 
     def evaluate(self, phi: Tensor) -> Outcome:
         """The query loss alone."""
@@ -70,7 +74,7 @@ class Problem:
         self.check_query(losses)
         return Outcome(query_loss=losses, support_loss=self.history(), metric=metric)
 
-    def outcome(self, query: Gradient, **solve: Tensor) -> Outcome:
+    def outcome(self, query: Gradient, **solve: Tensor | None) -> Outcome:
         """What the report says of these tasks, with the stationarity and the solver's outcome where there are any."""
         return Outcome(query_loss=query.losses, support_loss=self.history(), metric=query.metric, **solve)
 

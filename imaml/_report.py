@@ -27,11 +27,14 @@ class Outcome:
     """Norm of the gradient of L_support + proximal term at the adapted parameters, `(tasks,)`: how far the inner loop
     is from the stationary point that implicit differentiation assumes. None for strategies that do not assume one."""
     solver_status: Tensor | None = None
-    """A `Status` per task, `(tasks,)` integers; None where no system is solved, as for the next two."""
+    """A `Status` per task, `(tasks,)` integers; None where no system is solved, as for the next three."""
     solver_steps: Tensor | None = None
     """Steps of the linear solver, `(tasks,)`."""
     solver_residual: Tensor | None = None
     """Relative residual |b - A x| / |b| of the linear solve, `(tasks,)`."""
+    error_bound: Tensor | None = None
+    """A bound on the relative error of each task's meta-gradient, `(tasks,)`, from the stationarity and the residual:
+    see `ImplicitMAML`, which may be told to leave it out. inf: nothing can be said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,10 @@ class Report(Outcome):
             lines.append(
                 f"solver {counts}; {self.solver_steps.double().mean().item():.3g} steps, relative residual "
                 f"{self.solver_residual.max().item():.3g} (worst task)"
+            )
+        if self.error_bound is not None:
+            lines.append(
+                f"relative error of the meta-gradient at most {self.error_bound.max().item():.3g} (worst task)"
             )
         cost = f"{self.gradients} gradients, {self.hvps} Hessian-vector products"
         lines.append(cost + (f" ({self.hvp_mode})" if self.hvp_mode else ""))

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from imaml_solvers._lanczos import lower_ritz_value
 from imaml_solvers._operator import LinearOperator
 from imaml_solvers._solution import Solution, Status
 from imaml_solvers._solver import LinearSolver
@@ -33,6 +34,9 @@ class CG(LinearSolver):
     - p'Ap or r'Mr is not positive, or p'Ap / p'M^-1 p is below eps times the largest so far (A is singular to working
       precision): BREAKDOWN, x before the step;
     - the step is not finite: NONFINITE, x before the step.
+
+    Without a preconditioner alpha and beta are also the entries of the Lanczos matrix T of A, which gives
+    `smallest_eigenvalue`: T_jj = 1 / alpha_j + beta_{j-1} / alpha_{j-1}, T_j,j+1 = sqrt(beta_j) / alpha_j.
 
     Cost: one product a step, of the whole batch, until the slowest system stops; so `max_steps` products for a
     budget. Memory: five vectors. Not for indefinite or unsymmetric A: see `ScipySolver`.
@@ -93,7 +97,11 @@ class _Run:
         self._rho = torch.ones_like(self._residual)
         self._size = torch.zeros_like(self._residual)
         self._largest = torch.zeros_like(self._residual)
-        self._turn(self._status == RUNNING)
+        self._lowest = torch.full_like(self._residual, torch.inf)
+        self._carried = torch.zeros_like(self._residual)
+        self._fresh = self._status == RUNNING
+        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._turn(self._fresh)
 
     def any(self, status: int) -> bool:
         """Is there a system in this status?"""
@@ -112,9 +120,11 @@ class _Run:
         r = self._r - alpha.unsqueeze(-1) * q
         residual = norm(r)
         finite = torch.isfinite(curvature) & torch.isfinite(residual) & torch.isfinite(x * self._begun.unit).all(-1)
+        self._lowest = (curvature / self._size).where(running & broken, self._lowest)
         self._end(running & broken, Status.BREAKDOWN)
         self._end(running & ~broken & ~finite, Status.NONFINITE)
         moved = running & ~broken & finite
+        self._note(alpha.where(moved, 0), residual)
 
         self._x, self._r = _choose(moved, x, self._x), _choose(moved, r, self._r)
         self._residual = residual.where(moved, self._residual)
@@ -144,7 +154,27 @@ class _Run:
     def solution(self) -> Solution:
         """The outcome in the units of b."""
         unit = self._begun.unit
-        return Solution(self._x * unit, self._status, self._num_steps, self._residual * unit.squeeze(-1))
+        return Solution(
+            self._x * unit,
+            self._status,
+            self._num_steps,
+            self._residual * unit.squeeze(-1),
+            self._smallest_eigenvalue(),
+        )
+
+    def _note(self, alpha: Tensor, residual: Tensor) -> None:
+        """Keep the row of T that this step found; alpha is 0 for a system that did not move."""
+        beta = residual.square() / self._rho
+        self._rows.append((1 / alpha + self._carried, beta.sqrt() / alpha, self._fresh))
+        self._carried = beta / alpha
+
+    def _smallest_eigenvalue(self) -> Tensor | None:
+        if self._preconditioner is not None:
+            return None
+        if not self._rows:
+            return self._lowest
+        rows = [torch.stack(parts) for parts in zip(*self._rows, strict=True)]
+        return lower_ritz_value(*rows).minimum(self._lowest)
 
     def _turn(self, fresh: Tensor) -> None:
         """Choose the next direction of every running system: M r where `fresh`, else conjugate to the last."""
@@ -157,6 +187,7 @@ class _Run:
         running = self._status == RUNNING
         beta = (rho / self._rho).masked_fill(fresh, 0)
         self._p = _choose(running, z + beta.unsqueeze(-1) * self._p, self._p)
+        self._fresh, self._carried = fresh, self._carried.masked_fill(fresh, 0)
         self._size = (rho + beta.square() * self._size).where(running, self._size)
         self._rho = rho.where(running, self._rho)
 

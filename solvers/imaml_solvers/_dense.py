@@ -18,7 +18,7 @@ class Dense(LinearSolver):
 
     For any regular A, symmetric or not. CONVERGED means solved to rounding: |b - A x| is of the order of eps |A| |x|.
     BREAKDOWN, with x = 0, where that is not below 0.01 |b|: A is singular to working precision. NONFINITE, with x = 0,
-    where b or A is not finite.
+    where b or A is not finite. `smallest_eigenvalue` is that of (A + A') / 2.
 
     Cost: n products of the whole batch (`num_steps` is n), O(n^3) work and O(n^2) memory a system: for small n, and as
     a reference.
@@ -44,7 +44,8 @@ class Dense(LinearSolver):
         status = torch.full(b.shape[:-1], Status.BREAKDOWN, device=b.device)
         status = status.masked_fill(~finite, Status.NONFINITE).masked_fill(solved, Status.CONVERGED)
         num_steps = torch.full_like(status, n).masked_fill(zero, 0)
-        return Solution(x, status, num_steps, torch.linalg.vector_norm(residual, dim=-1).to(b.dtype))
+        lowest = torch.linalg.eigvalsh((matrix + matrix.mT) / 2)[..., 0].to(b.dtype)
+        return Solution(x, status, num_steps, torch.linalg.vector_norm(residual, dim=-1).to(b.dtype), lowest)
 
 
 def assemble(op: LinearOperator, like: Tensor) -> Tensor:

@@ -58,6 +58,10 @@ class Solution:
     residual_norm: Tensor
     """|b - A x| per system, `(*batch,)`, in the units of b: recomputed from x where the solver checked it, else the one
     that its recursion carries."""
+    smallest_eigenvalue: Tensor | None = None
+    """A careful estimate of the smallest eigenvalue of symmetric A, `(*batch,)`: that of the Krylov space, the smallest
+    Ritz value less the norm of its residual (exact but for rounding after n steps), or that of the assembled matrix.
+    None from solvers that have none."""
 
     @property
     def success(self) -> Tensor:

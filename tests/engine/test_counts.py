@@ -1,11 +1,12 @@
 """The report's counts are those of real evaluations; recomputation is the least possible."""
 
+from dataclasses import replace
 from functools import cache, partial
 
 import pytest
 import torch
 
-from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, Objective, TaskBatch
+from imaml import CG, FOMAML, MAML, Dense, GradientDescent, ImplicitMAML, Neumann, Objective, TaskBatch
 
 TASKS = 3
 
@@ -80,7 +81,8 @@ def test_recomputation_is_the_least_possible(steps, checkpoints):
 @pytest.mark.parametrize("budget", [1, 3])
 def test_implicit_reverse_over_reverse(budget, linearize):
     solver = CG(max_steps=budget, rtol=0.0)
-    report, calls = run(ImplicitMAML(inner=inner(4), solver=solver, linearize=linearize, chunk_size=1))
+    engine = ImplicitMAML(inner=inner(4), solver=solver, linearize=linearize, error_bound=False, chunk_size=1)
+    report, calls = run(engine)
     assert report.hvps == TASKS * budget
     assert report.gradients == TASKS * (4 + 1 + 1)  # inner loop, query, stationarity
     assert calls == report.gradients + (0 if linearize else report.hvps)
@@ -89,9 +91,25 @@ def test_implicit_reverse_over_reverse(budget, linearize):
 @pytest.mark.parametrize("hvp", ["forward-over-reverse", "finite-difference"])
 def test_implicit_in_other_modes(hvp):
     solver = CG(max_steps=3, rtol=0.0)
-    report, calls = run(ImplicitMAML(inner=inner(4), solver=solver, hvp=hvp, linearize=False, chunk_size=1))
+    engine = ImplicitMAML(inner=inner(4), solver=solver, hvp=hvp, linearize=False, error_bound=False, chunk_size=1)
+    report, calls = run(engine)
     assert report.hvps == TASKS * 3 and report.gradients == TASKS * 6
     assert calls == report.gradients + report.hvps * (2 if hvp == "finite-difference" else 1)
+
+
+@pytest.mark.parametrize("linearize", [True, False])
+@pytest.mark.parametrize("hvp", ["auto", "forward-over-reverse", "finite-difference"])
+@pytest.mark.parametrize(
+    ("solver", "lanczos"), [(CG(max_steps=2), 0), (Dense(), 0), (Neumann(max_steps=2, step_size=0.1), 3)]
+)
+def test_the_error_bound_of_an_implicit_gradient(solver, lanczos, hvp, linearize):
+    """The query's gradient, the inner one and a product over there; and Lanczos steps where the solver has none."""
+    engine = ImplicitMAML(inner=inner(4), solver=solver, hvp=hvp, linearize=linearize, chunk_size=1)
+    (without, fewer), (report, calls) = run(replace(engine, error_bound=False)), run(engine)
+    assert report.gradients == without.gradients + 2 * TASKS
+    assert report.hvps == without.hvps + (1 + lanczos) * TASKS
+    per_product = {"auto": 0 if linearize else 1, "forward-over-reverse": 1, "finite-difference": 2}[hvp]
+    assert calls == fewer + (2 + per_product * (1 + lanczos)) * TASKS
 
 
 @pytest.mark.parametrize("chunk_size", [None, 2])

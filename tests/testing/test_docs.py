@@ -6,9 +6,9 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-PAGE = Path(__file__).parents[2] / "docs" / "testing.md"
+from tests.testing.running import run_file
 
-pytest_plugins = ["pytester"]
+PAGE = Path(__file__).parents[2] / "docs" / "testing.md"
 
 
 @pytest.fixture
@@ -21,10 +21,10 @@ def _few_examples():
 
 
 @pytest.mark.usefixtures("_few_examples")
-def test_the_python_of_the_page_is_a_test_file_that_passes(pytester):
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    pytester.makepyfile("\n".join(blocks))
-    passed, skipped, failed = pytester.inline_run("-q", "-p", "no:cacheprovider").listoutcomes()
-    assert not (failed or skipped)
-    names = " ".join(report.nodeid for report in passed)
-    assert all(name in names for name in re.findall(r"^(?:def )?([tT]est\w+)", "\n".join(blocks), re.MULTILINE))
+def test_the_python_of_the_page_is_a_test_file_that_passes(tmp_path):
+    text = "\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL))
+    failed, passed = run_file(tmp_path, text)
+    assert not failed
+    assert {name.partition("::")[0] for name in passed} == set(
+        re.findall(r"^(?:def )?([tT]est\w+)", text, re.MULTILINE)
+    )

@@ -5,8 +5,6 @@ import pytest
 from tests.testing import broken_solvers
 from tests.testing.running import run_suite
 
-pytest_plugins = ["pytester"]
-
 CAUGHT_BY = {
     "CurvatureScaledInTheStepOnly": "test_well_conditioned_systems_are_solved",
     "DirectionFromTheOldResidual": "test_well_conditioned_systems_are_solved",
@@ -34,9 +32,9 @@ def test_every_broken_solver_is_listed():
 
 
 @pytest.mark.parametrize("name", CAUGHT_BY)
-def test_a_broken_solver_fails(pytester, name):
+def test_a_broken_solver_fails(tmp_path, name):
     failed, _ = run_suite(
-        pytester,
+        tmp_path,
         "solver",
         f"lambda: broken_solvers.{name}()",
         imports="from tests.testing import broken_solvers",
@@ -45,8 +43,8 @@ def test_a_broken_solver_fails(pytester, name):
     assert failed == {CAUGHT_BY[name]}
 
 
-def test_without_the_defect_it_passes(pytester):
+def test_without_the_defect_it_passes(tmp_path):
     failed, passed = run_suite(
-        pytester, "solver", "lambda: broken_solvers.Textbook()", imports="from tests.testing import broken_solvers"
+        tmp_path, "solver", "lambda: broken_solvers.Textbook()", imports="from tests.testing import broken_solvers"
     )
     assert not failed and len(passed) >= 15

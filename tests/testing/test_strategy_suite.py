@@ -5,8 +5,6 @@ import pytest
 from tests.testing import broken_strategies
 from tests.testing.running import run_suite
 
-pytest_plugins = ["pytester"]
-
 IMPORT = "from tests.testing import broken_strategies"
 CAUGHT_BY = {
     "FirstOrder": "test_closed_forms_on_quadratics",
@@ -32,10 +30,10 @@ def test_every_broken_strategy_is_listed():
 
 
 @pytest.mark.parametrize("name", CAUGHT_BY)
-def test_a_broken_strategy_fails(pytester, name):
+def test_a_broken_strategy_fails(tmp_path, name):
     claim = "implicit" if issubclass(getattr(broken_strategies, name), broken_strategies.ImplicitMAML) else "maml"
     failed, _ = run_suite(
-        pytester,
+        tmp_path,
         "strategy",
         f"lambda inner: broken_strategies.{name}(inner=inner), against={claim!r}",
         imports=IMPORT,
@@ -44,9 +42,9 @@ def test_a_broken_strategy_fails(pytester, name):
     assert failed == {CAUGHT_BY[name]}
 
 
-def test_chunk_sizes_that_matter_are_caught(pytester):
+def test_chunk_sizes_that_matter_are_caught(tmp_path):
     failed, _ = run_suite(
-        pytester,
+        tmp_path,
         "strategy",
         "lambda inner: broken_strategies.SumOverTasks(inner=inner), against=None",
         imports=IMPORT,

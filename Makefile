@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help env demo test lint format wheel-check clean
+.PHONY: help env demo bench test lint format wheel-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -20,6 +20,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: env ## compare the strategies on real characters (a few minutes)
 	$(BIN)/imaml compare --out runs/demo
+
+bench: env ## time and memory of a meta-gradient beside other libraries (most of an hour, on an idle machine)
+	$(BIN)/python -m benchmarks.compare
 
 test: env ## run the tests
 	$(BIN)/python -m pytest

@@ -1,0 +1,77 @@
+"""One measurement in a process of its own: prints one JSON object, or ends with the exception that a method raised.
+
+python -m benchmarks.one METHOD WORKLOAD STEPS {check,memory,time} [--threads N] [--repeats N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.reference import flat, reference, support_gradients
+from benchmarks.rivals import METHODS, Method
+from benchmarks.workloads import WORKLOADS, Workload
+from imaml.measure import peak_memory, timed
+
+
+def check(method: Method, workload: Workload, steps: int, repeats: int) -> dict[str, Any]:
+    """Relative errors against the float64 reference, computed in float64 and in float32."""
+    exact = reference(workload.problem(steps, torch.float64), method.family)
+    errors = {}
+    for name, dtype in (("error", torch.float64), ("error_float32", torch.float32)):
+        found = flat(method.prepare(workload.problem(steps, dtype))())
+        errors[name] = ((found - exact).norm() / exact.norm()).item()
+    return errors
+
+
+def memory(method: Method, workload: Workload, steps: int, repeats: int) -> dict[str, Any]:
+    """Peak bytes of a second call, so that what torch sets up once is not counted."""
+    call = method.prepare(workload.problem(steps))
+    call()
+    return {"bytes": peak_memory(call)}
+
+
+def time(method: Method, workload: Workload, steps: int, repeats: int) -> dict[str, Any]:
+    """Seconds of a call, and of one plain support gradient of the same tasks."""
+    problem = workload.problem(steps)
+    unit = timed(lambda: support_gradients(problem), repeats=repeats)
+    timing = timed(method.prepare(problem), repeats=repeats)
+    return {"seconds": timing.median, "spread": timing.spread, "unit_seconds": unit.median}
+
+
+PASSES: dict[str, Callable[[Method, Workload, int, int], dict[str, Any]]] = {
+    "check": check,
+    "memory": memory,
+    "time": time,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("workload", choices=WORKLOADS)
+    parser.add_argument("steps", type=int)
+    parser.add_argument("kind", choices=PASSES)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself on stderr
+    torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore")  # of the rivals, about torch functions that have moved
+    with contextlib.redirect_stdout(sys.stderr):
+        found = PASSES[options.kind](
+            METHODS[options.method], WORKLOADS[options.workload], options.steps, options.repeats
+        )
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

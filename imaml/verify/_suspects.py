@@ -16,6 +16,11 @@ from imaml.verify._subject import Tasks
 
 EXPLAINS = 0.05
 """A suspect explains a result that is this many times nearer to it than to the right one."""
+UNTRUE = (
+    "autograd's gradient of this loss is not its derivative: the result equals plain automatic differentiation and "
+    "differs from finite differences; look for padding_idx, .detach(), a straight-through estimator, spectral_norm in "
+    "training mode, or a wrong backward"
+)
 EXACT = 1e-5
 """And no other is asked once one is as near as this."""
 
@@ -53,6 +58,8 @@ def cause_of(
             right, suspects, found = _right_and_suspects(reference, claim)
         except (RuntimeError, NoMinimum) as error:
             return f"unknown: the right meta-gradient could not be computed to compare with ({error})"
+        if (got - right).norm() <= EXPLAINS * tolerance * right.norm():
+            return UNTRUE
         factor = _factor(got, right, len(reference.tasks), reference)
         if factor:
             return factor
@@ -125,8 +132,10 @@ def _of_system(reference: Reference, found: list[Place], got: Tensor, tolerance:
         residual = system.residual(u)
         at = f" ({place.words})" if place.words else ""
         a, b, left = fitted(system, u)
-        if left < max(tolerance, 0.01 * residual) and len(weights) == 1:
-            weight = weights.pop()
+        if left < max(tolerance, EXACT * residual) and len(weights) == 1:
+            (weight,) = weights
+            if abs(a - 1) + abs(b * weight - 1) < 10 * tolerance:
+                return f"{UNTRUE} (the result solves the right linear system){at}"
             return (
                 f"another linear system is solved: {a:.4g} I + {b:.4g} H where I + H / lambda is I + {1 / weight:.4g} H"
                 + at

@@ -187,6 +187,16 @@ def test_a_loss_that_cannot_run_in_double_precision_is_an_error() -> None:
         )
 
 
+def test_a_loss_whose_autograd_gradient_is_not_its_derivative() -> None:
+    """The row of a padding index has no gradient in torch, and moves the loss."""
+    model = nn.Sequential(nn.Embedding(5, 4, padding_idx=0), nn.Flatten(), nn.Tanh(), nn.Linear(8, 3))
+    x, y = torch.randint(5, (2, 10, 2)), torch.randint(3, (2, 10))
+    tasks = TaskBatch(support=(x[:, :5], y[:, :5]), query=(x[:, 5:], y[:, 5:]))
+    result = verify.meta_gradient(MAML(inner=LOOP), Objective(model, F.cross_entropy), tasks)
+    assert result.status == "failed"
+    assert "padding_idx" in result.cause
+
+
 def test_a_zero_meta_gradient_is_inconclusive() -> None:
     weight = torch.ones(3, dtype=torch.float64)
     objective = Objective.from_function(lambda p, batch: 0 * (p["w"] * batch[0]).sum(), {"w": weight})

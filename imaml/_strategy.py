@@ -51,7 +51,9 @@ class MetaGradient(ABC):
         inner: The inner loop.
         regularization: lambda >= 0, the weight of the proximal term: one number, or one per adapted parameter by name.
         chunk_size: How many tasks run at once, vectorised; None: all. Memory grows with it. 1 runs task by task without
-            `torch.func.vmap`, for models that cannot be vectorised. The numbers are the same (without dropout).
+            `torch.func.vmap`. A model that cannot be vectorised (LSTM, control flow that depends on the data) runs task
+            by task in any case, though the graphs of a chunk are held together. The numbers are the same (without
+            dropout).
     """
 
     inner: GradientDescent

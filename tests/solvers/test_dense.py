@@ -40,3 +40,12 @@ def test_a_matrix_singular_to_rounding_is_a_breakdown(dtype, seed):
 def test_half_precision_is_accepted():
     solution = Dense().solve(torch.eye(3, dtype=torch.bfloat16) * 2, torch.ones(3, dtype=torch.bfloat16))
     assert solution.x.tolist() == [0.5] * 3 and solution.x.dtype == solution.residual_norm.dtype == torch.bfloat16
+
+
+def test_the_residual_of_a_system_that_is_not_finite_is_that_of_zero():
+    matrix = torch.stack([torch.eye(3, dtype=F64), 2 * torch.eye(3, dtype=F64)])
+    matrix[0, 1, 2] = torch.inf
+    b = noise(2, 3)
+    solution = Dense().solve(matrix, b)
+    assert solution.status.tolist() == [Status.NONFINITE, Status.CONVERGED]
+    assert (solution.x[0] == 0).all() and solution.residual_norm[0].item() == pytest.approx(b[0].norm().item())

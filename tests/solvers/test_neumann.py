@@ -86,3 +86,15 @@ def test_rounding_at_the_solution_is_not_divergence(seed):
 def test_a_bad_step_is_named(step_size):
     with pytest.raises(ValueError, match=f"`step_size` must be .*Got {step_size}"):
         Neumann(max_steps=5, step_size=step_size)
+
+
+def test_an_overflow_stays_with_its_system():
+    matrix = torch.stack([1e-10 * torch.eye(5, dtype=F64), rotated(spread(5, 5))])
+    b = torch.stack([torch.full((5,), 1e300, dtype=F64), noise(5)])
+    solution = Neumann(max_steps=400, rtol=1e-8).solve(matrix, b)
+    assert solution.status.tolist() == [Status.NONFINITE, Status.CONVERGED] and torch.isfinite(solution.x).all()
+
+
+def test_the_zero_matrix_has_a_step_too():
+    solution = Neumann(max_steps=3).solve(torch.zeros(3, 3, dtype=F64), noise(3))
+    assert solution.status == Status.BUDGET_SPENT and solution.num_steps == 3 and (solution.x == 0).all()

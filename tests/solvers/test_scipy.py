@@ -91,5 +91,20 @@ def test_an_unknown_method_is_told_the_known_ones():
 
 
 def test_a_budget_without_tolerance_is_refused():
-    with pytest.raises(ValueError, match=r"`rtol` or `atol` must be > 0.*CG\(max_steps"):
+    with pytest.raises(ValueError, match=r"^`rtol` or `atol` must be > 0.*CG\(max_steps=...\)\.$"):
         ScipySolver(rtol=0.0, atol=0.0)
+
+
+def test_stagnation_is_the_third_solve_that_does_not_halve_the_residual(monkeypatch):
+    asked = []
+
+    def call(self, apply, b, rtol, precondition):
+        asked.append(rtol)
+        return 0.4 * b, 0
+
+    monkeypatch.setattr(ScipySolver, "_call", call)
+    solution = ScipySolver(rtol=1e-3).solve(torch.eye(4, dtype=F64), noise(4))
+    assert solution.status == Status.STAGNATED and len(asked) == 3
+    # of the residual that is left, less the square of what the last solve left beyond its target
+    assert asked[0] == pytest.approx(1e-3) and asked[1] == pytest.approx(1e-3 / 0.6 / 600**2)
+    assert solution.residual_norm.item() == pytest.approx(0.6**3 * noise(4).norm().item())

@@ -25,11 +25,11 @@ class Cubes:
         return Gradient(each.sum(-1), each, None)
 
 
-def chunk():
+def chunk(criterion=F.mse_loss):
     """Two tasks for a network of which the last layer adapts."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).double()
-    context = Context.of(Objective(model, F.mse_loss, adapt=["2"]))
+    context = Context.of(Objective(model, criterion, adapt=["2"]))
     batch = torch.randn(2, 5, 3, dtype=F64), torch.randn(2, 5, 2, dtype=F64)
     return ChunkLoss(context, batch, 2, 0, SUPPORT), context.theta.repeat(2, 1)
 
@@ -65,3 +65,15 @@ def test_finite_differences_move_every_task_by_a_fraction_of_its_own_norm(dtype,
     torch.testing.assert_close(ahead, moved, rtol=0, atol=rounding)
     torch.testing.assert_close(behind, -moved, rtol=0, atol=rounding)
     torch.testing.assert_close(product, 2 * phi * w, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e8])
+def test_a_gradient_of_other_draws_is_seen_whatever_the_units_of_the_loss(monkeypatch, scale):
+    loss, phi = chunk(lambda output, target: scale * F.mse_loss(output, target))
+    loss.context.replay.draws = True
+    ForwardOverReverse(loss, phi, 0)
+    right = loss.gradient(phi, 0)
+    wrong = Gradient(right.losses, right.adapted * (1 + 1e-6), None)
+    monkeypatch.setattr(ChunkLoss, "gradient", lambda self, phi, step: wrong)
+    with pytest.raises(RuntimeError, match="another order"):
+        ForwardOverReverse(loss, phi, 0)

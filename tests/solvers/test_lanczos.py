@@ -104,3 +104,9 @@ def test_who_has_none():
     assert CG().solve(matrix, b, preconditioner=torch.eye(5, dtype=F64)).smallest_eigenvalue is None
     for solver in (Neumann(max_steps=50), ScipySolver()):
         assert solver.solve(matrix, b).smallest_eigenvalue is None
+
+
+def test_an_exhausted_krylov_space_knows_no_other_eigenvalue():
+    matrix = rotated([1.0, 2.0, 4.0])
+    b = torch.linalg.eigh(matrix).eigenvectors[:, 2]
+    assert smallest_eigenvalue(LinearOperator(lambda x: x @ matrix), b, 3).item() == pytest.approx(4.0, rel=1e-12)

@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help env demo bench test lint format wheel-check clean
+.PHONY: help env demo bench test mutation lint format wheel-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -26,6 +26,15 @@ bench: env ## time and memory of a meta-gradient beside other libraries (most of
 
 test: env ## run the tests
 	$(BIN)/python -m pytest
+
+# mutmut wants both packages side by side. MUTANTS='*_cg.*' runs a part: patterns of mutants' names.
+mutation: env ## break the numerical core on purpose and count what the tests notice (most of an hour)
+	$(BIN)/python $(PIP_INSTALL) --editable '.[mutation]'
+	rm -rf build/mutation
+	mkdir -p build/mutation
+	cp -r imaml solvers/imaml_solvers tests benchmarks/mutation/conftest.py benchmarks/mutation/pyproject.toml build/mutation
+	cd build/mutation && OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=mutation ../../$(BIN)/mutmut run $(foreach m,$(MUTANTS),'$(m)')
+	$(BIN)/python benchmarks/mutation/summary.py build/mutation
 
 lint: env ## check style, docstrings and types
 	$(BIN)/ruff check

@@ -70,7 +70,7 @@ def test_finite_differences_move_every_task_by_a_fraction_of_its_own_norm(dtype,
 @pytest.mark.parametrize("scale", [1e-8, 1e8])
 def test_a_gradient_of_other_draws_is_seen_whatever_the_units_of_the_loss(monkeypatch, scale):
     loss, phi = chunk(lambda output, target: scale * F.mse_loss(output, target))
-    loss.context.replay.draws = True
+    monkeypatch.setattr(type(loss.context.replay), "draws", True)
     ForwardOverReverse(loss, phi, 0)
     right = loss.gradient(phi, 0)
     wrong = Gradient(right.losses, right.adapted * (1 + 1e-6), None)

@@ -229,3 +229,19 @@ def test_a_start_much_larger_than_b_is_survived():
     matrix, b = rotated(spread(6, 10)).float(), 1e-20 * noise(6).float()
     solution = CG(max_steps=50, rtol=1e-5).solve(matrix, b, x0=torch.full((6,), 1e12))
     assert torch.isfinite(solution.x).all() and solution.residual_norm <= 1e-4 * 1e12
+
+
+@pytest.mark.parametrize("condition", [10, 100])
+def test_stagnation_is_said_at_the_third_check_that_halves_nothing(condition):
+    op = Recorded(rotated(spread(20, condition)).float())
+    solution = CG(rtol=1e-12, max_steps=500).solve(op, noise(20).float())
+    assert solution.status == Status.STAGNATED and len(op.seen) - solution.num_steps == 3
+
+
+def test_a_batch_of_two_dimensions():
+    matrix, b = rotated(spread(5, 10)), noise(2, 3, 5)
+    solution = CG(rtol=1e-9).solve(matrix.expand(2, 3, 5, 5), b)
+    assert solution.status.shape == (2, 3) and (solution.status == Status.CONVERGED).all()
+    torch.testing.assert_close(
+        solution.x, torch.linalg.solve(matrix, b.unsqueeze(-1)).squeeze(-1), rtol=1e-6, atol=1e-7
+    )

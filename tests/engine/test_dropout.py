@@ -91,6 +91,20 @@ def test_the_tasks_of_a_chunk_see_different_masks():
     assert report.query_loss[0] != report.query_loss[1]
 
 
+def test_the_steps_of_a_chunk_see_different_masks():
+    """Under equal masks an entry would move by -2 in both steps or in none, where the query loss is zero."""
+
+    def loss(params, batch):
+        w = params["w"]
+        return (w * F.dropout(batch, 0.5)).sum() if len(batch) == 20 else (w * (w + 4)).sum()
+
+    objective = Objective.from_function(loss, {"w": torch.zeros(20, dtype=torch.float64, requires_grad=True)})
+    tasks = TaskBatch(support=torch.ones(3, 20).double(), query=torch.ones(3, 1).double())
+    torch.manual_seed(0)
+    report = FOMAML(inner=GradientDescent(lr=1.0, steps=2))(objective, tasks).report
+    assert (report.query_loss < 0).all()
+
+
 @pytest.mark.parametrize("strategy", [MAML, FOMAML, ImplicitMAML])
 def test_the_generator_ends_as_after_one_forward_pass(strategy):
     model, tasks = noisy(), classification((4,), tasks=1)

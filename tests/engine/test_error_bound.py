@@ -341,3 +341,23 @@ def test_a_third_party_estimate_is_taken():
     ]
     assert (bounds[1] > 9 * bounds[0]).all()
     assert Solution.__dataclass_fields__["smallest_eigenvalue"].default is None
+
+
+def test_with_several_lambdas_it_is_of_the_meta_gradient_and_not_of_the_scaled_solution(monkeypatch):
+    seen = {}
+
+    def remember(error, size, status):
+        seen.update(error=error, size=size)
+        return error
+
+    monkeypatch.setattr("imaml._implicit.solution_error", lambda mu, *_: torch.ones_like(mu))
+    monkeypatch.setattr("imaml._implicit.relative_bound", remember)
+    _, objective, tasks = problem(mlp)
+    roots = {n: float(i + 1) for i, n in enumerate(objective.adapted)}
+    engine = ImplicitMAML(
+        inner=GradientDescent(lr=0.02, steps=3), regularization={n: root**2 for n, root in roots.items()}
+    )
+    _, u = each_task(engine, objective, tasks, monkeypatch)
+    torch.testing.assert_close(seen["size"], u.norm(dim=-1), rtol=1e-12, atol=0)
+    every = torch.cat([torch.full((p.numel(),), roots[n]) for n, p in objective.parameters().items()]).double()
+    torch.testing.assert_close(seen["error"], torch.full((3,), 4.0, dtype=F64) / every.mean(), rtol=1e-12, atol=0)

@@ -128,6 +128,24 @@ def test_the_solver_stops_at_its_budget_and_the_residual_is_true():
         assert expected > 1e-4
 
 
+def test_the_system_of_one_lambda_has_v_itself_on_the_right():
+    """Else a solver's absolute tolerance would be in other units."""
+    seen = []
+
+    class Watched(Dense):
+        def _solve(self, op, b, *rest):
+            seen.append(b)
+            return super()._solve(op, b, *rest)
+
+    model, objective, tasks = problem(mlp)
+    engine = ImplicitMAML(inner=SHORT, regularization=3.0, solver=Watched())
+    engine(objective, tasks)
+    for i, task in enumerate(tasks):
+        phi = {n: p.requires_grad_() for n, p in engine.adapt(objective, task.support).items()}
+        v = torch.autograd.grad(model_loss(model, F.cross_entropy)(phi, task.query), list(phi.values()))
+        torch.testing.assert_close(seen[0][i], torch.cat([g.flatten() for g in v]), rtol=1e-12, atol=1e-14)
+
+
 class Quadratic:
     """L_support = 1/2 phi' A phi - b' phi with a fixed A of the task, L_query = 1/2 |phi - c|^2: all in closed form."""
 

@@ -110,3 +110,8 @@ def test_an_exhausted_krylov_space_knows_no_other_eigenvalue():
     matrix = rotated([1.0, 2.0, 4.0])
     b = torch.linalg.eigh(matrix).eigenvectors[:, 2]
     assert smallest_eigenvalue(LinearOperator(lambda x: x @ matrix), b, 3).item() == pytest.approx(4.0, rel=1e-12)
+
+
+def test_a_product_that_is_not_finite_tells_nothing():
+    solution = CG().solve(LinearOperator(lambda x: x * torch.nan), noise(3))
+    assert solution.status == Status.NONFINITE and solution.smallest_eigenvalue == torch.inf

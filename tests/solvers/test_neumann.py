@@ -98,3 +98,10 @@ def test_an_overflow_stays_with_its_system():
 def test_the_zero_matrix_has_a_step_too():
     solution = Neumann(max_steps=3).solve(torch.zeros(3, 3, dtype=F64), noise(3))
     assert solution.status == Status.BUDGET_SPENT and solution.num_steps == 3 and (solution.x == 0).all()
+
+
+def test_divergence_from_a_start_much_larger_than_b_is_seen():
+    solution = Neumann(max_steps=3, step_size=2.5).solve(
+        rotated([0.9, 0.95, 1.0]), 1e-12 * noise(3), x0=noise(3, seed=2)
+    )
+    assert solution.status == Status.BREAKDOWN and solution.num_steps == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map
 
 from imaml._context import Context
 from imaml._tasks import Batch
@@ -59,52 +59,52 @@ class ChunkLoss:
         self, adapted: Sequence[Tensor], fixed: Sequence[Tensor], batch: Batch, step: int, *, metric: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Losses `(tasks,)` (and metric) at parameters per tensor: adapted `(tasks, *shape)`, fixed `(*shape)`."""
-        data = (list(adapted), fixed, batch, metric)
-        outputs: tuple[Tensor, ...] | None = None
-        if self.tasks > 1 and self.context.is_vectorised:
-            outputs = self._together(*data, step)
-        if outputs is None:
-            outputs = self._one_by_one(*data, step)
+
+        def one(values: list[Tensor], batch: Batch) -> tuple[Tensor, ...]:
+            loss, figure = self.context.objective.evaluate(self._named(values, fixed), batch, metric=metric)
+            return (loss,) if figure is None else (loss, figure.detach())
+
+        with self.draws(step):
+            outputs = self._each(one, list(adapted), batch)
         return outputs[0], outputs[1] if len(outputs) > 1 else None
 
-    def _together(
-        self, adapted: list[Tensor], fixed: Sequence[Tensor], batch: Batch, metric: bool, step: int
-    ) -> tuple[Tensor, ...] | None:
-        """All tasks in one vectorised pass; None for a model or a loss that has an operation which cannot be."""
-        shared = self._shared(fixed)
+    def through_outputs(
+        self, adapted: Sequence[Tensor], fixed: Sequence[Tensor], step: int
+    ) -> tuple[list[Tensor], Tensor]:
+        """The model's outputs, `(tasks, *shape)` per tensor, and the losses `(tasks,)` as a function of these."""
+        structure: list[TreeSpec] = []
 
-        def one(values: Sequence[Tensor], batch: Batch) -> tuple[Tensor, ...]:
-            return self._one(values, batch, shared, metric)
+        def predict(values: list[Tensor], batch: Batch) -> tuple[Tensor, ...]:
+            leaves, spec = tree_flatten(self.context.objective.predict(self._named(values, fixed), batch))
+            structure[:] = [spec]
+            return tuple(leaves)
 
-        try:
-            with self.draws(step), sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no batching rule
-                return vmap(one, randomness="different")(adapted, batch)
-        except RuntimeError as error:
-            if not _cannot_vectorise(error):
-                raise
-            self.context.is_vectorised = False
-            return None
+        def judge(leaves: list[Tensor], batch: Batch) -> tuple[Tensor, ...]:
+            return (self.context.objective.judge(structure[0].unflatten(leaves), batch),)
 
-    def _one_by_one(
-        self, adapted: list[Tensor], fixed: Sequence[Tensor], batch: Batch, metric: bool, step: int
-    ) -> tuple[Tensor, ...]:
         with self.draws(step):
-            found = []
-            for i in range(self.tasks):
-                of_task = tree_map(lambda t, i=i: t[i], batch)
-                found.append(self._one([a[i] for a in adapted], of_task, self._shared(fixed), metric))
-            return tuple(torch.stack(tensors) for tensors in zip(*found, strict=True))
+            outputs = list(self._each(predict, list(adapted), self.batch))
+            return outputs, self._each(judge, outputs, self.batch)[0]
 
-    def _shared(self, fixed: Sequence[Tensor]) -> dict[str, Tensor]:
-        context = self.context
-        return dict(zip(context.fixed_layout.names, fixed, strict=True)) | context.fresh_constants()
-
-    def _one(
-        self, values: Sequence[Tensor], batch: Batch, shared: dict[str, Tensor], metric: bool
+    def _each(
+        self, one: Callable[[list[Tensor], Batch], tuple[Tensor, ...]], values: list[Tensor], batch: Batch
     ) -> tuple[Tensor, ...]:
-        named = dict(zip(self.context.layout.names, values, strict=True)) | shared
-        loss, figure = self.context.objective.evaluate(named, batch, metric=metric)
-        return (loss,) if figure is None else (loss, figure.detach())
+        """One function of every task, stacked: in one vectorised pass where that is possible."""
+        if self.tasks > 1 and self.context.is_vectorised:
+            try:
+                with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no batching rule
+                    return vmap(one, randomness="different")(values, batch)
+            except RuntimeError as error:
+                if not _cannot_vectorise(error):
+                    raise
+                self.context.is_vectorised = False
+        found = [one([v[i] for v in values], tree_map(lambda t, i=i: t[i], batch)) for i in range(self.tasks)]
+        return tuple(torch.stack(tensors) for tensors in zip(*found, strict=True))
+
+    def _named(self, adapted: Sequence[Tensor], fixed: Sequence[Tensor]) -> dict[str, Tensor]:
+        context = self.context
+        shared = dict(zip(context.fixed_layout.names, fixed, strict=True)) | context.fresh_constants()
+        return dict(zip(context.layout.names, adapted, strict=True)) | shared
 
     def draws(self, step: int) -> AbstractContextManager[None]:
         """Within it, random numbers are those of the loss at this inner step."""

@@ -32,6 +32,8 @@ class Context:
     hvps: int = 0
     hvp_mode: str | None = None
     """How Hessian-vector products were computed; None before the first."""
+    gauss_newton: bool = False
+    """Whether the products were those of the Gauss-Newton matrix."""
     is_vectorised: bool = True
     """Whether chunks run under `vmap`; False once the model turned out to have an operation that cannot."""
     used: set[str] = field(default_factory=set)

@@ -53,7 +53,7 @@ class ReverseOverReverse:
             self._loss.check_depends(losses)
             grads = torch.autograd.grad(losses.sum(), adapted, create_graph=True, allow_unused=True)
         if self._loss.context.hvp_mode is None:
-            _check_twice_differentiable([losses, *(g for g in grads if g is not None)])
+            check_twice_differentiable([losses, *(g for g in grads if g is not None)])
         return adapted, fixed, list(grads)
 
     def __call__(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -69,7 +69,7 @@ class ReverseOverReverse:
         return self._loss.collect(found, self._phi)
 
 
-def _check_twice_differentiable(outputs: Sequence[Tensor]) -> None:
+def check_twice_differentiable(outputs: Sequence[Tensor]) -> None:
     """Raise RuntimeError where a graph passes an operation without second derivative.
 
     Autograd itself is silent about it: such an operation leads to no leaf, and counts as unused. A custom

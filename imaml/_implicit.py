@@ -12,6 +12,7 @@ from torch import Tensor
 from imaml._curvature import Curvature, HvpMode, check_mode
 from imaml._error_bound import careful_eigenvalue, relative_bound, solution_error
 from imaml._errors import SolverError, SolverWarning
+from imaml._gauss_newton import GaussNewton
 from imaml._problem import Problem
 from imaml._report import Report
 from imaml._strategy import MetaGradient, Pullback
@@ -45,16 +46,24 @@ class ImplicitMAML(MetaGradient):
         regularization: lambda > 0, one number or one per adapted parameter by name.
         solver: Any `LinearSolver`; it solves all tasks of a chunk at once.
         hvp: See `MAML`.
+        curvature: "hessian", or "ggn": the generalised Gauss-Newton matrix J' (d2 L / dz2) J in place of H, with z the
+            model's output and J = dz / dphi. Positive semi-definite where the loss is convex in z (cross entropy,
+            squared error), so that CG works with any lambda; equal to H where z is linear in the adapted parameters.
+            Elsewhere the meta-gradient is an approximation that leaves out the curvature of the model, small where the
+            support set is fitted. Needs `Objective(model, loss)`. A product costs about three forward passes. `hvp`
+            then serves only the derivative of parameters that do not adapt, which stays exact.
         linearize: Keep the graph of the gradient during a solve, so that a product costs about one gradient less; False
             rebuilds it in every product and holds nothing between them, as the other modes always do.
         on_failure: What a solve that failed leads to: "raise" a `SolverError`, "warn" once per engine, or "ignore". The
             last good iterate is used, and the report has every task's status either way.
-        error_bound: Fill `report.error_bound`, for one displaced evaluation.
+        error_bound: Fill `report.error_bound`, for one displaced evaluation. Not with "ggn", whose own error it could
+            not see.
     """
 
     regularization: float | Mapping[str, float] = 2.0
     solver: LinearSolver = CG(max_steps=20, rtol=1e-4)
     hvp: HvpMode = "auto"
+    curvature: Literal["hessian", "ggn"] = "hessian"
     linearize: bool = True
     on_failure: Literal["raise", "warn", "ignore"] = "warn"
     error_bound: bool = True
@@ -69,11 +78,18 @@ class ImplicitMAML(MetaGradient):
             raise ValueError(f"`regularization` must be > 0 for implicit differentiation. Got {self.regularization}.")
         if not isinstance(self.solver, LinearSolver):
             raise TypeError(f"`solver` must be a LinearSolver such as CG(max_steps=5). Got {self.solver!r}.")
+        if self.curvature not in ("hessian", "ggn"):
+            raise ValueError(f"`curvature` must be 'hessian' or 'ggn'. Got {self.curvature!r}.")
         if self.on_failure not in ("raise", "warn", "ignore"):
             raise ValueError(f"`on_failure` must be 'raise', 'warn' or 'ignore'. Got {self.on_failure!r}.")
 
     def _pull_back(self, problem: Problem) -> Pullback:
         assert problem.damping is not None
+        if self.curvature == "ggn" and problem.support.context.objective.model is None:
+            raise ValueError(
+                "curvature='ggn' needs to know the model's output. Expected Objective(model, loss). Got an objective "
+                "from a function: use curvature='hessian'."
+            )
         phi = problem.adapt()
         query = problem.judge(phi)
         root = problem.damping.sqrt()
@@ -82,7 +98,8 @@ class ImplicitMAML(MetaGradient):
         curvature, gradient = self._curvature(problem, phi)
         op = _system(curvature, root)
         solution = self.solver.solve(op, rhs)
-        mu = careful_eigenvalue(solution, op, rhs) if self.error_bound else None
+        with_bound = self.error_bound and self.curvature == "hessian"
+        mu = careful_eigenvalue(solution, op, rhs) if with_bound else None
         fixed = query.fixed
         if fixed is not None:
             mixed = curvature.product(solution.x * weight / problem.damping, mixed=True)[1]
@@ -112,9 +129,12 @@ class ImplicitMAML(MetaGradient):
         )
         return Pullback(solution.x * weight, fixed, outcome)
 
-    def _curvature(self, problem: Problem, phi: Tensor) -> tuple[Curvature, Tensor]:
-        """The support loss's Hessian, and the gradient of the inner objective, both after the inner loop."""
+    def _curvature(self, problem: Problem, phi: Tensor) -> tuple[Curvature | GaussNewton, Tensor]:
+        """The support loss's curvature, and the gradient of the inner objective, both after the inner loop."""
         steps = problem.inner.steps
+        if self.curvature == "ggn":
+            gauss_newton = GaussNewton(problem.support, phi, steps, mode=self.hvp)
+            return gauss_newton, problem.add_proximal(gauss_newton.gradient, phi)
         curvature = Curvature(problem.support, phi, steps, mode=self.hvp, linearize=self.linearize)
         if curvature.gradient is None:
             return curvature, problem.gradient(phi, steps)
@@ -139,6 +159,6 @@ class ImplicitMAML(MetaGradient):
             warnings.warn(f"{message} This is said once; see report.solver_status.", SolverWarning, stacklevel=4)
 
 
-def _system(curvature: Curvature, root: Tensor) -> LinearOperator:
+def _system(curvature: Curvature | GaussNewton, root: Tensor) -> LinearOperator:
     """I + Lambda^-1/2 H Lambda^-1/2."""
     return LinearOperator(lambda x: x + curvature.product(x / root)[0] / root)

@@ -150,17 +150,37 @@ class Objective:
         """Loss, and metric if asked, at `values` (which may name fewer than all parameters) on one task's batch."""
         with ExactDerivatives():
             loss, figure = self._program.evaluate(values, batch, metric)
-        for name, value in (("loss", loss), ("metric", figure)):
-            if not isinstance(value, Tensor) and not (name == "metric" and value is None):
-                raise TypeError(f"The {name} must return a tensor. Got {type(value).__name__}.")
-            if isinstance(value, Tensor) and value.ndim != 0:
-                raise ValueError(
-                    f"The {name} must be a scalar (0-dim) tensor. Got shape {tuple(value.shape)}: reduce it, e.g. by "
-                    ".mean()."
-                )
-        if not loss.is_floating_point():
-            raise TypeError(f"The loss must be a real floating-point tensor. Got {loss.dtype}.")
-        return loss, figure
+        if figure is not None:
+            _check_scalar("metric", figure)
+        return _check_loss(loss), figure
+
+    def predict(self, values: Parameters, batch: Batch) -> Any:
+        """The model's output on one task's batch, for `judge`; only for an objective of a model."""
+        assert isinstance(self._program, _ModelProgram)
+        with ExactDerivatives():
+            return self._program.predict(values, batch)
+
+    def judge(self, output: Any, batch: Batch) -> Tensor:
+        """The loss of an output of `predict` on the same batch."""
+        with ExactDerivatives():
+            return _check_loss(self.loss(output, batch[1]))
+
+
+def _check_scalar(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"The {name} must return a tensor. Got {type(value).__name__}.")
+    if value.ndim != 0:
+        raise ValueError(
+            f"The {name} must be a scalar (0-dim) tensor. Got shape {tuple(value.shape)}: reduce it, e.g. by .mean()."
+        )
+
+
+def _check_loss(loss: Any) -> Tensor:
+    _check_scalar("loss", loss)
+    if not loss.is_floating_point():
+        raise TypeError(f"The loss must be a real floating-point tensor. Got {loss.dtype}.")
+    checked: Tensor = loss
+    return checked
 
 
 def _check_adaptable(name: str, parameter: Tensor) -> None:
@@ -213,16 +233,19 @@ class _ModelProgram:
                 )
 
     def evaluate(self, values: Parameters, batch: Batch, metric: bool) -> tuple[Any, Any]:
+        output, target = self.predict(values, batch), batch[1]
+        return self.loss(output, target), self.metric(output, target) if metric and self.metric else None
+
+    def predict(self, values: Parameters, batch: Batch) -> Any:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise ValueError(
                 f"A model's batch must be (input, target). Got {type(batch).__name__}"
                 + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
                 + ": for other batches use Objective.from_function."
             )
-        inputs, target = batch
+        inputs = batch[0]
         args = () if isinstance(inputs, dict) else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-        output = functional_call(self.model, dict(values), args, inputs if isinstance(inputs, dict) else None)
-        return self.loss(output, target), self.metric(output, target) if metric and self.metric else None
+        return functional_call(self.model, dict(values), args, inputs if isinstance(inputs, dict) else None)
 
 
 class _FunctionProgram:

@@ -47,7 +47,7 @@ class Report(Outcome):
     hvps: int
     """Hessian-vector products, summed over tasks."""
     hvp_mode: str | None
-    """How the products were computed; None if there were none."""
+    """How the products were computed, "gauss-newton" for those of that matrix; None if there were none."""
     unused: tuple[str, ...]
     """Adapted parameters that the support loss does not depend on: the inner loop leaves them as they are."""
 
@@ -63,7 +63,7 @@ class Report(Outcome):
             **joined,
             gradients=context.gradients,
             hvps=context.hvps,
-            hvp_mode=context.hvp_mode,
+            hvp_mode="gauss-newton" if context.gauss_newton else context.hvp_mode,
             unused=tuple(n for n in context.layout.names if context.used and n not in context.used),
         )
 

@@ -41,6 +41,9 @@ class Setting:
         return [n for n in self.theta if n not in self.adapted]
 
 
+Curvature = Callable[[Setting, Params, Any], Tensor]
+
+
 def model_loss(model: nn.Module, loss: Callable[[Any, Any], Tensor]) -> Loss:
     """`loss(model(input), target)` as a function of parameters; the attention kernels that have second derivatives."""
 
@@ -88,8 +91,9 @@ def first_order(s: Setting) -> tuple[Tensor, Params]:
     return _differentiate(torch.stack(losses).mean(), theta)
 
 
-def implicit(s: Setting) -> tuple[Tensor, Params]:
-    """Mean query loss and the implicit meta-gradient at phi_K, by dense Hessians and a dense solve."""
+def implicit(s: Setting, curvature: Curvature | None = None) -> tuple[Tensor, Params]:
+    """Mean query loss and the implicit meta-gradient at phi_K, by a dense matrix (the Hessian) and a dense solve."""
+    curvature = curvature or hessian
     losses, total = [], {n: torch.zeros_like(p) for n, p in s.theta.items()}
     for support, query in s.tasks:
         phi = _adapt(s, {n: p.clone().requires_grad_() for n, p in s.theta.items()}, support, create_graph=False)
@@ -97,7 +101,7 @@ def implicit(s: Setting) -> tuple[Tensor, Params]:
         leaves = {n: p.clone().requires_grad_() for n, p in values.items()}
         loss, v = _differentiate(s.loss(leaves, query), leaves)
         damping = torch.cat([torch.full_like(values[n], _weight(s, n)).flatten() for n in s.adapted])
-        solved = torch.linalg.solve(hessian(s, values, support) + damping.diag(), _flat(v, s.adapted))
+        solved = torch.linalg.solve(curvature(s, values, support) + damping.diag(), _flat(v, s.adapted))
         theta = _split(damping * solved, {n: values[n] for n in s.adapted})
         mixed = mixed_derivatives(s, values, support)
         for n in s.theta:

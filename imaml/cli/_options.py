@@ -51,6 +51,7 @@ class EngineOptions:
         checkpoints: maml: inner states kept in memory; None keeps all.
         chunk_size: Tasks vectorised at once; None: all of a batch.
         hvp: maml, imaml: how Hessian-vector products are computed.
+        curvature: imaml: the Hessian of the support loss, or its Gauss-Newton matrix.
     """
 
     inner_lr: float | None = None
@@ -60,6 +61,7 @@ class EngineOptions:
     checkpoints: int | None = None
     chunk_size: int | None = None
     hvp: HvpMode | None = None
+    curvature: Literal["hessian", "ggn"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

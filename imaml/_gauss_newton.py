@@ -1,0 +1,84 @@
+"""Gauss-Newton products: the curvature of the loss as a function of the model's output, without that of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from imaml._chunk import ChunkLoss
+from imaml._curvature import Curvature, HvpMode
+from imaml._hvp import check_twice_differentiable
+
+
+class GaussNewton:
+    """G = J' (d2 L / dz2) J of a chunk's support loss at `phi`, with z the model's output and J = dz / dphi.
+
+    Positive semi-definite where the loss is convex in z, as cross entropy and squared error are; the Hessian itself
+    where z is linear in the adapted parameters. Schraudolph 2002, Martens 2010.
+
+    The forward pass and J' u as a function of a dummy u are built once. A product is the derivative of J' u by u along
+    w, which is J w (one pass through the graph of J' u), then the loss's Hessian by z, then one ordinary backward pass.
+    """
+
+    def __init__(self, loss: ChunkLoss, phi: Tensor, step: int, *, mode: HvpMode) -> None:
+        self._loss, self._phi, self._step, self._mode, self._context = loss, phi, step, mode, loss.context
+        self._context.gradients += loss.tasks
+        self._context.gauss_newton = True
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            self._adapted, fixed = loss.leaves(phi, fixed=False)
+            outputs, losses = loss.through_outputs(self._adapted, fixed, step)
+            self._outputs = [z for z in outputs if z.requires_grad]
+            loss.check_depends(losses)
+            self._slopes = torch.autograd.grad(losses.sum(), self._outputs, create_graph=True, allow_unused=True)
+            self._dummies = [torch.zeros_like(z, requires_grad=True) for z in self._outputs]
+            self._pulled = self._pull_back(self._dummies, create_graph=True)
+        _check_linearised(self._pulled)
+        self.gradient: Tensor = self._collect(self._pull_back(self._slopes))
+        """That of the support loss at phi, `(tasks, n)`."""
+
+    def product(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
+        """G w `(tasks, n)` and, if `mixed`, the derivative of g' w by the fixed parameters: the exact one."""
+        if mixed:
+            exact = Curvature(self._loss, self._phi, self._step, mode=self._mode, linearize=False)
+            return exact.product(w, mixed=True)
+        self._context.hvps += self._loss.tasks
+        moved = _along(self._pulled, self._dummies, self._context.layout.views(w))
+        curved = _along(self._slopes, self._outputs, moved)
+        return self._collect(self._pull_back(curved)), None
+
+    def _pull_back(self, u: Sequence[Tensor | None], *, create_graph: bool = False) -> tuple[Tensor | None, ...]:
+        """J' u per parameter; None where no output depends on it."""
+        pairs = [(z, v) for z, v in zip(self._outputs, u, strict=True) if v is not None]
+        outputs, cotangents = zip(*pairs, strict=True)
+        return torch.autograd.grad(
+            outputs, self._adapted, cotangents, create_graph=create_graph, retain_graph=True, allow_unused=True
+        )
+
+    def _collect(self, grads: Sequence[Tensor | None]) -> Tensor:
+        return self._loss.collect([None if g is None else g.detach() for g in grads], self._phi)[0]
+
+
+def _check_linearised(pulled: Sequence[Tensor | None]) -> None:
+    try:
+        check_twice_differentiable([g for g in pulled if g is not None])
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"curvature='ggn' differentiates the model's backward pass, and met an operation that has no second "
+            f"derivative ({error}). Use chunk_size=1 for a custom autograd.Function that has one, or "
+            "curvature='hessian', which falls back on finite differences."
+        ) from error
+
+
+def _along(
+    values: Sequence[Tensor | None], at: Sequence[Tensor], direction: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """The derivative of <values, direction> by `at`, through the graph that `values` carry."""
+    known = [(f, d) for f, d in zip(values, direction, strict=True) if f is not None and d is not None]
+    pairs = [(f, d) for f, d in known if f.requires_grad]
+    if not pairs:
+        return (None,) * len(at)
+    outputs, cotangents = zip(*pairs, strict=True)
+    return torch.autograd.grad(outputs, at, cotangents, retain_graph=True, allow_unused=True)

@@ -1,0 +1,152 @@
+"""ImplicitMAML with the Gauss-Newton matrix in place of the Hessian."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+from imaml import CG, Dense, GradientDescent, ImplicitMAML, Objective, Status
+from tests.engine.cases import CLASSES, classification, conv, mlp, oracle_setting, problem, transformer
+from tests.oracles import hessian, implicit, relative_error
+
+SHORT = GradientDescent(lr=0.2, steps=3)
+TIGHT = CG(max_steps=500, rtol=1e-12)
+
+
+def engine(**settings):
+    return ImplicitMAML(**{"inner": SHORT, "regularization": 0.5, "solver": TIGHT, "curvature": "ggn"} | settings)
+
+
+def gauss_newton(model, loss):
+    """J' (d2 L / dz2) J, by a dense Jacobian of the flat output and a dense Hessian of the loss by it."""
+
+    def matrix(s, values, batch):
+        sizes = [values[n].numel() for n in s.adapted]
+
+        def outputs(flat):
+            parts = zip(s.adapted, flat.split(sizes), strict=True)
+            return functional_call(model, values | {n: p.view_as(values[n]) for n, p in parts}, batch[0])
+
+        start = torch.cat([values[n].flatten() for n in s.adapted])
+        z = outputs(start).detach()
+        j = torch.autograd.functional.jacobian(outputs, start).reshape(z.numel(), -1)
+        h = torch.autograd.functional.hessian(lambda flat: loss(flat.view_as(z), batch[1]), z.flatten())
+        return j.T @ h @ j
+
+    return matrix
+
+
+@pytest.mark.parametrize("build", [mlp, conv, transformer], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_it_equals_the_dense_solution(build, chunk_size):
+    adapt = {mlp: None, conv: ["7", "10"], transformer: ["layer.linear1", "head"]}[build]
+    model, objective, tasks = problem(build, adapt=adapt, tasks=2)
+    expected = implicit(oracle_setting(engine(), model, objective, tasks), gauss_newton(model, F.cross_entropy))[1]
+    assert relative_error(engine(chunk_size=chunk_size).value_and_grad(objective, tasks)[1], expected) <= 1e-9
+    assert relative_error(implicit(oracle_setting(engine(), model, objective, tasks))[1], expected) > 1e-3
+
+
+def test_it_is_exact_where_the_output_is_linear_in_what_adapts():
+    """The head of a network, with a body that is meta-learned through it."""
+    model, objective, tasks = problem(mlp, adapt=["2"])
+    expected = implicit(oracle_setting(engine(), model, objective, tasks))[1]
+    assert relative_error(engine().value_and_grad(objective, tasks)[1], expected) <= 1e-10
+
+
+def test_cg_converges_where_the_hessian_is_indefinite():
+    model, objective, tasks = problem(mlp, tasks=1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)
+    settings = {"regularization": 0.02, "inner": GradientDescent(lr=0.01, steps=1)}
+    s = oracle_setting(engine(**settings), model, objective, tasks)
+    assert torch.linalg.eigvalsh(hessian(s, s.theta, s.tasks[0][0])).min() < -0.02
+    report = engine(**settings)(objective, tasks).report
+    assert (report.solver_status == Status.CONVERGED).all()
+    plain = engine(**settings, curvature="hessian", on_failure="ignore")(objective, tasks).report
+    assert (plain.solver_status == Status.BREAKDOWN).all()
+
+
+class Pair(nn.Module):
+    """Two outputs, and one that depends on no parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.one, self.two = nn.Linear(4, 5), nn.Linear(5, CLASSES), nn.Linear(5, 1)
+
+    def forward(self, x):
+        hidden = self.body(x).tanh()
+        return {"one": self.one(hidden), "two": self.two(hidden), "unused": x}
+
+
+def test_an_output_of_several_tensors():
+    model, tasks = Pair().double(), classification((4,), tasks=2)
+    plain = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, CLASSES + 1)).double()
+    with torch.no_grad():
+        for a, b in ((plain[0].weight, model.body.weight), (plain[0].bias, model.body.bias)):
+            a.copy_(b)
+        plain[2].weight.copy_(torch.cat([model.one.weight, model.two.weight]))
+        plain[2].bias.copy_(torch.cat([model.one.bias, model.two.bias]))
+
+    def loss(one, two, target):
+        return F.cross_entropy(one, target) + (two**2).mean()
+
+    got = engine().value_and_grad(Objective(model, lambda out, y: loss(out["one"], out["two"], y)), tasks)[1]
+    joined = Objective(plain, lambda out, y: loss(out[..., :CLASSES], out[..., CLASSES:], y))
+    expected = engine().value_and_grad(joined, tasks)[1]
+    torch.testing.assert_close(got["body.weight"], expected["0.weight"], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(torch.cat([got["one.weight"], got["two.weight"]]), expected["2.weight"])
+
+
+def test_dropout_is_the_same_in_every_product():
+    """Else the system would not be symmetric, and the two solvers would not agree."""
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, CLASSES)).double()
+    tasks, found = classification((4,), tasks=2), []
+    for solver in (TIGHT, Dense()):
+        torch.manual_seed(3)
+        found.append(engine(solver=solver).value_and_grad(Objective(net, F.cross_entropy), tasks)[1])
+    assert relative_error(*found) <= 1e-9
+
+
+def test_the_report_says_it():
+    _, objective, tasks = problem(mlp)
+    report = engine(inner=GradientDescent(lr=0.1, steps=4), solver=CG(max_steps=2, rtol=0.0))(objective, tasks).report
+    assert report.hvp_mode == "gauss-newton" and report.error_bound is None
+    assert report.hvps == 3 * 2 and report.gradients == 3 * (4 + 1 + 1)
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad * 2
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return Once.apply(x)
+
+
+def test_an_operation_without_second_derivative_is_an_error():
+    net = nn.Sequential(nn.Linear(4, 5), Doubled(), nn.Linear(5, CLASSES)).double()
+    with pytest.raises(RuntimeError, match="curvature='ggn' differentiates the model's backward pass"):
+        engine(chunk_size=1)(Objective(net, F.cross_entropy), classification((4,)))
+
+
+def test_a_function_has_no_output():
+    model, _, tasks = problem(mlp)
+    objective = Objective.from_function(
+        lambda p, batch: F.cross_entropy(functional_call(model, p, batch[0]), batch[1]), dict(model.named_parameters())
+    )
+    with pytest.raises(ValueError, match=r"Expected Objective\(model, loss\)"):
+        engine()(objective, tasks)
+
+
+def test_unknown_curvature():
+    with pytest.raises(ValueError, match="`curvature` must be 'hessian' or 'ggn'. Got 'fisher'"):
+        engine(curvature="fisher")

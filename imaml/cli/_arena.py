@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from statistics import median
 from time import monotonic
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from imaml import MAML, MetaGradient, TaskBatch
+from imaml import MAML, MetaGradient, Objective, TaskBatch
 from imaml.cli._options import EngineOptions, Strategy
 from imaml.cli._outcome import Outcome, Point
 from imaml.cli._problem import Problem, build_engine
@@ -51,12 +50,12 @@ class Arena:
         """
         began = monotonic()
         engine, model = build_engine(strategy, options), self.problem.fresh_model()
-        objective = self.problem.objective(model)
+        objective = self.problem.objective(model, options.adapt)
         trainer = Trainer(
             model=model, objective=objective, engine=engine, episodes=self.problem.episodes, plan=self.plan
         )
         with self.console.status(f"{label}: measuring"):
-            cosine_start = self._cosine_to_exact(engine, model)
+            cosine_start = self._cosine_to_exact(engine, objective)
             after = monotonic() - began  # the same again follows the training
             peak = peak_memory(lambda: engine(objective, self.probe).loss.backward(), device=trainer.device)
             before = monotonic()
@@ -81,11 +80,11 @@ class Arena:
                 milliseconds=median(milliseconds),
                 peak_bytes=peak,
                 cosine_start=cosine_start,
-                cosine_end=self._cosine_to_exact(engine, model),
+                cosine_end=self._cosine_to_exact(engine, objective),
                 curve=tuple(curve),
             )
 
-    def _cosine_to_exact(self, engine: MetaGradient, model: nn.Module) -> float:
+    def _cosine_to_exact(self, engine: MetaGradient, objective: Objective) -> float:
         """The cosine of the angle between an engine's meta-gradient and the exact one.
 
         Exact is the derivative of the query loss through the inner loop which the engine runs (its proximal term and
@@ -96,8 +95,8 @@ class Arena:
             At most 1.
         """
         exact = MAML(inner=engine.inner, regularization=engine.regularization, chunk_size=engine.chunk_size)
-        _, ours = engine.value_and_grad(self.problem.objective(model), self.probe)
-        double = self.problem.objective(deepcopy(model).double())
+        _, ours = engine.value_and_grad(objective, self.probe)
+        double = objective.double()
         _, true = exact.value_and_grad(double, self.probe.to(dtype=torch.float64))
         return F.cosine_similarity(_flat(ours), _flat(true), dim=0).item()
 

@@ -44,6 +44,7 @@ class EngineOptions:
     """How to compute the meta-gradient. An option left at None does not apply, or takes its default.
 
     Args:
+        adapt: What the inner loop changes: parameters or modules by name or pattern; the rest is learned through it.
         inner_lr: Step size of the inner gradient descent.
         inner_steps: Its steps.
         regularization: Weight of the proximal term.
@@ -54,6 +55,7 @@ class EngineOptions:
         curvature: imaml: the Hessian of the support loss, or its Gauss-Newton matrix.
     """
 
+    adapt: list[str] | None = None
     inner_lr: float | None = None
     inner_steps: int | None = None
     regularization: float | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from typing import Any
@@ -23,6 +23,7 @@ _EPISODES: dict[Dataset, type[data.Episodes]] = {
     "omniglot": data.Omniglot,
 }
 _ENGINES: dict[Strategy, type[MetaGradient]] = {"maml": MAML, "fomaml": FOMAML, "imaml": ImplicitMAML}
+_OF_ALL = ("adapt", "inner_lr", "inner_steps")
 _FIELD_OF = {"data": "path", "cg_steps": "solver"}
 
 
@@ -39,9 +40,9 @@ class Problem:
         """A copy of the model with the initial parameters."""
         return deepcopy(self.model)
 
-    def objective(self, model: nn.Module) -> Objective:
-        """The objective of `model`."""
-        return Objective(model, self.loss, metric=self.metric.function)
+    def objective(self, model: nn.Module, adapt: Sequence[str] | None) -> Objective:
+        """The objective of `model`, of which these parameters adapt; None: all."""
+        return Objective(model, self.loss, adapt=adapt, metric=self.metric.function)
 
 
 def build_problem(options: EpisodeOptions, machine: MachineOptions) -> Problem:
@@ -93,7 +94,8 @@ def build_engine(strategy: Strategy, options: EngineOptions) -> MetaGradient:
         ValueError: An option is out of range, or does not apply to the strategy.
     """
     kind = _ENGINES[strategy]
-    given = _applicable(options, kind, f"--strategy {strategy}", aside=("inner_lr", "inner_steps"))
+    given = _applicable(options, kind, f"--strategy {strategy}", aside=_OF_ALL)
+    given.pop("adapt", None)
     given["inner"] = GradientDescent(lr=given.pop("inner_lr"), steps=given.pop("inner_steps"))
     if strategy == "imaml":
         given["on_failure"] = "ignore"
@@ -110,7 +112,7 @@ def flag(name: str) -> str:
 
 def applies(name: str, strategy: Strategy) -> bool:
     """Whether the engine option `name` means something to `strategy`."""
-    return name in ("inner_lr", "inner_steps") or _FIELD_OF.get(name, name) in _names(_ENGINES[strategy])
+    return name in _OF_ALL or _FIELD_OF.get(name, name) in _names(_ENGINES[strategy])
 
 
 def _names(kind: type) -> set[str]:

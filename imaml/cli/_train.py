@@ -35,7 +35,7 @@ def train(options: Train) -> int:
     model = problem.fresh_model()
     trainer = Trainer(
         model=model,
-        objective=problem.objective(model),
+        objective=problem.objective(model, options.engine.adapt),
         engine=engine,
         episodes=problem.episodes,
         plan=options.plan,

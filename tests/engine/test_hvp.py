@@ -56,11 +56,11 @@ def test_the_mixed_product_is_computed_on_request_alone_and_nothing_carries_a_gr
 
 @pytest.mark.parametrize(("dtype", "power"), [(F64, 1 / 2), (torch.float32, 1 / 3)])
 def test_finite_differences_move_every_task_by_a_fraction_of_its_own_norm(dtype, power):
-    loss, phi = Cubes(), torch.tensor([[3.0, 4.0], [30.0, 40.0], [0.3, 0.4]], dtype=dtype)
-    w = torch.tensor([[1.0, 0.0], [0.0, 100.0], [0.0, 0.0]], dtype=dtype)
+    loss, phi = Cubes(), torch.tensor([[3.0, 4.0], [30.0, 40.0], [0.3, 0.4], [3.0, 4.0]], dtype=dtype)
+    w = torch.tensor([[1.0, 0.0], [0.0, 100.0], [0.0, 0.0], [1e-9, 0.0]], dtype=dtype)
     product, _ = FiniteDifference(loss, phi, 0)(w)
     ahead, behind = ((point - phi).double() for point in loss.seen)
-    moved = torch.finfo(dtype).eps ** power * torch.tensor([[6.0, 0.0], [0.0, 51.0], [0.0, 0.0]], dtype=F64)
+    moved = torch.finfo(dtype).eps ** power * torch.tensor([[6.0, 0.0], [0.0, 51.0], [0.0, 0.0], [6.0, 0.0]], dtype=F64)
     rounding = 4 * torch.finfo(dtype).eps * phi.abs().max().item()
     torch.testing.assert_close(ahead, moved, rtol=0, atol=rounding)
     torch.testing.assert_close(behind, -moved, rtol=0, atol=rounding)

@@ -78,6 +78,19 @@ def test_auto_turns_to_finite_differences_and_says_so(function, chunk_size, adap
         assert relative_error(engine.value_and_grad(objective, tasks)[1], expected) <= 1e-6
 
 
+def test_an_error_of_the_models_own_is_raised_at_once():
+    """It is no reason to run task by task, which would only meet it again."""
+    seen = []
+
+    def broken(x):
+        seen.append(x)
+        raise RuntimeError("the model's own")
+
+    with pytest.raises(RuntimeError, match="the model's own"):
+        FOMAML(inner=INNER)(Objective(network(broken), F.cross_entropy), classification((4,)))
+    assert len(seen) == 1
+
+
 def test_first_order_strategies_need_no_second_derivative():
     tasks = classification((4,))
     expected = FOMAML(inner=INNER).value_and_grad(Objective(network(torch.tanh), F.cross_entropy), tasks)[1]

@@ -54,6 +54,11 @@ def test_too_few_steps(method):
     torch.testing.assert_close(solution.residual_norm, residual(matrix, solution.x, b), rtol=1e-9, atol=0)
 
 
+def test_ten_n_steps_at_most():
+    solution = ScipySolver(rtol=1e-12).solve(rotated(spread(12, 1e12)), noise(12))
+    assert solution.num_steps == 120 and solution.status == Status.MAX_STEPS
+
+
 def test_the_rounding_floor_is_stagnation():
     matrix, b = rotated(spread(10, 1e4)), noise(10)
     solution = ScipySolver(method="gmres", rtol=1e-18, max_steps=40).solve(matrix, b)

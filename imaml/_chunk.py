@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,18 @@ class Gradient:
     adapted: Tensor
     fixed: Tensor | None
     metric: Tensor | None = None
+
+    @classmethod
+    def join(cls, parts: Sequence[Gradient]) -> Gradient:
+        """Those of several groups of tasks as one."""
+        fixed = [p.fixed for p in parts if p.fixed is not None]
+        metrics = [p.metric for p in parts if p.metric is not None]
+        return cls(
+            torch.cat([p.losses for p in parts]),
+            torch.cat([p.adapted for p in parts]),
+            torch.stack(fixed).sum(0) if fixed else None,
+            torch.cat(metrics) if metrics else None,
+        )
 
 
 SUPPORT, QUERY = 0, 1
@@ -54,6 +66,17 @@ class ChunkLoss:
     start: int
     """Position of the first task, which keys the random draws together with the inner step."""
     kind: int
+    part: int = 0
+    """Of a chunk that was split, which keys the random draws too."""
+
+    def split(self, size: int) -> Iterator[tuple[int, ChunkLoss]]:
+        """The same in groups of at most `size` tasks, each with the position of its first within this chunk."""
+        if size >= self.tasks:
+            yield 0, self
+            return
+        for first in range(0, self.tasks, size):
+            part = tree_map(lambda t, first=first: t[first : first + size], self.batch)
+            yield first, replace(self, batch=part, tasks=min(size, self.tasks - first), part=first)
 
     def losses(
         self, adapted: Sequence[Tensor], fixed: Sequence[Tensor], batch: Batch, step: int, *, metric: bool = False
@@ -108,7 +131,7 @@ class ChunkLoss:
 
     def draws(self, step: int) -> AbstractContextManager[None]:
         """Within it, random numbers are those of the loss at this inner step."""
-        return self.context.replay.at(self.kind, self.start, step)
+        return self.context.replay.at(self.kind, self.start, step, self.part)
 
     def leaves(self, phi: Tensor, *, fixed: bool) -> tuple[list[Tensor], list[Tensor]]:
         """Views of the flat parameters as autograd leaves; the fixed ones require grad only if asked."""
@@ -133,13 +156,20 @@ class ChunkLoss:
         """First derivatives at phi `(tasks, n)`, of `weights` `(tasks,)` times the losses where given."""
         adapted, others = self.leaves(phi, fixed=fixed)
         losses, figure = self.losses(adapted, others, self.batch, step, metric=metric)
-        self.check_depends(losses)
         wanted = adapted + others if fixed else adapted
-        grads = torch.autograd.grad((losses if weights is None else weights * losses).sum(), wanted, allow_unused=True)
+        grads = self.differentiate(losses if weights is None else weights * losses, wanted)
+        return Gradient(losses.detach(), *self.collect(grads, phi), figure)
+
+    def differentiate(
+        self, losses: Tensor, wanted: list[Tensor], *, create_graph: bool = False
+    ) -> tuple[Tensor | None, ...]:
+        """The gradient of the losses, summed over tasks; remembers which adapted parameters the support loss uses."""
+        self.check_depends(losses)
+        grads = torch.autograd.grad(losses.sum(), wanted, create_graph=create_graph, allow_unused=True)
         if self.kind == SUPPORT:
             names = self.context.layout.names
             self.context.used |= {n for n, g in zip(names, grads, strict=False) if g is not None}
-        return Gradient(losses.detach(), *self.collect(grads, phi), figure)
+        return grads
 
     @torch.no_grad()
     def value(self, phi: Tensor, step: int) -> tuple[Tensor, Tensor | None]:

@@ -7,8 +7,8 @@ from typing import Literal, TypeVar, get_args
 
 from torch import Tensor
 
-from imaml._chunk import ChunkLoss
-from imaml._hvp import FiniteDifference, ForwardOverReverse, Product, ReverseOverReverse
+from imaml._chunk import ChunkLoss, Gradient
+from imaml._hvp import FiniteDifference, ForwardOverReverse, Graph, Product, ReverseOverReverse
 
 T = TypeVar("T")
 HvpMode = Literal["auto", "forward-over-reverse", "reverse-over-reverse", "finite-difference"]
@@ -35,16 +35,18 @@ def check_mode(mode: str) -> None:
 class Curvature:
     """The Hessian of the support loss of a chunk at `phi`."""
 
-    def __init__(self, loss: ChunkLoss, phi: Tensor, step: int, *, mode: HvpMode, linearize: bool) -> None:
+    def __init__(self, loss: ChunkLoss, phi: Tensor, step: int, *, mode: HvpMode, graph: Graph) -> None:
         self._loss, self._phi, self._step, self._context = loss, phi, step, loss.context
         self._asked = mode
         self._mode = (self._context.hvp_mode or "reverse-over-reverse") if mode == "auto" else mode
-        self._product: Product = self._or_finite_difference(lambda: self._build(linearize))
+        self._product: Product = self._or_finite_difference(lambda: self._build(graph))
+        if self._product.gradient is not None:
+            self._context.hvp_mode = self._mode
 
-    @property
-    def gradient(self) -> Tensor | None:
-        """The gradient of the support loss at phi, where the mode has it at no cost."""
-        return self._product.gradient
+    def take_gradient(self) -> Gradient | None:
+        """The support loss and its gradient at phi, where the mode has it at no cost; it is kept no longer."""
+        gradient, self._product.gradient = self._product.gradient, None
+        return gradient
 
     def product(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
         """H w `(tasks, n)` and, if `mixed`, the derivative of g' w by the fixed parameters, summed over tasks."""
@@ -56,15 +58,15 @@ class Curvature:
         self._context.hvp_mode = self._mode
         return result
 
-    def _build(self, linearize: bool) -> Product:
+    def _build(self, graph: Graph) -> Product:
         at = (self._loss, self._phi, self._step)
         if self._mode == "forward-over-reverse":
             return ForwardOverReverse(*at)
         if self._mode == "finite-difference":
             return FiniteDifference(*at)
-        if linearize:
+        if graph != "rebuild":
             self._context.gradients += self._loss.tasks
-        return ReverseOverReverse(*at, linearize)
+        return ReverseOverReverse(*at, graph)
 
     def _or_finite_difference(self, compute: Callable[[], T]) -> T | FiniteDifference:
         """The result; or finite differences, where `auto` meets an operation without second derivatives."""
@@ -78,5 +80,5 @@ class Curvature:
                     f"hvp={self._asked!r} met an operation that does not support it ({error}). Use hvp='auto', another "
                     "exact mode, or 'finite-difference', which needs first derivatives only."
                 ) from error
-            self._mode = "finite-difference"
+            self._mode = self._context.hvp_mode = "finite-difference"
             return FiniteDifference(self._loss, self._phi, self._step)

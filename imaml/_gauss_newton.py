@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from imaml._chunk import ChunkLoss
+from imaml._chunk import ChunkLoss, Gradient
 from imaml._curvature import Curvature, HvpMode
 from imaml._hvp import check_twice_differentiable
 
@@ -36,13 +36,17 @@ class GaussNewton:
             self._dummies = [torch.zeros_like(z, requires_grad=True) for z in self._outputs]
             self._pulled = self._pull_back(self._dummies, create_graph=True)
         _check_linearised(self._pulled)
-        self.gradient: Tensor = self._collect(self._pull_back(self._slopes))
-        """That of the support loss at phi, `(tasks, n)`."""
+        self._gradient: Gradient | None = Gradient(losses.detach(), self._collect(self._pull_back(self._slopes)), None)
+
+    def take_gradient(self) -> Gradient | None:
+        """The support loss and its gradient at phi; it is kept no longer."""
+        gradient, self._gradient = self._gradient, None
+        return gradient
 
     def product(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
         """G w `(tasks, n)` and, if `mixed`, the derivative of g' w by the fixed parameters: the exact one."""
         if mixed:
-            exact = Curvature(self._loss, self._phi, self._step, mode=self._mode, linearize=False)
+            exact = Curvature(self._loss, self._phi, self._step, mode=self._mode, graph="rebuild")
             return exact.product(w, mixed=True)
         self._context.hvps += self._loss.tasks
         moved = _along(self._pulled, self._dummies, self._context.layout.views(w))

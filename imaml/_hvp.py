@@ -10,20 +10,25 @@ Never `grad(jvp)` and never a `vmap` between the derivatives: both are wrong in 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten
 
-from imaml._chunk import ChunkLoss
+from imaml._chunk import ChunkLoss, Gradient
+
+Graph = Literal["rebuild", "keep", "once"]
+"""Whether reverse-over-reverse builds the graph of the gradient anew for every product, keeps one, or keeps one for a
+single product."""
+_Graph = tuple[list[Tensor], list[Tensor], tuple[Tensor | None, ...]]
 
 
 class Product(Protocol):
-    """H at one point; `gradient` is g there, where the mode has it at no cost."""
+    """H at one point; `gradient` is that of the losses there, where the mode has it at no cost."""
 
-    gradient: Tensor | None
+    gradient: Gradient | None
 
     def __call__(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
         """H w and the mixed product."""
@@ -33,39 +38,38 @@ class Product(Protocol):
 class ReverseOverReverse:
     """The gradient of g' w: double backward through plain autograd (Pearlmutter 1994).
 
-    `linearize` keeps the graph of g, so that a product costs one backward pass through it; without, a product costs a
-    forward, a backward and their backward, and leaves nothing behind.
+    A linearised one keeps the graph of g, so that a product costs one backward pass through it; without, a product
+    costs a forward, a backward and their backward, and leaves nothing behind.
     """
 
-    def __init__(self, loss: ChunkLoss, phi: Tensor, step: int, linearize: bool) -> None:
-        self._loss, self._phi, self._step = loss, phi, step
-        self._kept = self._graph() if linearize else None
-        self.gradient: Tensor | None = None
-        if self._kept is not None:
-            grads = [None if g is None else g.detach() for g in self._kept[2]]
-            self.gradient = loss.collect(grads, phi)[0]
+    def __init__(self, loss: ChunkLoss, phi: Tensor, step: int, graph: Graph) -> None:
+        self._loss, self._phi, self._step, self._once = loss, phi, step, graph != "keep"
+        self.gradient: Gradient | None = None
+        self._kept: _Graph | None = None
+        if graph != "rebuild":
+            losses, self._kept = self._graph()
+            values = [None if g is None else g.detach() for g in self._kept[2]]
+            self.gradient = Gradient(losses, *loss.collect(values, phi))
 
     @torch.enable_grad()
-    def _graph(self) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
+    def _graph(self) -> tuple[Tensor, _Graph]:
         adapted, fixed = self._loss.leaves(self._phi, fixed=True)
         with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
             losses, _ = self._loss.losses(adapted, fixed, self._loss.batch, self._step)
-            self._loss.check_depends(losses)
-            grads = torch.autograd.grad(losses.sum(), adapted, create_graph=True, allow_unused=True)
+            grads = self._loss.differentiate(losses, adapted, create_graph=True)
         if self._loss.context.hvp_mode is None:
             check_twice_differentiable([losses, *(g for g in grads if g is not None)])
-        return adapted, fixed, list(grads)
+        return losses.detach(), (adapted, fixed, grads)
 
     def __call__(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
-        adapted, fixed, grads = self._kept or self._graph()
+        adapted, fixed, grads = self._kept or self._graph()[1]
         views = self._loss.context.layout.views(w)
         pairs = [(g, v) for g, v in zip(grads, views, strict=True) if g is not None and g.requires_grad]
         wanted = adapted + fixed if mixed else adapted
         found: tuple[Tensor | None, ...] = (None,) * len(wanted)
         if pairs:
             outputs, cotangents = zip(*pairs, strict=True)
-            keep = self._kept is not None
-            found = torch.autograd.grad(outputs, wanted, cotangents, retain_graph=keep, allow_unused=True)
+            found = torch.autograd.grad(outputs, wanted, cotangents, retain_graph=not self._once, allow_unused=True)
         return self._loss.collect(found, self._phi)
 
 
@@ -102,7 +106,7 @@ class ForwardOverReverse:
     `binary_cross_entropy_with_logits`, fails for GroupNorm and can crash the process.
     """
 
-    gradient: Tensor | None = None
+    gradient: Gradient | None = None
 
     def __init__(self, loss: ChunkLoss, phi: Tensor, step: int) -> None:
         self._loss, self._phi, self._step = loss, phi, step
@@ -149,7 +153,7 @@ class FiniteDifference:
     that is rare.
     """
 
-    gradient: Tensor | None = None
+    gradient: Gradient | None = None
 
     def __init__(self, loss: ChunkLoss, phi: Tensor, step: int) -> None:
         self._loss, self._phi, self._step = loss, phi, step

@@ -13,6 +13,7 @@ from imaml._curvature import Curvature, HvpMode, check_mode
 from imaml._error_bound import careful_eigenvalue, relative_bound, solution_error
 from imaml._errors import SolverError, SolverWarning
 from imaml._gauss_newton import GaussNewton
+from imaml._hvp import Graph
 from imaml._problem import Problem
 from imaml._report import Report
 from imaml._strategy import MetaGradient, Pullback
@@ -134,11 +135,10 @@ class ImplicitMAML(MetaGradient):
         steps = problem.inner.steps
         if self.curvature == "ggn":
             gauss_newton = GaussNewton(problem.support, phi, steps, mode=self.hvp)
-            return gauss_newton, problem.add_proximal(gauss_newton.gradient, phi)
-        curvature = Curvature(problem.support, phi, steps, mode=self.hvp, linearize=self.linearize)
-        if curvature.gradient is None:
-            return curvature, problem.gradient(phi, steps)
-        return curvature, problem.add_proximal(curvature.gradient, phi)
+            return gauss_newton, problem.gradient(phi, steps, gauss_newton.take_gradient())
+        graph: Graph = "keep" if self.linearize else "rebuild"
+        curvature = Curvature(problem.support, phi, steps, mode=self.hvp, graph=graph)
+        return curvature, problem.gradient(phi, steps, curvature.take_gradient())
 
     def _look_at(self, report: Report) -> None:
         if report.solver_status is None or self.on_failure == "ignore":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from imaml._curvature import Curvature, HvpMode, check_mode
 from imaml._numbers import check_integer
@@ -23,17 +25,22 @@ class MAML(MetaGradient):
 
     Cost per task: K + 1 gradients and K Hessian-vector products. Memory: one product plus the K states, `(n,)` each;
     with `checkpoints=m` at most m states, and the steps between them are recomputed on the binomial schedule that
-    minimises recomputation (Griewank & Walther 2000, Algorithm 799).
+    minimises recomputation (Griewank & Walther 2000, Algorithm 799); with `linearize=True` the graphs of all K steps,
+    for a forward and a backward pass less a step.
 
     Args:
         inner: See `MetaGradient`, as for `regularization` and `chunk_size`.
         checkpoints: How many inner states are kept at most besides theta, >= 0; None: all of them.
+        linearize: Keep the graph of each inner step, so that its product costs about one gradient less; False evaluates
+            the step anew. None: where `chunk_size` and `checkpoints` are left open and the graphs are small, at most
+            192 MiB. The modes other than reverse-over-reverse always evaluate anew.
         hvp: How Hessian-vector products are computed. "auto" uses "reverse-over-reverse", or "finite-difference" where
             the model has an operation without second derivatives; the report says which. "forward-over-reverse" is
             exact too. Finite differences are inexact and can be of no use below float64: docs/numerics.md has figures.
     """
 
     checkpoints: int | None = None
+    linearize: bool | None = None
     hvp: HvpMode = "auto"
 
     def __post_init__(self) -> None:
@@ -42,16 +49,20 @@ class MAML(MetaGradient):
         check_mode(self.hvp)
         if self.checkpoints is not None:
             check_integer("`checkpoints`, unless None,", self.checkpoints, least=0)
+            if self.linearize:
+                raise ValueError(
+                    "linearize=True keeps the graphs of all inner steps. Expected checkpoints=None. "
+                    f"Got {self.checkpoints}: use one of the two."
+                )
 
     def _pull_back(self, problem: Problem) -> Pullback:
-        states = states_backwards(problem, self.checkpoints)
-        query = problem.judge(next(states))
+        phi, curvatures = self._adapt(problem)
+        query = problem.judge(phi)
         cotangent, fixed, damping, outcome = query.adapted, query.fixed, problem.damping, problem.outcome(query)
         del query  # its gradient would live through the sweep
         pulled_by_theta = 0 if damping is None else torch.zeros_like(cotangent)
-        for step, phi in zip(reversed(range(problem.inner.steps)), states, strict=True):
+        for curvature in curvatures:
             cotangent, w = problem.inner.pullback(cotangent)
-            curvature = Curvature(problem.support, phi, step, mode=self.hvp, linearize=False)
             product, mixed = curvature.product(w, mixed=fixed is not None)
             cotangent = product.add_(cotangent)
             if damping is not None:
@@ -60,3 +71,19 @@ class MAML(MetaGradient):
             if fixed is not None and mixed is not None:
                 fixed.add_(mixed)
         return Pullback(cotangent + pulled_by_theta, fixed, outcome)
+
+    def _adapt(self, problem: Problem) -> tuple[Tensor, Iterator[Curvature]]:
+        """phi_K, and the curvature of the support loss at the states before it, the last first."""
+        steps = problem.inner.steps
+        keeps_graphs = problem.plan.keeps_graphs if self.linearize is None else self.linearize
+        if keeps_graphs and self.checkpoints is None:
+            phi, kept = problem.theta, []
+            for step in range(steps):
+                kept.append(Curvature(problem.support, phi, step, mode=self.hvp, graph="once"))
+                phi = problem.inner.update(phi, problem.gradient(phi, step, kept[-1].take_gradient()))
+            return phi, (kept.pop() for _ in range(steps))
+        states = states_backwards(problem, self.checkpoints)
+        return next(states), (
+            Curvature(problem.support, phi, step, mode=self.hvp, graph="rebuild")
+            for step, phi in zip(reversed(range(steps)), states, strict=True)
+        )

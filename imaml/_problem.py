@@ -10,6 +10,7 @@ from torch import Tensor
 from imaml._chunk import ChunkLoss, Gradient
 from imaml._errors import DivergenceError, NonFiniteError
 from imaml._inner import GradientDescent
+from imaml._plan import Plan
 from imaml._report import Outcome
 
 EXPLOSION = 1e6
@@ -23,6 +24,7 @@ class Problem:
     support: ChunkLoss
     query: ChunkLoss
     inner: GradientDescent
+    plan: Plan
     theta: Tensor
     """Where the inner loop starts and what the proximal term pulls to, `(tasks, n)`, shared by the tasks."""
     damping: Tensor | None
@@ -32,10 +34,11 @@ class Problem:
     support_losses: list[Tensor] = field(default_factory=list)
     """L_support `(tasks,)` before each inner step."""
 
-    def gradient(self, phi: Tensor, step: int) -> Tensor:
-        """The gradient of the inner objective, proximal term included, `(tasks, n)`."""
-        support = self.support.gradient(phi, step)
-        self.support.context.gradients += self.support.tasks
+    def gradient(self, phi: Tensor, step: int, support: Gradient | None = None) -> Tensor:
+        """The gradient of the inner objective, proximal term included, `(tasks, n)`; from `support` if it is known."""
+        if support is None:
+            support = self.support.gradient(phi, step)
+            self.support.context.gradients += self.support.tasks
         if len(self.support_losses) == step < self.inner.steps:
             self.support_losses.append(support.losses)
         return self.add_proximal(support.adapted, phi)
@@ -65,7 +68,11 @@ class Problem:
     def query_gradient(self, phi: Tensor, *, fixed: bool = False, metric: bool = False) -> Gradient:
         """The query loss and its derivatives, unchecked."""
         self.query.context.gradients += self.query.tasks
-        return self.query.gradient(phi, self.inner.steps, fixed=fixed, metric=metric)
+        parts = [
+            part.gradient(phi[first : first + part.tasks], self.inner.steps, fixed=fixed, metric=metric)
+            for first, part in self.query.split(self.plan.query_tasks)
+        ]
+        return parts[0] if len(parts) == 1 else Gradient.join(parts)
 
     def evaluate(self, phi: Tensor) -> Outcome:
         """The query loss alone."""

@@ -57,6 +57,10 @@ class Replay:
         """Leave the user's generators as if one forward pass had run."""
         self._set(self._after)
 
+    def undo(self) -> None:
+        """Leave the user's generators as they were."""
+        self._set(self._before)
+
     def _states(self) -> list[Tensor]:
         states = [torch.get_rng_state()]
         if self._accelerator is not None:

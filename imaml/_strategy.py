@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,10 @@ from imaml._inner import GradientDescent
 from imaml._node import attach
 from imaml._numbers import check_integer, check_number
 from imaml._objective import Objective
+from imaml._plan import ONE_BY_ONE, Plan, plan
 from imaml._problem import Problem
 from imaml._report import MetaResult, Outcome, Report
-from imaml._tasks import Batch, Task, TaskBatch, check_tensors, group
+from imaml._tasks import Batch, Task, TaskBatch, check_tensors, group, signature
 
 
 @dataclass
@@ -50,7 +52,9 @@ class MetaGradient(ABC):
     Args:
         inner: The inner loop.
         regularization: lambda >= 0, the weight of the proximal term: one number, or one per adapted parameter by name.
-        chunk_size: How many tasks run at once, vectorised; None: all. Memory grows with it. 1 runs task by task without
+        chunk_size: How many tasks run at once, vectorised; memory grows with it. None: as many as save at most 32 MiB
+            for a gradient on a CPU (256 MiB elsewhere), the support and the query sets each by themselves, found by a
+            forward pass of one task when an engine first sees its shapes. 1 runs task by task without
             `torch.func.vmap`. A model that cannot be vectorised (LSTM, control flow that depends on the data) runs task
             by task in any case, though the graphs of a chunk are held together. The numbers are the same (without
             dropout).
@@ -59,6 +63,7 @@ class MetaGradient(ABC):
     inner: GradientDescent
     regularization: float | Mapping[str, float] = 0.0
     chunk_size: int | None = None
+    _plans: dict[Any, Plan] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check the configuration; raises TypeError or ValueError."""
@@ -125,7 +130,7 @@ class MetaGradient(ABC):
         with torch.inference_mode(False), torch.no_grad():
             context = Context.of(objective)
             try:
-                problem = self._problem(context, [0], TaskBatch(support=batch, query=batch))
+                problem = self._problem(context, [0], TaskBatch(support=batch, query=batch), ONE_BY_ONE)
                 phi = problem.adapt()
                 problem.check_inner_loop()
             finally:
@@ -149,8 +154,8 @@ class MetaGradient(ABC):
             outcomes: list[Outcome] = []
             sums: list[Tensor] = []
             try:
-                for where, batch in self._chunks(groups):
-                    problem = self._problem(context, where, batch)
+                for where, batch, plan in self._chunks(context, groups):
+                    problem = self._problem(context, where, batch, plan)
                     if derivatives:
                         pullback = self._pull_back(problem)
                         summed = _sum_over_tasks(pullback, where)
@@ -169,17 +174,32 @@ class MetaGradient(ABC):
                 named |= layout.named(total.div_(len(positions)))
             return report.query_loss.mean(), named, report
 
-    def _chunks(self, groups: list[tuple[list[int], TaskBatch]]) -> Iterator[tuple[list[int], TaskBatch]]:
+    def _chunks(
+        self, context: Context, groups: list[tuple[list[int], TaskBatch]]
+    ) -> Iterator[tuple[list[int], TaskBatch, Plan]]:
         for positions, batch in groups:
-            size = self.chunk_size or len(batch)
-            for start in range(0, len(batch), size):
-                yield positions[start : start + size], batch[start : start + size]
+            plan = self._plan(context, batch)
+            for start in range(0, len(batch), plan.tasks):
+                yield positions[start : start + plan.tasks], batch[start : start + plan.tasks], plan
 
-    def _problem(self, context: Context, positions: list[int], batch: TaskBatch) -> Problem:
+    def _plan(self, context: Context, batch: TaskBatch) -> Plan:
+        """How tasks of these shapes run; looked at once per engine."""
+        if self.chunk_size is not None:
+            return Plan(self.chunk_size, self.chunk_size, keeps_graphs=False)
+        key = (context.layout, context.fixed_layout, context.theta.device, signature(batch[0]))
+        if key not in self._plans:
+            trial = Context.of(context.objective)
+            one = self._problem(trial, [0], batch[:1], ONE_BY_ONE)
+            self._plans[key] = plan(one.support, one.query, one.theta, self.inner.steps)
+            trial.replay.undo()
+        return self._plans[key]
+
+    def _problem(self, context: Context, positions: list[int], batch: TaskBatch, plan: Plan) -> Problem:
         return Problem(
             support=ChunkLoss(context, outside_inference(batch.support), len(batch), positions[0], SUPPORT),
             query=ChunkLoss(context, outside_inference(batch.query), len(batch), positions[0], QUERY),
             inner=self.inner,
+            plan=plan,
             theta=context.theta.expand(len(batch), -1),
             damping=self._damping(context),
             positions=positions,

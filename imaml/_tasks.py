@@ -14,7 +14,7 @@ Batch = Any
 """What a loss is evaluated on: tensors in any nesting of tuples, lists and dicts, `(input, target)` as a rule."""
 
 
-def _signature(task: Task) -> tuple[Any, ...]:
+def signature(task: Task) -> tuple[Any, ...]:
     leaves, structure = tree_flatten((task.support, task.query))
     return (structure, *((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves))
 
@@ -122,7 +122,7 @@ class TaskBatch:
     @classmethod
     def stack(cls, tasks: Sequence[Task]) -> TaskBatch:
         """Stack tasks of equal shapes into a batch; raises ValueError where the shapes differ."""
-        if len({_signature(task) for task in tasks}) != 1:
+        if len({signature(task) for task in tasks}) != 1:
             raise ValueError(f"Only tasks of one shape can be stacked. Got {len(tasks)} tasks of different shapes.")
 
         def stacked(batches: list[Batch]) -> Batch:
@@ -144,5 +144,5 @@ def group(tasks: TaskBatch | Sequence[Task]) -> list[tuple[list[int], TaskBatch]
         raise ValueError("Expected at least one task. Got an empty list.")
     positions: dict[tuple[Any, ...], list[int]] = {}
     for i, task in enumerate(tasks):
-        positions.setdefault(_signature(task), []).append(i)
+        positions.setdefault(signature(task), []).append(i)
     return [(where, TaskBatch.stack([tasks[i] for i in where])) for where in positions.values()]

@@ -13,16 +13,17 @@ from torch.utils._pytree import tree_map
 from imaml._chunk import SUPPORT, ChunkLoss
 from imaml._context import Context
 from imaml._curvature import Curvature, HvpMode
+from imaml._hvp import Graph
 from imaml._objective import Objective
 from imaml.verify._reference import draws
 
-MODES: dict[str, tuple[HvpMode, bool]] = {
-    "reverse-over-reverse, linearised": ("reverse-over-reverse", True),
-    "reverse-over-reverse, rebuilt": ("reverse-over-reverse", False),
-    "forward-over-reverse": ("forward-over-reverse", False),
-    "finite-difference": ("finite-difference", False),
+MODES: dict[str, tuple[HvpMode, Graph]] = {
+    "reverse-over-reverse, linearised": ("reverse-over-reverse", "keep"),
+    "reverse-over-reverse, rebuilt": ("reverse-over-reverse", "rebuild"),
+    "forward-over-reverse": ("forward-over-reverse", "rebuild"),
+    "finite-difference": ("finite-difference", "rebuild"),
 }
-"""Mode, and whether its graph is kept for all products."""
+"""Mode, and what becomes of its graph."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,10 @@ def _find(mode: str, objective: Objective, batch: Any, directions: Tensor) -> Fo
     loss = ChunkLoss(context, one, tasks=1, start=0, kind=SUPPORT)
     phi = context.theta.unsqueeze(0)
     loss.gradient(phi, 0)  # learns whether random numbers are drawn
-    name, linearize = MODES[mode]
+    name, graph = MODES[mode]
     weights = torch.linspace(-1.5, 2.0, len(directions)).to(directions)
     try:
-        curvature = Curvature(loss, phi, 0, mode=name, linearize=linearize)
+        curvature = Curvature(loss, phi, 0, mode=name, graph=graph)
         rows = []
         for w in (*directions, weights @ directions):
             product, mixed = curvature.product(w.unsqueeze(0), mixed=bool(context.fixed))

@@ -118,7 +118,8 @@ def test_a_vectorised_call_counts_its_tasks(engine, chunk_size):
     one, _ = run(engine(inner=inner(3), chunk_size=1))
     many, calls = run(engine(inner=inner(3), chunk_size=chunk_size))
     assert (one.gradients, one.hvps) == (many.gradients, many.hvps)
-    assert calls <= (many.gradients + many.hvps) * (2 if chunk_size else 1) / TASKS
+    looks = 0 if chunk_size else 2  # at one task's support and query loss, to see how many tasks fit
+    assert calls <= (many.gradients + many.hvps) * (2 if chunk_size else 1) / TASKS + looks
 
 
 def test_evaluating_alone():

@@ -37,8 +37,8 @@ def chunk(criterion=F.mse_loss):
 @pytest.mark.parametrize(
     "build",
     [
-        lambda loss, phi: ReverseOverReverse(loss, phi, 0, True),
-        lambda loss, phi: ReverseOverReverse(loss, phi, 0, False),
+        lambda loss, phi: ReverseOverReverse(loss, phi, 0, "keep"),
+        lambda loss, phi: ReverseOverReverse(loss, phi, 0, "rebuild"),
         lambda loss, phi: ForwardOverReverse(loss, phi, 0),
         lambda loss, phi: FiniteDifference(loss, phi, 0),
     ],

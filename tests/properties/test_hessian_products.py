@@ -30,7 +30,7 @@ def curvature(model, tasks, *, hvp, linearize, loss, adapt=None):
     context = Context.of(Objective(model, loss, adapt=adapt))
     phi = context.theta.repeat(len(tasks), 1)
     support = ChunkLoss(context, tasks.support, len(tasks), 0, SUPPORT)
-    return Curvature(support, phi, 0, mode=hvp, linearize=linearize), phi
+    return Curvature(support, phi, 0, mode=hvp, graph="keep" if linearize else "rebuild"), phi
 
 
 def dense(model, task: Task, loss, adapted=None):
@@ -86,7 +86,7 @@ def test_permuted_parameters_permute_the_product(model, tasks):
 
         context = Context.of(Objective.from_function(loss, {n: params[n] for n in names}))
         phi = context.theta.repeat(len(tasks), 1)
-        h = Curvature(ChunkLoss(context, tasks.support, len(tasks), 0, SUPPORT), phi, 0, mode="auto", linearize=False)
+        h = Curvature(ChunkLoss(context, tasks.support, len(tasks), 0, SUPPORT), phi, 0, mode="auto", graph="rebuild")
         return context.layout.named(h.product(context.layout.flatten([w[n] for n in names]).expand_as(phi))[0])
 
     forward, backward = product(list(params)), product(list(params)[::-1])
@@ -107,7 +107,7 @@ class SupportGradient(torch.autograd.Function):
     def backward(ctx, w):
         (phi,) = ctx.saved_tensors
         with torch.no_grad():
-            return Curvature(ctx.loss, phi, 0, mode="auto", linearize=False).product(w)[0], None
+            return Curvature(ctx.loss, phi, 0, mode="auto", graph="rebuild").product(w)[0], None
 
 
 @few

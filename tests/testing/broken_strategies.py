@@ -38,7 +38,7 @@ class HessianAtTheLastStateOnly(MAML):
     def _pull_back(self, problem):
         phi = problem.adapt()
         query = problem.judge(phi)
-        hessian = Curvature(problem.support, phi, problem.inner.steps, mode="auto", linearize=True)
+        hessian = Curvature(problem.support, phi, problem.inner.steps, mode="auto", graph="keep")
         cotangent = query.adapted
         for _ in range(problem.inner.steps):
             cotangent = cotangent - problem.inner.lr * hessian.product(cotangent)[0]

@@ -1,0 +1,84 @@
+"""How many tasks run at once, where the user leaves it open: by the memory that autograd saves for one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
+
+from imaml._chunk import ChunkLoss
+
+VECTORISED = {"cpu": 32 * 2**20}
+"""Bytes that the graphs of tasks vectorised together save at most, by device type. On a CPU vectorising pays as long
+as the work of a task is small and what it saves stays in the caches."""
+VECTORISED_ELSEWHERE = 256 * 2**20
+KEPT = 192 * 2**20
+"""Bytes of the graphs that an inner loop may keep for its reverse sweep."""
+_AGAIN = 4
+"""What the graph of a gradient that can be differentiated again takes, with a product from it, in plain graphs."""
+_FEWEST = 4
+"""Fewer tasks at once than this lose more time than kept graphs gain."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a chunk runs."""
+
+    tasks: int
+    """Tasks of a chunk."""
+    query_tasks: int
+    """Tasks whose query gradient is computed at once."""
+    keeps_graphs: bool
+    """Whether every inner step's graph is kept for the reverse sweep of MAML."""
+
+
+ONE_BY_ONE = Plan(1, 1, keeps_graphs=False)
+
+
+def plan(support: ChunkLoss, query: ChunkLoss, theta: Tensor, steps: int) -> Plan:
+    """Decide from one task's losses at theta `(1, n)`: two forward passes.
+
+    Args:
+        support: Of one task.
+        query: Of the same.
+        theta: The initial parameters.
+        steps: Inner steps whose graphs might be kept.
+
+    Returns:
+        The plan; it depends on shapes and dtypes alone.
+    """
+    room = VECTORISED.get(theta.device.type, VECTORISED_ELSEWHERE)
+    bytes_support, bytes_query = (max(1, saved_bytes(loss, theta)) for loss in (support, query))
+    tasks, query_tasks = (max(1, room // each) for each in (bytes_support, bytes_query))
+    with_graphs = min(tasks, KEPT // (_AGAIN * max(1, steps) * bytes_support))
+    keeps = with_graphs >= min(_FEWEST, tasks)
+    return Plan(with_graphs if keeps else tasks, query_tasks, keeps)
+
+
+def saved_bytes(loss: ChunkLoss, phi: Tensor) -> int:
+    """What autograd saves for the gradient of a loss at phi, parameters and data aside."""
+    saved: list[Tensor] = []
+    nothing = phi.new_empty(0)
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return nothing  # the tensor itself would be kept by its own graph
+
+    with torch.enable_grad():
+        adapted, fixed = loss.leaves(phi, fixed=True)
+        with saved_tensors_hooks(pack, lambda none: none):
+            loss.losses(adapted, fixed, loss.batch, 0)
+    given = [*adapted, *fixed, *loss.context.constants.values(), *tree_leaves(loss.batch)]
+    known, found = _storages(given), _storages(saved)
+    saved.clear()  # the graph holds `pack`, and would keep itself alive
+    return sum(size for pointer, size in found.items() if pointer not in known)
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """The size of each storage by its address."""
+    storages = (t.untyped_storage() for t in tensors)
+    return {s.data_ptr(): s.nbytes() for s in storages}

@@ -1,0 +1,122 @@
+"""What runs at once where the user leaves it open, and what that costs."""
+
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, Objective, TaskBatch, _plan
+from imaml._chunk import QUERY, SUPPORT, ChunkLoss
+from imaml._context import Context
+from tests.engine.cases import classification, mlp, problem
+from tests.oracles import relative_error
+
+INNER = GradientDescent(lr=0.1, steps=3)
+LAYER = 1000 * 8  # bytes of one activation below, for one example
+
+
+def wide(queries=2):
+    """A network that saves one activation of 1000 an example, and little else."""
+    net = nn.Sequential(nn.Linear(4, 1000), nn.Tanh(), nn.Linear(1000, 3)).double()
+    return Objective(net, F.cross_entropy), classification((4,), tasks=6, support=5, query=queries)
+
+
+def losses(objective, tasks):
+    context = Context.of(objective)
+    one = tasks[:1]
+    both = ((one.support, SUPPORT), (one.query, QUERY))
+    return context, *(ChunkLoss(context, batch, 1, 0, kind) for batch, kind in both)
+
+
+def test_saved_bytes_are_those_of_the_activations():
+    """Of tanh the output alone, which the last layer shares; and little for the cross entropy."""
+    context, support, _ = losses(*wide())
+    found = _plan.saved_bytes(support, context.theta.unsqueeze(0))
+    assert 5 * LAYER <= found <= 5 * (LAYER + 200)
+
+
+def test_nothing_is_left_behind():
+    context, support, _ = losses(*wide())
+    gc.collect()
+    before = sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
+    _plan.saved_bytes(support, context.theta.unsqueeze(0))
+    gc.collect()
+    assert sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects()) <= before
+
+
+def test_the_plan_fits_the_room(monkeypatch):
+    context, support, query = losses(*wide(queries=20))
+    theta = context.theta.unsqueeze(0)
+    monkeypatch.setattr(_plan, "VECTORISED", {"cpu": 5 * LAYER * 20 + 5 * LAYER // 2})
+    for kept, expected in (
+        (0, _plan.Plan(20, 5, False)),
+        (4 * 3 * 5 * LAYER * 10 + 30 * LAYER, _plan.Plan(10, 5, True)),
+    ):
+        monkeypatch.setattr(_plan, "KEPT", kept)
+        assert _plan.plan(support, query, theta, INNER.steps) == expected
+    monkeypatch.setattr(_plan, "VECTORISED", {"cpu": 10})
+    monkeypatch.setattr(_plan, "KEPT", 0)
+    assert _plan.plan(support, query, theta, INNER.steps) == _plan.ONE_BY_ONE
+
+
+@pytest.mark.parametrize("strategy", [MAML, FOMAML, ImplicitMAML])
+@pytest.mark.parametrize("adapt", [None, ["2"]], ids=["all", "head"])
+def test_any_plan_gives_the_same_numbers(strategy, adapt, monkeypatch):
+    options = {"solver": CG(max_steps=50, rtol=1e-12)} if strategy is ImplicitMAML else {}
+    _, objective, tasks = problem(mlp, tasks=5, adapt=adapt)
+    objective = Objective(
+        objective.model, objective.loss, adapt=adapt, metric=lambda z, y: z.mean() + y.double().mean()
+    )
+    expected = strategy(inner=INNER, chunk_size=1, **options)
+    right = expected.value_and_grad(objective, tasks)[1]
+    for decided in (_plan.Plan(5, 2, True), _plan.Plan(2, 1, False), _plan.Plan(3, 5, True)):
+        monkeypatch.setattr("imaml._strategy.plan", lambda *_, decided=decided: decided)
+        engine = strategy(inner=INNER, **options)
+        assert relative_error(engine.value_and_grad(objective, tasks)[1], right) <= 1e-10
+        report, same = engine(objective, tasks).report, expected(objective, tasks).report
+        for name in ("query_loss", "support_loss", "metric"):
+            torch.testing.assert_close(getattr(report, name), getattr(same, name))
+        with torch.no_grad():
+            torch.testing.assert_close(engine(objective, tasks).report.metric, same.metric)
+
+
+def test_it_is_looked_at_once_for_each_shape(monkeypatch):
+    looks = []
+    monkeypatch.setattr("imaml._strategy.plan", lambda *_: looks.append(1) or _plan.ONE_BY_ONE)
+    engine, (objective, tasks) = MAML(inner=INNER), wide()
+    for batch in (tasks, tasks[:2], tasks):
+        engine(objective, batch)
+    assert len(looks) == 1
+    engine(objective, TaskBatch(support=tasks.query, query=tasks.query))
+    assert len(looks) == 2
+
+
+def test_looking_draws_no_random_numbers():
+    net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    tasks, found = classification((4,)), []
+    for engine in (FOMAML(inner=INNER), FOMAML(inner=INNER, chunk_size=len(tasks))):
+        torch.manual_seed(0)
+        found += [engine.value_and_grad(Objective(net, F.cross_entropy), tasks)[1], {"next": torch.rand(1)}]
+    assert relative_error(found[0], found[2]) == 0 and found[1] == found[3]
+
+
+@pytest.mark.parametrize("hvp", ["auto", "reverse-over-reverse", "forward-over-reverse", "finite-difference"])
+def test_kept_graphs_give_the_same_meta_gradient_for_fewer_passes(hvp):
+    calls = []
+    _, objective, tasks = problem(mlp, adapt=["2"])
+    objective = Objective(objective.model, lambda z, y: calls.append(1) or F.cross_entropy(z, y), adapt=["2"])
+    kept, anew = (MAML(inner=INNER, hvp=hvp, linearize=b, chunk_size=3) for b in (True, False))
+    expected, before = anew.value_and_grad(objective, tasks)[1], len(calls)
+    got = kept.value_and_grad(objective, tasks)[1]
+    assert relative_error(got, expected) <= (1e-6 if hvp == "finite-difference" else 1e-12)
+    saved = INNER.steps if hvp in ("auto", "reverse-over-reverse") else 0
+    assert len(calls) - before == before - saved
+    report = kept(objective, tasks).report
+    assert (report.gradients, report.hvps) == (3 * 4, 3 * 3)
+
+
+def test_kept_graphs_and_checkpoints_exclude_each_other():
+    with pytest.raises(ValueError, match="Expected checkpoints=None. Got 2"):
+        MAML(inner=INNER, linearize=True, checkpoints=2)

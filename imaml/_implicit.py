@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from imaml._curvature import Curvature, HvpMode, check_mode
@@ -17,7 +18,7 @@ from imaml._hvp import Graph
 from imaml._problem import Problem
 from imaml._report import Report
 from imaml._strategy import MetaGradient, Pullback
-from imaml_solvers import CG, LinearOperator, LinearSolver, Status
+from imaml_solvers import CG, LinearOperator, LinearSolver, Solution, Status
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,8 @@ class ImplicitMAML(MetaGradient):
             then serves only the derivative of parameters that do not adapt, which stays exact.
         linearize: Keep the graph of the gradient during a solve, so that a product costs about one gradient less; False
             rebuilds it in every product and holds nothing between them, as the other modes always do.
+        solver_dtype: Of the solver's vectors and sums, such as torch.float64 for a model in float32; products are
+            computed in the model's. None: that of the parameters, at least float32.
         on_failure: What a solve that failed leads to: "raise" a `SolverError`, "warn" once per engine, or "ignore". The
             last good iterate is used, and the report has every task's status either way.
         error_bound: Fill `report.error_bound`, for one displaced evaluation. Not with "ggn", whose own error it could
@@ -66,6 +69,7 @@ class ImplicitMAML(MetaGradient):
     hvp: HvpMode = "auto"
     curvature: Literal["hessian", "ggn"] = "hessian"
     linearize: bool = True
+    solver_dtype: torch.dtype | None = None
     on_failure: Literal["raise", "warn", "ignore"] = "warn"
     error_bound: bool = True
     _warned: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
@@ -81,6 +85,8 @@ class ImplicitMAML(MetaGradient):
             raise TypeError(f"`solver` must be a LinearSolver such as CG(max_steps=5). Got {self.solver!r}.")
         if self.curvature not in ("hessian", "ggn"):
             raise ValueError(f"`curvature` must be 'hessian' or 'ggn'. Got {self.curvature!r}.")
+        if self.solver_dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(f"`solver_dtype` must be torch.float32 or torch.float64. Got {self.solver_dtype}.")
         if self.on_failure not in ("raise", "warn", "ignore"):
             raise ValueError(f"`on_failure` must be 'raise', 'warn' or 'ignore'. Got {self.on_failure!r}.")
 
@@ -98,7 +104,7 @@ class ImplicitMAML(MetaGradient):
         rhs = query.adapted / weight
         curvature, gradient = self._curvature(problem, phi)
         op = _system(curvature, root)
-        solution = self.solver.solve(op, rhs)
+        solution = _cast(self.solver.solve(op, rhs.to(self.solver_dtype or rhs.dtype)), rhs.dtype)
         with_bound = self.error_bound and self.curvature == "hessian"
         mu = careful_eigenvalue(solution, op, rhs) if with_bound else None
         fixed = query.fixed
@@ -160,5 +166,16 @@ class ImplicitMAML(MetaGradient):
 
 
 def _system(curvature: Curvature | GaussNewton, root: Tensor) -> LinearOperator:
-    """I + Lambda^-1/2 H Lambda^-1/2."""
-    return LinearOperator(lambda x: x + curvature.product(x / root)[0] / root)
+    """I + Lambda^-1/2 H Lambda^-1/2, for vectors of any dtype."""
+    return LinearOperator(lambda x: x + curvature.product(x.to(root.dtype) / root)[0] / root)
+
+
+def _cast(solution: Solution, dtype: torch.dtype) -> Solution:
+    """The solution with its tensors of floating-point numbers in `dtype`."""
+    mu = solution.smallest_eigenvalue
+    return replace(
+        solution,
+        x=solution.x.to(dtype),
+        residual_norm=solution.residual_norm.to(dtype),
+        smallest_eigenvalue=None if mu is None else mu.to(dtype),
+    )

@@ -30,8 +30,8 @@ class Layout:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the flat vector: the widest of the parameters'."""
-        return reduce(torch.promote_types, self.dtypes)
+        """The dtype of the flat vector: the widest of the parameters', at least float32."""
+        return reduce(torch.promote_types, self.dtypes, torch.float32)
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
         """Concatenate one tensor per parameter into a new vector `(n,)`."""

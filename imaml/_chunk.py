@@ -25,6 +25,22 @@ class Gradient:
     fixed: Tensor | None
     metric: Tensor | None = None
 
+    def mul_(self, factor: float) -> Gradient:
+        """Scale all of it."""
+        for tensor in (self.losses, self.adapted, self.fixed, self.metric):
+            if tensor is not None:
+                tensor.mul_(factor)
+        return self
+
+    def add_(self, other: Gradient) -> Gradient:
+        """Add another of the same tasks."""
+        for mine, its in ((self.fixed, other.fixed), (self.metric, other.metric)):
+            if mine is not None and its is not None:
+                mine.add_(its)
+        self.losses.add_(other.losses)
+        self.adapted.add_(other.adapted)
+        return self
+
     @classmethod
     def join(cls, parts: Sequence[Gradient]) -> Gradient:
         """Those of several groups of tasks as one."""
@@ -66,8 +82,16 @@ class ChunkLoss:
     start: int
     """Position of the first task, which keys the random draws together with the inner step."""
     kind: int
-    part: int = 0
-    """Of a chunk that was split, which keys the random draws too."""
+    part: tuple[int, ...] = ()
+    """Which part of a chunk that was split, by its first tasks and examples; keys the random draws too."""
+
+    @property
+    def parts(self) -> list[tuple[float, ChunkLoss]]:
+        """What it is the weighted sum of: itself."""
+        return [(1.0, self)]
+
+    def check(self, phi: Tensor) -> None:
+        """Nothing can be wrong with it."""
 
     def split(self, size: int) -> Iterator[tuple[int, ChunkLoss]]:
         """The same in groups of at most `size` tasks, each with the position of its first within this chunk."""
@@ -76,7 +100,7 @@ class ChunkLoss:
             return
         for first in range(0, self.tasks, size):
             part = tree_map(lambda t, first=first: t[first : first + size], self.batch)
-            yield first, replace(self, batch=part, tasks=min(size, self.tasks - first), part=first)
+            yield first, replace(self, batch=part, tasks=min(size, self.tasks - first), part=(*self.part, first))
 
     def losses(
         self, adapted: Sequence[Tensor], fixed: Sequence[Tensor], batch: Batch, step: int, *, metric: bool = False
@@ -131,7 +155,7 @@ class ChunkLoss:
 
     def draws(self, step: int) -> AbstractContextManager[None]:
         """Within it, random numbers are those of the loss at this inner step."""
-        return self.context.replay.at(self.kind, self.start, step, self.part)
+        return self.context.replay.at(self.kind, self.start, step, *self.part)
 
     def leaves(self, phi: Tensor, *, fixed: bool) -> tuple[list[Tensor], list[Tensor]]:
         """Views of the flat parameters as autograd leaves; the fixed ones require grad only if asked."""

@@ -8,7 +8,8 @@ from typing import Literal, TypeVar, get_args
 from torch import Tensor
 
 from imaml._chunk import ChunkLoss, Gradient
-from imaml._hvp import FiniteDifference, ForwardOverReverse, Graph, Product, ReverseOverReverse
+from imaml._hvp import Accumulated, FiniteDifference, ForwardOverReverse, Graph, Product, ReverseOverReverse
+from imaml._microbatch import Microbatched
 
 T = TypeVar("T")
 HvpMode = Literal["auto", "forward-over-reverse", "reverse-over-reverse", "finite-difference"]
@@ -35,7 +36,7 @@ def check_mode(mode: str) -> None:
 class Curvature:
     """The Hessian of the support loss of a chunk at `phi`."""
 
-    def __init__(self, loss: ChunkLoss, phi: Tensor, step: int, *, mode: HvpMode, graph: Graph) -> None:
+    def __init__(self, loss: ChunkLoss | Microbatched, phi: Tensor, step: int, *, mode: HvpMode, graph: Graph) -> None:
         self._loss, self._phi, self._step, self._context = loss, phi, step, loss.context
         self._asked = mode
         self._mode = (self._context.hvp_mode or "reverse-over-reverse") if mode == "auto" else mode
@@ -59,11 +60,17 @@ class Curvature:
         return result
 
     def _build(self, graph: Graph) -> Product:
-        at = (self._loss, self._phi, self._step)
+        if self._mode == "finite-difference":
+            return FiniteDifference(self._loss, self._phi, self._step)
+        parts = self._loss.parts
+        if len(parts) > 1:
+            return Accumulated(parts, lambda part: self._exact(part, "rebuild"))
+        return self._exact(parts[0][1], graph)
+
+    def _exact(self, loss: ChunkLoss, graph: Graph) -> Product:
+        at = (loss, self._phi, self._step)
         if self._mode == "forward-over-reverse":
             return ForwardOverReverse(*at)
-        if self._mode == "finite-difference":
-            return FiniteDifference(*at)
         if graph != "rebuild":
             self._context.gradients += self._loss.tasks
         return ReverseOverReverse(*at, graph)

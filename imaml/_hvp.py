@@ -9,7 +9,7 @@ Never `grad(jvp)` and never a `vmap` between the derivatives: both are wrong in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten
 
 from imaml._chunk import ChunkLoss, Gradient
+from imaml._microbatch import Microbatched
 
 Graph = Literal["rebuild", "keep", "once"]
 """Whether reverse-over-reverse builds the graph of the gradient anew for every product, keeps one, or keeps one for a
@@ -71,6 +72,24 @@ class ReverseOverReverse:
             outputs, cotangents = zip(*pairs, strict=True)
             found = torch.autograd.grad(outputs, wanted, cotangents, retain_graph=not self._once, allow_unused=True)
         return self._loss.collect(found, self._phi)
+
+
+class Accumulated:
+    """The weighted sum of the products of parts, built and released one after the other."""
+
+    gradient: Gradient | None = None
+
+    def __init__(self, parts: Sequence[tuple[float, ChunkLoss]], build: Callable[[ChunkLoss], Product]) -> None:
+        self._parts, self._build = parts, build
+
+    def __call__(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
+        total, total_mixed = torch.zeros_like(w), None
+        for share, part in self._parts:
+            product, its_mixed = self._build(part)(w, mixed=mixed)
+            total.add_(product, alpha=share)
+            if its_mixed is not None:
+                total_mixed = its_mixed.mul_(share) if total_mixed is None else total_mixed.add_(its_mixed, alpha=share)
+        return total, total_mixed
 
 
 def check_twice_differentiable(outputs: Sequence[Tensor]) -> None:
@@ -155,7 +174,7 @@ class FiniteDifference:
 
     gradient: Gradient | None = None
 
-    def __init__(self, loss: ChunkLoss, phi: Tensor, step: int) -> None:
+    def __init__(self, loss: ChunkLoss | Microbatched, phi: Tensor, step: int) -> None:
         self._loss, self._phi, self._step = loss, phi, step
         self._move = torch.finfo(phi.dtype).eps ** (1 / 2 if phi.dtype == torch.float64 else 1 / 3) * (
             1 + phi.norm(dim=-1, keepdim=True)

@@ -55,7 +55,7 @@ class ImplicitMAML(MetaGradient):
             support set is fitted. Needs `Objective(model, loss)`. A product costs about three forward passes. `hvp`
             then serves only the derivative of parameters that do not adapt, which stays exact.
         linearize: Keep the graph of the gradient during a solve, so that a product costs about one gradient less; False
-            rebuilds it in every product and holds nothing between them, as the other modes always do.
+            rebuilds it in every product and holds nothing between them, as the other modes and microbatches always do.
         solver_dtype: Of the solver's vectors and sums, such as torch.float64 for a model in float32; products are
             computed in the model's. None: that of the parameters, at least float32.
         on_failure: What a solve that failed leads to: "raise" a `SolverError`, "warn" once per engine, or "ignore". The
@@ -85,6 +85,8 @@ class ImplicitMAML(MetaGradient):
             raise TypeError(f"`solver` must be a LinearSolver such as CG(max_steps=5). Got {self.solver!r}.")
         if self.curvature not in ("hessian", "ggn"):
             raise ValueError(f"`curvature` must be 'hessian' or 'ggn'. Got {self.curvature!r}.")
+        if self.curvature == "ggn" and self.microbatch_size is not None:
+            raise ValueError("curvature='ggn' does not take `microbatch_size` yet. Got both: use one of the two.")
         if self.solver_dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"`solver_dtype` must be torch.float32 or torch.float64. Got {self.solver_dtype}.")
         if self.on_failure not in ("raise", "warn", "ignore"):
@@ -140,7 +142,8 @@ class ImplicitMAML(MetaGradient):
         """The support loss's curvature, and the gradient of the inner objective, both after the inner loop."""
         steps = problem.inner.steps
         if self.curvature == "ggn":
-            gauss_newton = GaussNewton(problem.support, phi, steps, mode=self.hvp)
+            [(_, support)] = problem.support.parts
+            gauss_newton = GaussNewton(support, phi, steps, mode=self.hvp)
             return gauss_newton, problem.gradient(phi, steps, gauss_newton.take_gradient())
         graph: Graph = "keep" if self.linearize else "rebuild"
         curvature = Curvature(problem.support, phi, steps, mode=self.hvp, graph=graph)

@@ -47,6 +47,11 @@ class MAML(MetaGradient):
         """Check the configuration; raises TypeError or ValueError."""
         super().__post_init__()
         check_mode(self.hvp)
+        if self.linearize and self.microbatch_size is not None:
+            raise ValueError(
+                "linearize=True keeps graphs, of which microbatch_size holds one slice at a time. Expected "
+                f"microbatch_size=None. Got {self.microbatch_size}: use one of the two."
+            )
         if self.checkpoints is not None:
             check_integer("`checkpoints`, unless None,", self.checkpoints, least=0)
             if self.linearize:

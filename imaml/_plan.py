@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from imaml._chunk import ChunkLoss
+from imaml._microbatch import Microbatched
 
 VECTORISED = {"cpu": 32 * 2**20}
 """Bytes that the graphs of tasks vectorised together save at most, by device type. On a CPU vectorising pays as long
@@ -39,7 +40,7 @@ class Plan:
 ONE_BY_ONE = Plan(1, 1, keeps_graphs=False)
 
 
-def plan(support: ChunkLoss, query: ChunkLoss, theta: Tensor, steps: int) -> Plan:
+def plan(support: ChunkLoss | Microbatched, query: ChunkLoss | Microbatched, theta: Tensor, steps: int) -> Plan:
     """Decide from one task's losses at theta `(1, n)`: two forward passes.
 
     Args:
@@ -52,10 +53,10 @@ def plan(support: ChunkLoss, query: ChunkLoss, theta: Tensor, steps: int) -> Pla
         The plan; it depends on shapes and dtypes alone.
     """
     room = VECTORISED.get(theta.device.type, VECTORISED_ELSEWHERE)
-    bytes_support, bytes_query = (max(1, saved_bytes(loss, theta)) for loss in (support, query))
+    bytes_support, bytes_query = (max(1, saved_bytes(loss.parts[0][1], theta)) for loss in (support, query))
     tasks, query_tasks = (max(1, room // each) for each in (bytes_support, bytes_query))
     with_graphs = min(tasks, KEPT // (_AGAIN * max(1, steps) * bytes_support))
-    keeps = with_graphs >= min(_FEWEST, tasks)
+    keeps = with_graphs >= min(_FEWEST, tasks) and len(support.parts) == 1
     return Plan(with_graphs if keeps else tasks, query_tasks, keeps)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from imaml._chunk import ChunkLoss, Gradient
 from imaml._errors import DivergenceError, NonFiniteError
 from imaml._inner import GradientDescent
+from imaml._microbatch import Microbatched
 from imaml._plan import Plan
 from imaml._report import Outcome
 
@@ -21,8 +22,8 @@ EXPLOSION = 1e6
 class Problem:
     """min over phi of L_support(phi) + 1/2 (phi - theta)' Lambda (phi - theta), followed by L_query(phi)."""
 
-    support: ChunkLoss
-    query: ChunkLoss
+    support: ChunkLoss | Microbatched
+    query: ChunkLoss | Microbatched
     inner: GradientDescent
     plan: Plan
     theta: Tensor

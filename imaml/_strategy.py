@@ -15,6 +15,7 @@ from imaml._chunk import QUERY, SUPPORT, ChunkLoss, outside_inference
 from imaml._context import Context
 from imaml._errors import NonFiniteError
 from imaml._inner import GradientDescent
+from imaml._microbatch import Microbatched
 from imaml._node import attach
 from imaml._numbers import check_integer, check_number
 from imaml._objective import Objective
@@ -58,11 +59,15 @@ class MetaGradient(ABC):
             `torch.func.vmap`. A model that cannot be vectorised (LSTM, control flow that depends on the data) runs task
             by task in any case, though the graphs of a chunk are held together. The numbers are the same (without
             dropout).
+        microbatch_size: How many examples of a support or query set are seen at once; gradients and products accumulate
+            over slices, so that the memory is that of one slice, for the same numbers where the loss is a mean over
+            independent examples (the first two slices are compared the first time; not with dropout). None: all.
     """
 
     inner: GradientDescent
     regularization: float | Mapping[str, float] = 0.0
     chunk_size: int | None = None
+    microbatch_size: int | None = None
     _plans: dict[Any, Plan] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -75,6 +80,8 @@ class MetaGradient(ABC):
                 raise ValueError(f"`regularization` must be >= 0. Got {value}" + (f" for {name!r}." if name else "."))
         if self.chunk_size is not None:
             check_integer("`chunk_size`, unless None,", self.chunk_size, least=1)
+        if self.microbatch_size is not None:
+            check_integer("`microbatch_size`, unless None,", self.microbatch_size, least=1)
 
     def __call__(self, objective: Objective, tasks: TaskBatch | Sequence[Task]) -> MetaResult:
         """Adapt to every task, and return the mean query loss with the meta-gradient behind it.
@@ -184,20 +191,27 @@ class MetaGradient(ABC):
 
     def _plan(self, context: Context, batch: TaskBatch) -> Plan:
         """How tasks of these shapes run; looked at once per engine."""
-        if self.chunk_size is not None:
+        if self.chunk_size is not None and self.microbatch_size is None:
             return Plan(self.chunk_size, self.chunk_size, keeps_graphs=False)
         key = (context.layout, context.fixed_layout, context.theta.device, signature(batch[0]))
         if key not in self._plans:
             trial = Context.of(context.objective)
             one = self._problem(trial, [0], batch[:1], ONE_BY_ONE)
-            self._plans[key] = plan(one.support, one.query, one.theta, self.inner.steps)
+            one.support.check(one.theta)
+            one.query.check(one.theta)
+            found = plan(one.support, one.query, one.theta, self.inner.steps)
+            size = self.chunk_size
+            self._plans[key] = found if size is None else Plan(size, size, keeps_graphs=False)
             trial.replay.undo()
         return self._plans[key]
 
     def _problem(self, context: Context, positions: list[int], batch: TaskBatch, plan: Plan) -> Problem:
+        support = ChunkLoss(context, outside_inference(batch.support), len(batch), positions[0], SUPPORT)
+        query = ChunkLoss(context, outside_inference(batch.query), len(batch), positions[0], QUERY)
+        size = self.microbatch_size
         return Problem(
-            support=ChunkLoss(context, outside_inference(batch.support), len(batch), positions[0], SUPPORT),
-            query=ChunkLoss(context, outside_inference(batch.query), len(batch), positions[0], QUERY),
+            support=support if size is None else Microbatched(support, size),
+            query=query if size is None else Microbatched(query, size),
             inner=self.inner,
             plan=plan,
             theta=context.theta.expand(len(batch), -1),

@@ -11,7 +11,8 @@ import tyro
 from imaml._curvature import HvpMode
 from imaml.training import CheckpointError, Plan
 
-Dataset = Literal["sinusoid", "glyphs", "omniglot"]
+Dataset = Literal["sinusoid", "glyphs", "omniglot", "banking77"]
+Model = Literal["mlp", "conv4", "minilm"]
 Strategy = Literal["maml", "fomaml", "imaml"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
@@ -21,16 +22,19 @@ class EpisodeOptions:
     """What to learn. An option left at None does not apply to the dataset, or takes its default.
 
     Args:
-        dataset: Sine curves, characters in many typefaces, or handwritten characters.
-        data: omniglot: packed file, archive, or folder; None downloads it once.
+        dataset: Sine curves, characters in many typefaces, handwritten characters, or messages of bank customers.
+        model: sinusoid: mlp; glyphs, omniglot: conv4; banking77: minilm, its last two layers and a head.
+        data: omniglot: packed file, archive, or folder; banking77: folder with train.csv and test.csv; None downloads
+            it once.
         split: omniglot: characters dealt at random, or the original background and evaluation alphabets.
-        ways: glyphs, omniglot: classes of a task.
+        ways: glyphs, omniglot, banking77: classes of a task.
         shots: Support examples (of each class).
         queries: Query examples (of each class).
         seed: Of the tasks and of the initial parameters.
     """
 
     dataset: Dataset = "glyphs"
+    model: Model | None = None
     data: Path | None = None
     split: Literal["random", "original"] | None = None
     ways: int | None = None

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, MetaGradient, Objective, data
+from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, MetaGradient, Objective, data, text
 from imaml.cli._metric import ACCURACY, MSE, Metric
-from imaml.cli._options import Dataset, EngineOptions, EpisodeOptions, MachineOptions, Strategy
+from imaml.cli._options import Dataset, EngineOptions, EpisodeOptions, MachineOptions, Model, Strategy
 from imaml.models import MLP, Conv4
 from imaml.training import Episodes
 
@@ -21,7 +21,9 @@ _EPISODES: dict[Dataset, type[data.Episodes]] = {
     "sinusoid": data.Sinusoid,
     "glyphs": data.Glyphs,
     "omniglot": data.Omniglot,
+    "banking77": data.Banking77,
 }
+_MODELS: dict[Dataset, Model] = {"sinusoid": "mlp", "glyphs": "conv4", "omniglot": "conv4", "banking77": "minilm"}
 _ENGINES: dict[Strategy, type[MetaGradient]] = {"maml": MAML, "fomaml": FOMAML, "imaml": ImplicitMAML}
 _OF_ALL = ("adapt", "inner_lr", "inner_steps")
 _FIELD_OF = {"data": "path", "cg_steps": "solver"}
@@ -59,14 +61,20 @@ def build_problem(options: EpisodeOptions, machine: MachineOptions) -> Problem:
         ValueError: An option is out of range, or does not apply to the dataset.
     """
     _set_up(machine)
-    kind = _EPISODES[options.dataset]
-    given = _applicable(options, kind, f"--dataset {options.dataset}", aside=("dataset",))
-    episodes = kind(**given)
+    kind, name = _EPISODES[options.dataset], _MODELS[options.dataset]
+    if options.model not in (None, name):
+        raise ValueError(f"--model must be {name} for --dataset {options.dataset}. Got {options.model}.")
+    given = _applicable(options, kind, f"--dataset {options.dataset}", aside=("dataset", "model"))
+    given.pop("model", None)
     torch.manual_seed(options.seed)
-    if options.dataset == "sinusoid":
-        return Problem(episodes=episodes, model=MLP().to(machine.device), loss=F.mse_loss, metric=MSE)
-    model = Conv4(given["ways"]).to(machine.device)
-    return Problem(episodes=episodes, model=model, loss=F.cross_entropy, metric=ACCURACY)
+    model: nn.Module
+    if name == "minilm":
+        encoder, model = text.load_minilm(given["ways"])
+        given["encoder"] = encoder.to(machine.device)
+    else:
+        model = MLP() if name == "mlp" else Conv4(given["ways"])
+    loss, metric = (F.mse_loss, MSE) if name == "mlp" else (F.cross_entropy, ACCURACY)
+    return Problem(episodes=kind(**given), model=model.to(machine.device), loss=loss, metric=metric)
 
 
 def _set_up(machine: MachineOptions) -> None:

@@ -1,5 +1,6 @@
 """Episodes of few-shot tasks, as `TaskBatch`es."""
 
+from imaml.data._banking77 import Banking77 as Banking77
 from imaml.data._episodes import Episodes as Episodes
 from imaml.data._episodes import Split as Split
 from imaml.data._few_shot import FewShot as FewShot

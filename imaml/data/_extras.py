@@ -6,9 +6,9 @@ import importlib
 from typing import Any
 
 
-def optional(module: str, purpose: str) -> Any:
+def optional(module: str, purpose: str, *, extra: str = "train") -> Any:
     """Import `module`, or say which extra provides it and that `purpose` needs it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ImportError(f"{purpose} needs {error.name}: pip install 'imaml[train]'", name=error.name) from error
+        raise ImportError(f"{purpose} needs {error.name}: pip install 'imaml[{extra}]'", name=error.name) from error

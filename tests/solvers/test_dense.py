@@ -49,3 +49,19 @@ def test_the_residual_of_a_system_that_is_not_finite_is_that_of_zero():
     solution = Dense().solve(matrix, b)
     assert solution.status.tolist() == [Status.NONFINITE, Status.CONVERGED]
     assert (solution.x[0] == 0).all() and solution.residual_norm[0].item() == pytest.approx(b[0].norm().item())
+
+
+@pytest.mark.parametrize(("share", "status"), [(0.1, Status.BREAKDOWN), (0.001, Status.CONVERGED)])
+def test_singular_is_where_rounding_reaches_a_hundredth_of_b(share, status):
+    least = torch.finfo(F64).eps / share
+    solution = Dense().solve(torch.diag(torch.tensor([1.0, least], dtype=F64)), torch.tensor([0.0, 1.0], dtype=F64))
+    assert solution.status == status
+
+
+def test_a_singular_or_large_matrix_stays_with_its_system_in_a_batch_of_two_dimensions():
+    matrix = rotated(spread(4, 10)).repeat(2, 3, 1, 1)
+    matrix[0, 1] *= 1e30
+    matrix[1, 2] = 0
+    solution = Dense().solve(matrix, noise(2, 3, 4))
+    expected = [[Status.CONVERGED] * 3, [Status.CONVERGED, Status.CONVERGED, Status.BREAKDOWN]]
+    assert solution.status.tolist() == expected

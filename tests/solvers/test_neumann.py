@@ -105,3 +105,8 @@ def test_divergence_from_a_start_much_larger_than_b_is_seen():
         rotated([0.9, 0.95, 1.0]), 1e-12 * noise(3), x0=noise(3, seed=2)
     )
     assert solution.status == Status.BREAKDOWN and solution.num_steps == 1
+
+
+def test_a_system_of_one_unknown():
+    solution = Neumann(max_steps=1, step_size=0.5).solve(2 * torch.ones(1, 1, dtype=F64), torch.ones(1, dtype=F64))
+    assert solution.x.item() == 0.5 and solution.num_steps == 1

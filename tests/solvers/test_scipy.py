@@ -113,3 +113,23 @@ def test_stagnation_is_the_third_solve_that_does_not_halve_the_residual(monkeypa
     # of the residual that is left, less the square of what the last solve left beyond its target
     assert asked[0] == pytest.approx(1e-3) and asked[1] == pytest.approx(1e-3 / 0.6 / 600**2)
     assert solution.residual_norm.item() == pytest.approx(0.6**3 * noise(4).norm().item())
+
+
+def test_a_round_that_makes_it_worse_is_not_taken(monkeypatch):
+    monkeypatch.setattr(ScipySolver, "_call", lambda self, apply, b, *_: (-0.5 * b, 0))
+    solution = ScipySolver().solve(torch.eye(4, dtype=F64), noise(4))
+    assert solution.status == Status.STAGNATED and (solution.x == 0).all()
+    assert solution.residual_norm.item() == pytest.approx(noise(4).norm().item())
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e8])
+def test_the_units_of_b_change_no_status(scale):
+    matrix, b = rotated(spread(20, 1e4)), scale * noise(20)
+    assert ScipySolver(rtol=1e-8, max_steps=4).solve(matrix, b).status == Status.MAX_STEPS
+    assert ScipySolver(rtol=1e-8, max_steps=500).solve(matrix, b).status == Status.CONVERGED
+
+
+def test_a_right_hand_side_that_is_not_finite_costs_no_product():
+    op = Recorded(torch.eye(3, dtype=F64))
+    solution = ScipySolver().solve(op, torch.tensor([1.0, torch.inf, 0.0], dtype=F64))
+    assert solution.status == Status.NONFINITE and solution.num_steps == 0 and not op.seen

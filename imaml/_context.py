@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from imaml._layout import Layout
@@ -38,12 +39,20 @@ class Context:
     """Whether chunks run under `vmap`; False once the model turned out to have an operation that cannot."""
     used: set[str] = field(default_factory=set)
     """Adapted parameters that the support loss of some task depends on."""
+    statistics: list[dict[str, Tensor]] = field(default_factory=list)
+    """Running statistics after the inner loop by name, `(tasks, *shape)`, of every chunk so far; none unless asked."""
 
     def fresh_constants(self) -> dict[str, Tensor]:
         """Copies of the model's buffers, new ones where a forward pass has changed the last."""
         if any(buffer._version for buffer in self.constants.values()):
             self.constants = self.objective.constants()
         return self.constants
+
+    def mean_statistics(self) -> dict[str, Tensor]:
+        """The mean over all tasks of the running statistics after their inner loops, in their dtypes."""
+        names = self.statistics[0] if self.statistics else ()
+        joined = {name: torch.cat([chunk[name] for chunk in self.statistics]) for name in names}
+        return {name: values.double().mean(0).to(values.dtype) for name, values in joined.items()}
 
     @classmethod
     def of(cls, objective: Objective) -> Context:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 
+from imaml._buffers import BufferPolicy, Statistics, check_buffers, check_policy, held, statistics
+from imaml._eager import eager
 from imaml._exact import ExactDerivatives
 from imaml._select import select
 from imaml._tasks import Batch
@@ -29,17 +32,25 @@ class Objective:
     support loss may depend on those, so they are meta-learned through the adaptation). The rest are constants.
 
     Args:
-        model: Any module. BatchNorm and InstanceNorm need `track_running_stats=False` or `.eval()`.
+        model: Any module. `torch.utils.checkpoint` in it saves no memory here, and a compiled one runs uncompiled.
         loss: `(output, target) -> 0-dim floating-point tensor`, a mean over examples as a rule.
         adapt: Which parameters the inner loop changes: names, module names or shell patterns (`["head"]`,
             `["*.bias"]`). None: every parameter that requires grad.
         metric: `(output, target) -> 0-dim tensor`, evaluated on the query set from the same forward pass and returned
             in `report.metric`; never differentiated. For example an accuracy.
+        buffers: What becomes of buffers that the model updates in training mode. None: such a model is refused.
+            "batch": BatchNorm and InstanceNorm normalise by batch statistics, and their running statistics are left
+            alone. "frozen": they normalise by the running statistics, as in eval mode. "update": as "batch", and the
+            running statistics of every task follow its inner loop, from the model's own: one more forward pass of the
+            support set per step. `adapt` returns them with the parameters, and `report.buffers` has their mean over
+            the tasks; the model changes only by `model.load_state_dict(report.buffers, strict=False)`. The vectors of
+            spectral_norm stay as they are during a call, under any policy: a forward pass in training mode, say one
+            between meta-steps, follows the weight.
 
     Raises:
         TypeError: `model` is not a module, `loss` is not callable, an adapted parameter is not of a real floating
             dtype.
-        ValueError: No parameter to adapt, or an unknown name.
+        ValueError: No parameter to adapt, an unknown name or policy.
     """
 
     def __init__(
@@ -49,13 +60,15 @@ class Objective:
         *,
         adapt: Iterable[str] | None = None,
         metric: Callable[[Any, Any], Tensor] | None = None,
+        buffers: BufferPolicy | None = None,
     ) -> None:
+        check_policy(buffers)
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"Expected an nn.Module. Got {type(model).__name__}: for a function of parameters and a batch use "
                 "Objective.from_function(loss, params)."
             )
-        self._initialise(_ModelProgram(model, loss, metric), adapt)
+        self._initialise(_ModelProgram(model, loss, metric, buffers), adapt)
 
     @classmethod
     def from_function(
@@ -146,6 +159,15 @@ class Objective:
         """Copies of the model's buffers, so that a forward pass cannot change the model."""
         return self._program.constants()
 
+    def statistics(self) -> list[str]:
+        """Names of the buffers that follow each task's inner loop; none unless `buffers="update"`."""
+        return self._program.statistics()
+
+    def record(self, values: Parameters, batch: Batch) -> None:
+        """One forward pass that updates the running statistics among `values` in place."""
+        assert isinstance(self._program, _ModelProgram)
+        self._program.predict(values, batch, recording=True)
+
     def evaluate(self, values: Parameters, batch: Batch, *, metric: bool = False) -> tuple[Tensor, Tensor | None]:
         """Loss, and metric if asked, at `values` (which may name fewer than all parameters) on one task's batch."""
         with ExactDerivatives():
@@ -196,8 +218,14 @@ def _check_adaptable(name: str, parameter: Tensor) -> None:
 
 
 class _ModelProgram:
-    def __init__(self, model: nn.Module, loss: Callable[..., Any], metric: Callable[..., Any] | None) -> None:
-        self.model, self.loss, self.metric = model, loss, metric
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[..., Any],
+        metric: Callable[..., Any] | None,
+        buffers: BufferPolicy | None,
+    ) -> None:
+        self.model, self.loss, self.metric, self.buffers = model, loss, metric, buffers
 
     def parameters(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters())
@@ -221,22 +249,21 @@ class _ModelProgram:
                 f"{type(self.model).__name__} or its loss cannot be copied ({error}). Expected a module that "
                 "copy.deepcopy accepts: make tensors it keeps besides parameters and buffers leaves, with .detach()."
             ) from error
-        return _ModelProgram(model.double(), loss.double() if isinstance(loss, nn.Module) else loss, self.metric)
+        loss = loss.double() if isinstance(loss, nn.Module) else loss
+        return _ModelProgram(model.double(), loss, self.metric, self.buffers)
 
     def check(self) -> None:
-        for name, module in self.model.named_modules():
-            if module.training and getattr(module, "track_running_stats", False):
-                raise ValueError(
-                    f"{type(module).__name__} {name!r} updates running statistics in training mode, which would leak "
-                    "from task to task. Build it with track_running_stats=False (batch statistics), or call .eval() "
-                    "on it (fixed statistics)."
-                )
+        if self.buffers is None:
+            check_buffers(self.model)
+
+    def statistics(self) -> list[str]:
+        return statistics(self.model) if self.buffers == "update" else []
 
     def evaluate(self, values: Parameters, batch: Batch, metric: bool) -> tuple[Any, Any]:
         output, target = self.predict(values, batch), batch[1]
         return self.loss(output, target), self.metric(output, target) if metric and self.metric else None
 
-    def predict(self, values: Parameters, batch: Batch) -> Any:
+    def predict(self, values: Parameters, batch: Batch, *, recording: bool = False) -> Any:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise ValueError(
                 f"A model's batch must be (input, target). Got {type(batch).__name__}"
@@ -245,7 +272,10 @@ class _ModelProgram:
             )
         inputs = batch[0]
         args = () if isinstance(inputs, dict) else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-        return functional_call(self.model, dict(values), args, inputs if isinstance(inputs, dict) else None)
+        kwargs = inputs if isinstance(inputs, dict) else None
+        policy = nullcontext() if self.buffers is None or recording else Statistics(self.buffers)
+        with eager(self.model), held(self.model), policy:
+            return functional_call(self.model, dict(values), args, kwargs)
 
 
 class _FunctionProgram:
@@ -271,6 +301,9 @@ class _FunctionProgram:
 
     def check(self) -> None:
         pass
+
+    def statistics(self) -> list[str]:
+        return []
 
     def evaluate(self, values: Parameters, batch: Batch, metric: bool) -> tuple[Any, Any]:
         named = {name: values.get(name, tensor) for name, tensor in self.params.items()}

@@ -34,6 +34,8 @@ class Problem:
     """Which tasks of the user's these are."""
     support_losses: list[Tensor] = field(default_factory=list)
     """L_support `(tasks,)` before each inner step."""
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    """Running statistics of each task so far, where they follow the inner loop."""
 
     def gradient(self, phi: Tensor, step: int, support: Gradient | None = None) -> Tensor:
         """The gradient of the inner objective, proximal term included, `(tasks, n)`; from `support` if it is known."""
@@ -42,7 +44,20 @@ class Problem:
             self.support.context.gradients += self.support.tasks
         if len(self.support_losses) == step < self.inner.steps:
             self.support_losses.append(support.losses)
+            self._carry_statistics(phi, step)
         return self.add_proximal(support.adapted, phi)
+
+    def _carry_statistics(self, phi: Tensor, step: int) -> None:
+        context = self.support.context
+        if step == 0:
+            constants = context.fresh_constants()
+            before = {n: constants[n] for n in context.objective.statistics()}
+            self.statistics = {n: b.expand(len(phi), *b.shape) for n, b in before.items()}
+        if self.statistics:
+            for _, part in self.support.parts:
+                self.statistics = part.statistics(phi, step, self.statistics)
+            if step == self.inner.steps - 1:
+                context.statistics.append(self.statistics)
 
     def add_proximal(self, gradient: Tensor, phi: Tensor) -> Tensor:
         """Add Lambda (phi - theta) to a gradient of the support loss."""

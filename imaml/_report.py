@@ -50,6 +50,9 @@ class Report(Outcome):
     """How the products were computed, "gauss-newton" for those of that matrix; None if there were none."""
     unused: tuple[str, ...]
     """Adapted parameters that the support loss does not depend on: the inner loop leaves them as they are."""
+    buffers: dict[str, Tensor]
+    """With `Objective(..., buffers="update")` the mean over the tasks of the running statistics after the inner loop,
+    for `model.load_state_dict(report.buffers, strict=False)`; else empty."""
 
     @classmethod
     def of(cls, context: Context, outcomes: Sequence[Outcome], positions: Sequence[int]) -> Report:
@@ -65,6 +68,7 @@ class Report(Outcome):
             hvps=context.hvps,
             hvp_mode="gauss-newton" if context.gauss_newton else context.hvp_mode,
             unused=tuple(n for n in context.layout.names if context.used and n not in context.used),
+            buffers=context.mean_statistics(),
         )
 
     def __str__(self) -> str:

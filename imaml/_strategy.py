@@ -130,7 +130,8 @@ class MetaGradient(ABC):
             support: One task's support set, without a task dimension.
 
         Returns:
-            The adapted parameters, detached, in shape and dtype of the originals; the model is not changed.
+            The adapted parameters, detached, in shape and dtype of the originals, and with `buffers="update"` the
+            task's running statistics; the model is not changed.
         """
         check_tensors("support", support)
         batch = tree_map(lambda t: t.unsqueeze(0), support)
@@ -142,7 +143,8 @@ class MetaGradient(ABC):
                 problem.check_inner_loop()
             finally:
                 context.replay.restore()
-            return {name: value.squeeze(0).clone() for name, value in context.layout.named(phi).items()}
+            adapted = {name: value.squeeze(0).clone() for name, value in context.layout.named(phi).items()}
+            return adapted | context.mean_statistics()
 
     @abstractmethod
     def _pull_back(self, problem: Problem) -> Pullback:

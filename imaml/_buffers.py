@@ -1,0 +1,128 @@
+"""What happens to buffers that a model updates in training mode: running statistics, and spectral_norm's vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
+
+BufferPolicy = Literal["batch", "frozen", "update"]
+"""`batch`: normalise by batch statistics. `frozen`: by the running statistics, as in eval mode. `update`: as `batch`,
+and carry the running statistics of every task through its inner loop."""
+
+
+def check_policy(policy: str | None) -> None:
+    """Raise ValueError for an unknown policy."""
+    if policy is not None and policy not in get_args(BufferPolicy):
+        raise ValueError(f"`buffers` must be None, 'batch', 'frozen' or 'update'. Got {policy!r}.")
+
+
+def check_buffers(model: nn.Module) -> None:
+    """Raise ValueError where a module would update buffers of which no policy says what becomes."""
+    for name, module in model.named_modules():
+        if module.training and getattr(module, "track_running_stats", False):
+            raise ValueError(
+                f"{type(module).__name__} {name!r} updates running statistics in training mode, which would leak "
+                "from task to task. Say what becomes of them by Objective(..., buffers='batch'), 'frozen' or 'update'; "
+                "or build it with track_running_stats=False (batch statistics), or call .eval() on it (fixed "
+                "statistics)."
+            )
+    for name, module in _power_iterations(model):
+        if module.training:
+            layer = name.partition(".parametrizations")[0]
+            raise ValueError(
+                f"spectral_norm of {layer!r} updates its vectors in training mode, and torch's derivatives leave out "
+                "that they depend on the weight. Fix them during a call by "
+                "Objective(..., buffers='batch') or 'frozen', or call .eval() on it."
+            )
+
+
+def statistics(model: nn.Module) -> list[str]:
+    """Names of the buffers that normalisation layers update in training mode."""
+    names = (
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        if module.training and getattr(module, "track_running_stats", False)
+        for name, _ in module.named_buffers(recurse=False)
+    )
+    return list(names)
+
+
+@contextmanager
+def held(model: nn.Module) -> Iterator[None]:
+    """Within it spectral_norm keeps its vectors; afterwards the model is as it was, weights made by hooks included."""
+    iterating = [module for _, module in _power_iterations(model) if module.training]
+    made = [(module, name, module.__dict__[name]) for module, name in _made_by_hooks(model)]
+    for module in iterating:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in iterating:
+            module.training = True
+        for module, name, weight in made:
+            module.__dict__[name] = weight
+
+
+def _power_iterations(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        hooks = module._forward_pre_hooks.values()
+        if isinstance(module, _SpectralNorm) or any(isinstance(hook, SpectralNorm) for hook in hooks):
+            yield name, module
+
+
+def _made_by_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, (SpectralNorm, WeightNorm)):
+                yield module, hook.name
+
+
+class Statistics(TorchFunctionMode):
+    """Within it, normalisation that would update running statistics follows a policy, and updates nothing."""
+
+    def __init__(self, policy: BufferPolicy) -> None:
+        super().__init__()
+        self._replaced = _FROZEN if policy == "frozen" else _BATCH
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[Any], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Call `func`, or what replaces it."""
+        return self._replaced.get(func, func)(*args, **(kwargs or {}))
+
+
+def _frozen_batch_norm(x: Tensor, mean: Tensor | None, var: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+    if mean is not None:
+        kwargs["training"] = False
+    return F.batch_norm(x, mean, var, *args, **kwargs)
+
+
+def _batch_norm_by_batch(x: Tensor, mean: Tensor | None, var: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+    if kwargs["training"]:
+        mean = var = None
+    return F.batch_norm(x, mean, var, *args, **kwargs)
+
+
+def _frozen_instance_norm(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if kwargs["running_mean"] is not None:
+        kwargs["use_input_stats"] = False
+    return F.instance_norm(x, *args, **kwargs)
+
+
+def _instance_norm_by_batch(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if kwargs["use_input_stats"]:
+        kwargs["running_mean"] = kwargs["running_var"] = None
+    return F.instance_norm(x, *args, **kwargs)
+
+
+_Replaced = Mapping[Callable[..., Any], Callable[..., Any]]
+_FROZEN: _Replaced = {F.batch_norm: _frozen_batch_norm, F.instance_norm: _frozen_instance_norm}
+_BATCH: _Replaced = {F.batch_norm: _batch_norm_by_batch, F.instance_norm: _instance_norm_by_batch}

@@ -185,7 +185,8 @@ class FiniteDifference:
         h = self._move / torch.where(norm > 0, norm, torch.ones_like(norm))
         weights = (1 / (2 * h)).squeeze(-1)
         ahead, behind = (
-            self._loss.gradient(self._phi + s * h * w, self._step, fixed=mixed, weights=weights) for s in (1, -1)
+            self._loss.gradient(torch.addcmul(self._phi, h, w, value=s), self._step, fixed=mixed, weights=weights)
+            for s in (1, -1)
         )
         fixed = None if ahead.fixed is None or behind.fixed is None else ahead.fixed - behind.fixed
-        return ahead.adapted - behind.adapted, fixed
+        return ahead.adapted.sub_(behind.adapted), fixed

@@ -103,19 +103,19 @@ class ImplicitMAML(MetaGradient):
         query = problem.judge(phi)
         root = problem.damping.sqrt()
         weight = root / root.mean()  # 1 for a single lambda, where the system is I + H / lambda itself
-        rhs = query.adapted / weight
+        rhs = query.adapted.div_(weight)
         curvature, gradient = self._curvature(problem, phi)
+        with_bound = self.error_bound and self.curvature == "hessian"
+        stationarity, slope = gradient.norm(dim=-1), gradient / root if with_bound else None
+        del gradient
         op = _system(curvature, root)
         solution = _cast(self.solver.solve(op, rhs.to(self.solver_dtype or rhs.dtype)), rhs.dtype)
-        with_bound = self.error_bound and self.curvature == "hessian"
         mu = careful_eigenvalue(solution, op, rhs) if with_bound else None
         fixed = query.fixed
         if fixed is not None:
             mixed = curvature.product(solution.x * weight / problem.damping, mixed=True)[1]
             fixed = fixed if mixed is None else fixed - mixed
         del curvature, op  # a graph may hang on it, and the error bound needs another
-        stationarity, slope = gradient.norm(dim=-1), gradient / root
-        del gradient
 
         def look(displacement: Tensor) -> tuple[Tensor, Tensor]:
             there = phi + displacement / root
@@ -124,7 +124,7 @@ class ImplicitMAML(MetaGradient):
             return v - _system(curvature, root).mv(solution.x), gradient / root
 
         bound = None
-        if mu is not None:
+        if mu is not None and slope is not None:
             error = solution_error(mu, rhs, solution.residual_norm, slope, (root * phi).norm(dim=-1), look)
             bound = relative_bound(error * weight.max(), (solution.x * weight).norm(dim=-1), solution.status)
         norm = rhs.norm(dim=-1)

@@ -12,7 +12,7 @@ from imaml_solvers._lanczos import lower_ritz_value
 from imaml_solvers._operator import LinearOperator
 from imaml_solvers._solution import Solution, Status
 from imaml_solvers._solver import LinearSolver
-from imaml_solvers._start import RUNNING, Start, check_stopping, dot, norm, start
+from imaml_solvers._start import RUNNING, Start, check_stopping, dot, largest_entry, norm, start
 
 _CLAIMED = -2
 """The status of a system whose recursive residual met the tolerance, before b - A x is looked at."""
@@ -39,7 +39,8 @@ class CG(LinearSolver):
     `smallest_eigenvalue`: T_jj = 1 / alpha_j + beta_{j-1} / alpha_{j-1}, T_j,j+1 = sqrt(beta_j) / alpha_j.
 
     Cost: one product a step, of the whole batch, until the slowest system stops; so `max_steps` products for a
-    budget. Memory: five vectors. Not for indefinite or unsymmetric A: see `ScipySolver`.
+    budget. Memory: b, x, r and p, and besides what a product takes, or two more. Not for indefinite or unsymmetric A:
+    see `ScipySolver`.
 
     Args:
         max_steps: Most steps for a system; None is 10 n.
@@ -82,7 +83,8 @@ class _Run:
         max_steps: int,
         is_budget: bool,
     ) -> None:
-        self._op, self._preconditioner, self._begun = op, preconditioner, begun
+        self._op, self._preconditioner = op, preconditioner
+        self._b, self._unit, self._tolerance = begun.b, begun.unit, begun.tolerance
         self._max_steps = max_steps
         self._spent = Status.BUDGET_SPENT if is_budget else Status.MAX_STEPS
         self._met = Status.CONVERGED if is_budget else _CLAIMED
@@ -116,10 +118,11 @@ class _Run:
         largest = self._largest.maximum(curvature / self._size)
         broken = torch.isfinite(curvature) & (curvature <= self._eps * largest * self._size)
         alpha = self._rho / curvature
-        x = self._x + alpha.unsqueeze(-1) * self._p
-        r = self._r - alpha.unsqueeze(-1) * q
-        residual = norm(r)
-        finite = torch.isfinite(curvature) & torch.isfinite(residual) & torch.isfinite(x * self._begun.unit).all(-1)
+        r = torch.addcmul(self._r, alpha.unsqueeze(-1), q, value=-1)
+        del q  # as many vectors at once as here are all that a step holds
+        x = torch.addcmul(self._x, alpha.unsqueeze(-1), self._p)
+        residual, size = norm(r), largest_entry(x) * self._unit.squeeze(-1)
+        finite = torch.isfinite(curvature) & torch.isfinite(residual) & torch.isfinite(size)
         self._lowest = (curvature / self._size).where(running & broken, self._lowest)
         self._end(running & broken, Status.BREAKDOWN)
         self._end(running & ~broken & ~finite, Status.NONFINITE)
@@ -137,14 +140,14 @@ class _Run:
     def verify(self) -> None:
         """Compare b - A x with the tolerance where the recursive residual met it; what fails runs on from there."""
         claimed = self._status == _CLAIMED
-        r = self._begun.b - self._op.mv(self._x)
+        r = self._b - self._op.mv(self._x)
         residual = norm(r)
         finite = torch.isfinite(residual)
         self._stalls = (self._stalls + 1).where(residual > self._checked / 2, 0)
         self._end(claimed, RUNNING)
         self._end(claimed & (self._num_steps == self._max_steps), Status.MAX_STEPS)
         self._end(claimed & (self._stalls == 2), Status.STAGNATED)
-        self._end(claimed & (residual <= self._begun.tolerance), Status.CONVERGED)
+        self._end(claimed & (residual <= self._tolerance), Status.CONVERGED)
         self._end(claimed & ~finite, Status.NONFINITE)
         self._r = _choose(claimed & finite, r, self._r)
         self._residual = residual.where(claimed & finite, self._residual)
@@ -153,14 +156,8 @@ class _Run:
 
     def solution(self) -> Solution:
         """The outcome in the units of b."""
-        unit = self._begun.unit
-        return Solution(
-            self._x * unit,
-            self._status,
-            self._num_steps,
-            self._residual * unit.squeeze(-1),
-            self._smallest_eigenvalue(),
-        )
+        residual = self._residual * self._unit.squeeze(-1)
+        return Solution(self._x * self._unit, self._status, self._num_steps, residual, self._smallest_eigenvalue())
 
     def _note(self, alpha: Tensor, residual: Tensor) -> None:
         """Keep the row of T that this step found; alpha is 0 for a system that did not move."""
@@ -186,7 +183,7 @@ class _Run:
         self._end(running & (rho <= 0), Status.BREAKDOWN)
         running = self._status == RUNNING
         beta = (rho / self._rho).masked_fill(fresh, 0)
-        self._p = _choose(running, z + beta.unsqueeze(-1) * self._p, self._p)
+        self._p = _choose(running, torch.addcmul(z, beta.unsqueeze(-1), self._p), self._p)
         self._fresh, self._carried = fresh, self._carried.masked_fill(fresh, 0)
         self._size = (rho + beta.square() * self._size).where(running, self._size)
         self._rho = rho.where(running, self._rho)
@@ -196,4 +193,5 @@ class _Run:
 
 
 def _choose(systems: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    return torch.where(systems.unsqueeze(-1), new, old)
+    """`new` where chosen, else `old`; written into `new`."""
+    return torch.where(systems.unsqueeze(-1), new, old, out=new)

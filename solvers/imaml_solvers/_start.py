@@ -25,6 +25,12 @@ def norm(x: Tensor) -> Tensor:
     return size
 
 
+def largest_entry(x: Tensor) -> Tensor:
+    """The largest absolute value over the last dimension, `(*batch,)`; NaN where there is one."""
+    size: Tensor = torch.linalg.vector_norm(x, ord=torch.inf, dim=-1)
+    return size
+
+
 def check_stopping(max_steps: int | None, rtol: float | None, atol: float) -> None:
     """Check the fields that say when to stop; raises ValueError."""
     if max_steps is not None and max_steps < 1:
@@ -55,10 +61,13 @@ def start(op: LinearOperator, b: Tensor, x0: Tensor | None, rtol: float, atol: f
     zero = (b == 0).all(-1, keepdim=True)
     x = torch.zeros_like(b) if x0 is None else x0.masked_fill(zero, 0)
     r = b if x0 is None else b - op.mv(x)
-    bad = ~(torch.isfinite(x) & torch.isfinite(r)).all(-1, keepdim=True)
-    x, r = x.masked_fill(bad, 0), torch.where(bad, b, r)
-    unit = _power_of_two(torch.maximum(b.abs(), r.abs()).amax(-1, keepdim=True))
-    b, x, r = b / unit, x / unit, r / unit
+    bad = ~(torch.isfinite(largest_entry(x)) & torch.isfinite(largest_entry(r))).unsqueeze(-1)
+    x = x.masked_fill_(bad, 0)
+    if x0 is not None:
+        r = torch.where(bad, b, r, out=r)
+    unit = _power_of_two(largest_entry(b).maximum(largest_entry(r)).unsqueeze(-1))
+    b, x = b / unit, x.div_(unit)
+    r = b if x0 is None else r.div_(unit)
     least = torch.finfo(b.dtype).eps if rtol == atol == 0 else rtol
     tolerance = (least * norm(b)).maximum(atol / unit.squeeze(-1))
     status = torch.full(b.shape[:-1], RUNNING, device=b.device)

@@ -45,7 +45,9 @@ PRESETS: dict[Dataset, Preset] = {
         {
             "maml": EngineOptions(inner_lr=0.4, inner_steps=1, chunk_size=8),
             "fomaml": EngineOptions(inner_lr=0.4, inner_steps=1, chunk_size=8),
-            "imaml": EngineOptions(inner_lr=0.15, inner_steps=5, regularization=0.5, cg_steps=1, chunk_size=8),
+            "imaml": EngineOptions(
+                adapt=["head"], inner_lr=0.02, inner_steps=16, regularization=0.5, cg_steps=6, chunk_size=16
+            ),
         },
         minutes_to_compare=60.0,
     ),

@@ -15,7 +15,7 @@ env: $(STAMP) ## create .venv and install the checkout in it, editable
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python $(PIP_INSTALL) torch
-	$(BIN)/python $(PIP_INSTALL) --editable '.[train,dev]'
+	$(BIN)/python $(PIP_INSTALL) --editable '.[train,text,dev]'
 	@touch $@
 
 demo: env ## compare the strategies on real characters (a few minutes)

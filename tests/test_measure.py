@@ -3,7 +3,7 @@ import time
 import pytest
 import torch
 
-from imaml.measure import peak_memory, timed
+from imaml.measure import counted, peak_memory, timed
 
 MB = 1_000_000
 
@@ -69,3 +69,23 @@ def test_timed_takes_the_median_of_the_calls_after_the_first():
 def test_timed_needs_a_repeat():
     with pytest.raises(ValueError, match=r"`repeats`.*Got 0"):
         timed(lambda: None, repeats=0)
+
+
+def test_operations_and_flops_of_a_matrix_product():
+    a, b = torch.ones(3, 4), torch.ones(4, 5)
+    counts = counted(lambda: (a @ b).exp())
+    assert (counts.operations, counts.flops) == (2, 2 * 3 * 4 * 5)
+
+
+def test_a_grouped_convolution_costs_what_its_parts_cost():
+    """torch's own formula counts the gradient of the weight as if there were no groups."""
+    x, w = (torch.randn(shape, requires_grad=True) for shape in ((2, 6, 8, 8), (6, 3, 3, 3)))
+
+    def together():
+        torch.conv2d(x, w, groups=2, padding=1).sum().backward()
+
+    def apart():
+        halves = zip(x.chunk(2, 1), w.chunk(2), strict=True)
+        sum(torch.conv2d(part, weight, padding=1).sum() for part, weight in halves).backward()
+
+    assert counted(together).flops == counted(apart).flops == 3 * 2 * (2 * 6 * 64) * 27

@@ -6,12 +6,11 @@ from dataclasses import dataclass, replace
 from statistics import median
 from time import monotonic
 
-import torch
 from rich.console import Console
-from torch import Tensor
 from torch.nn import functional as F
 
-from imaml import MAML, MetaGradient, Objective, TaskBatch
+from imaml import MetaGradient, Objective, TaskBatch
+from imaml.cli._exact_gradient import exact_gradient, flat
 from imaml.cli._options import EngineOptions, Strategy
 from imaml.cli._outcome import Outcome, Point
 from imaml.cli._problem import Problem, build_engine
@@ -94,12 +93,6 @@ class Arena:
         Returns:
             At most 1.
         """
-        exact = MAML(inner=engine.inner, regularization=engine.regularization, chunk_size=engine.chunk_size)
-        _, ours = engine.value_and_grad(objective, self.probe)
-        double = objective.double()
-        _, true = exact.value_and_grad(double, self.probe.to(dtype=torch.float64))
-        return F.cosine_similarity(_flat(ours), _flat(true), dim=0).item()
-
-
-def _flat(named: dict[str, Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten().double() for tensor in named.values()])
+        ours = engine.value_and_grad(objective, self.probe)[1]
+        true = exact_gradient(engine, objective, self.probe, chunk_size=engine.chunk_size)
+        return F.cosine_similarity(flat(ours), true, dim=0).item()

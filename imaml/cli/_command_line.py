@@ -8,12 +8,13 @@ from typing import Annotated, TypeVar
 import tyro
 
 from imaml.cli import _presets
+from imaml.cli._bench_options import Bench
 from imaml.cli._options import Compare, Train, Verify
 from imaml.training import RunFolder
 
-Options = Train | Compare | Verify
+Options = Train | Compare | Verify | Bench
 T = TypeVar("T", bound=Options)
-_COMMANDS: dict[str, type[Options]] = {"train": Train, "compare": Compare, "verify": Verify}
+_COMMANDS: dict[str, type[Options]] = {"train": Train, "compare": Compare, "verify": Verify, "bench": Bench}
 
 
 def parse(args: Sequence[str]) -> Options:
@@ -32,15 +33,16 @@ def parse(args: Sequence[str]) -> Options:
         tyro.cli(
             Annotated[Train, tyro.conf.subcommand("train")]
             | Annotated[Compare, tyro.conf.subcommand("compare")]
-            | Annotated[Verify, tyro.conf.subcommand("verify")],
+            | Annotated[Verify, tyro.conf.subcommand("verify")]
+            | Annotated[Bench, tyro.conf.subcommand("bench")],
             args=args or ["--help"],
             prog="imaml",
             description="Meta-learning with exact, first-order and implicit meta-gradients.",
         )
     command, *flags = args
     first = _parse(command, [flag for flag in flags if flag not in ("-h", "--help")], _COMMANDS[command]())
-    if isinstance(first, Verify):
-        return _parse(command, flags, Verify())
+    if isinstance(first, Verify | Bench):
+        return _parse(command, flags, type(first)())
     if isinstance(first, Compare):
         return _parse(command, flags, _presets.compare(first.episodes.dataset))
     if first.resume:

@@ -31,7 +31,7 @@ DARK = Theme(ink="#c4c7c5", grid="#3c4043")
 
 def training_curve(metrics: Sequence[dict[str, Any]], metric: Metric) -> Figure:
     """The metric over the steps of a run: training as a running mean, validation with its interval."""
-    figure, axes = _axes(LIGHT, (7.0, 4.0))
+    figure, axes = empty_axes(LIGHT, (7.0, 4.0))
     steps = [record["step"] for record in metrics]
     values = [metric.scale * record["metric"] for record in metrics]
     means = [sum(part := values[max(0, i - _WINDOW + 1) : i + 1]) / len(part) for i in range(len(values))]
@@ -51,7 +51,7 @@ def training_curve(metrics: Sequence[dict[str, Any]], metric: Metric) -> Figure:
 
 def learning_curves(outcomes: Sequence[Outcome], metric: Metric, theme: Theme, *, by_seconds: bool) -> Figure:
     """Validation over meta-steps or over the seconds they took, with 95 % bands."""
-    figure, axes = _axes(theme, (5.2, 3.6))
+    figure, axes = empty_axes(theme, (5.2, 3.6))
     x: Callable[[Point], float] = (lambda point: point.seconds) if by_seconds else (lambda point: point.step)
     for outcome in outcomes:
         xs = [x(point) for point in outcome.curve]
@@ -69,7 +69,7 @@ def learning_curves(outcomes: Sequence[Outcome], metric: Metric, theme: Theme, *
 
 def bars(outcomes: Sequence[Outcome], values: Sequence[float], label: str, form: str, theme: Theme) -> Figure:
     """One horizontal bar for each strategy, with its number in the given format."""
-    figure, axes = _axes(theme, (5.2, 0.7 + 0.42 * len(outcomes)))
+    figure, axes = empty_axes(theme, (5.2, 0.7 + 0.42 * len(outcomes)))
     names = [NAMES[outcome.strategy] for outcome in outcomes]
     drawn = axes.barh(names, values, color=[COLORS[outcome.strategy] for outcome in outcomes], height=0.62)
     axes.bar_label(drawn, fmt=form, padding=4, color=theme.ink)
@@ -86,7 +86,8 @@ def save_png(path: Path, figure: Figure) -> None:
     replace_file(path, lambda stream: figure.savefig(stream, format="png", dpi=150, facecolor="white"))
 
 
-def _axes(theme: Theme, size: tuple[float, float]) -> tuple[Figure, Axes]:
+def empty_axes(theme: Theme, size: tuple[float, float]) -> tuple[Figure, Axes]:
+    """A transparent figure of one panel, its size in inches."""
     figure = Figure(figsize=size, layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()

@@ -60,7 +60,7 @@ def build_problem(options: EpisodeOptions, machine: MachineOptions) -> Problem:
     Raises:
         ValueError: An option is out of range, or does not apply to the dataset.
     """
-    _set_up(machine)
+    set_up(machine)
     kind, name = _EPISODES[options.dataset], _MODELS[options.dataset]
     if options.model not in (None, name):
         raise ValueError(f"--model must be {name} for --dataset {options.dataset}. Got {options.model}.")
@@ -77,7 +77,8 @@ def build_problem(options: EpisodeOptions, machine: MachineOptions) -> Problem:
     return Problem(episodes=kind(**given), model=model.to(machine.device), loss=loss, metric=metric)
 
 
-def _set_up(machine: MachineOptions) -> None:
+def set_up(machine: MachineOptions) -> None:
+    """Set torch's threads; raises ValueError for a number below 1 or a device that cannot be used."""
     if machine.threads is not None:
         if machine.threads < 1:
             raise ValueError(f"--threads must be at least 1. Got {machine.threads}.")

@@ -1,0 +1,117 @@
+"""`imaml bench`: what it measures, what it advises, and its page."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from matplotlib.image import imread
+
+from imaml.cli import main
+from imaml.cli._bench import Cost, _advice
+
+MODULE = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+from imaml import MAML, GradientDescent, Objective, TaskBatch
+
+def make():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))
+    def batch():
+        return torch.randn(2, 4, 2), torch.randn(2, 4, 2)
+    return Objective(model, F.mse_loss), TaskBatch(support=batch(), query=batch())
+
+def with_engine():
+    return *make(), MAML(inner=GradientDescent(lr=0.2, steps=4), regularization=0.5)
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run `imaml bench` on the module above; returns the exit code and the rows."""
+    (tmp_path / "user_bench.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args):
+        sys.modules.pop("user_bench", None)
+        code = main(["bench", *args, "--repeats", "1", "--out", str(tmp_path / "out")])
+        file = tmp_path / "out" / "results.jsonl"
+        return code, [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    return run
+
+
+def test_every_setting_is_measured_and_the_exact_ones_are_exact(run, capsys):
+    code, rows = run("user_bench:make", "--inner-lr", "0.1")
+    assert code == 0
+    assert {row["strategy"] for row in rows} == {"maml", "fomaml", "imaml"}
+    assert all(row["seconds"] > 0 and row["bytes"] > 100 and row["equivalents"] > 0 for row in rows)
+    errors = {row["setting"]: row["error"] for row in rows}
+    assert max(error for name, error in errors.items() if name.startswith("MAML")) < 1e-5
+    assert min(error for name, error in errors.items() if not name.startswith("MAML")) > 1e-3
+    assert {"MAML", "MAML, chunk_size=1", "MAML, chunk_size=1, checkpoints=2"} <= {row["setting"] for row in rows}
+    printed = capsys.readouterr().out
+    assert "FOMAML, chunk_size=1" in printed and "iMAML: use" in printed
+
+
+def test_the_inner_loop_of_a_given_engine_and_fixed_options_are_kept(run):
+    _, rows = run("user_bench:with_engine", "--strategies", "maml", "fomaml", "--chunk-size", "1")
+    assert [row["setting"] for row in rows] == ["MAML", "MAML, hvp='forward-over-reverse'", "FOMAML"]
+    biased = rows[2]["error"]
+    _, shorter = run("user_bench:with_engine", "--strategies", "fomaml", "--inner-steps", "1")
+    assert shorter[0]["error"] < biased
+
+
+def test_settings_over_the_limit_are_not_timed(run, capsys):
+    _, rows = run("user_bench:make", "--strategies", "fomaml", "--memory", "0.00001")
+    assert all(row["seconds"] is None and row["reason"] == "over 1e-05 MB" for row in rows)
+    assert "FOMAML: no setting stays within 1e-05 MB." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "Expected a problem as module:function"),
+        (["user_bench:make", "--strategies"], "--strategies needs at least one"),
+        (["user_bench:make", "--threads", "0"], "--threads must be at least 1. Got 0"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(run, capsys, args, message):
+    assert run(*args)[0] == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1
+
+
+def cost(setting, seconds, size, spread=0.0):
+    return Cost(strategy="maml", setting=setting, seconds=seconds, spread=spread, bytes=size)
+
+
+def test_advice_prefers_the_leaner_of_two_that_are_as_fast():
+    alike = [cost("quick", 1.0, 9_000_000, 0.2), cost("lean", 1.1, 5_000_000), cost("slow", 3.0, 1_000_000)]
+    assert list(_advice(alike, None)) == ["MAML: use lean (1100 ms, 5 MB); the leanest is slow (3000 ms, 1 MB)."]
+    apart = [cost("quick", 1.0, 9_000_000, 0.05), alike[1]]
+    assert next(_advice(apart, 20)).startswith("MAML: use within 20 MB quick (1000 ms, 9 MB); the leanest is lean")
+
+
+def test_the_page_renders(run, tmp_path):
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed: the page cannot be looked at.")
+    run("user_bench:make", "--strategies", "fomaml")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4  # two figures, light and dark
+    shot = tmp_path / "shot.png"
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1100,1400"]
+    command += [
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--screenshot={shot}",
+        (tmp_path / "out/report.html").as_uri(),
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    pixels = imread(shot)[..., :3]
+    assert pixels.shape[:2] == (1400, 1100)
+    colourful = (pixels.max(-1) - pixels.min(-1) > 0.3).any(-1).sum()
+    assert colourful > 10  # rows with coloured points: the figures are there

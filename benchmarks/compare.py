@@ -1,10 +1,10 @@
 """This library and its rivals side by side: error, time and memory of one meta-gradient.
 
-    python -m benchmarks.compare [--workloads W1 W2 ...] [--steps 5 ...] [--methods ...] [--passes check memory time]
+    python -m benchmarks.compare [--workloads W1 ...] [--steps 5 ...] [--methods ...] [--passes check memory count time]
 
 Every measurement runs in a fresh process, the methods alternating; `results.jsonl` in the output folder grows by one
-line for each, and the table, the goals and the plots are made from all of its lines. Rivals are fetched first into a
-folder of their own; what does not install or run is listed with the reason.
+line for each, and the tables, the goals and `report.html` are made from all of its lines. Rivals are fetched first into
+a folder of their own; what does not install or run is listed with the reason.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import plots, tables
+from benchmarks import report, tables
 from benchmarks.one import PASSES
 from benchmarks.rivals import METHODS, environment
 from benchmarks.summary import read
@@ -52,6 +52,12 @@ def measure(method: str, workload: str, steps: int, kind: str, options: argparse
     return row | {"reason": lines[-1] if lines else f"ended with exit code {run.returncode}"}
 
 
+def remember(file: Path, about: dict[str, Any]) -> None:
+    """Add a run to the list of those that the results came from."""
+    runs = json.loads(file.read_text()) if file.exists() else []
+    file.write_text(json.dumps([*runs, about], indent=2) + "\n")
+
+
 def plan(options: argparse.Namespace) -> Iterator[tuple[str, str, int, str]]:
     """Which measurements, in which order: the methods alternate within a pass, and timing goes round and round."""
     for name in options.workloads:
@@ -65,7 +71,7 @@ def plan(options: argparse.Namespace) -> Iterator[tuple[str, str, int, str]]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workloads", nargs="*", choices=WORKLOADS, default=["W1", "W2", "W2-implicit", "W3"])
+    parser.add_argument("--workloads", nargs="*", choices=WORKLOADS, default=["W1", "W2", "W2-implicit", "W3", "W4"])
     parser.add_argument("--steps", nargs="*", type=int, help="inner steps K; those of the workload if not given")
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--passes", nargs="*", choices=PASSES, default=list(PASSES))
@@ -89,7 +95,7 @@ def main() -> None:
         console.print(f"{package} did not install: {reason}", markup=False)
     about = machine() | {"command": shlex.join(["python", "-m", "benchmarks.compare", *sys.argv[1:]])}
     about |= {"threads": options.threads, "rivals": environment.versions(), "not_installed": failed}
-    (options.out / "environment.json").write_text(json.dumps(about, indent=2) + "\n")
+    remember(options.out / "environment.json", about)
     todo = list(plan(options))
     with console.status("") as status, (options.out / "results.jsonl").open("a") as results:
         for number, (method, workload, steps, kind) in enumerate(todo, start=1):
@@ -100,10 +106,7 @@ def main() -> None:
     for table in tables.rich(figures):
         console.print(table)
     (options.out / "README.md").write_text(tables.markdown(figures, about))
-    for name in {figure.workload for figure in figures}:
-        shown = [f for f in figures if f.workload == name and f.seconds is not None and f.bytes is not None]
-        if shown:
-            plots.against_steps(shown).savefig(options.out / f"{name}.png", dpi=120)
+    report.write(options.out / "report.html", figures, about)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.rivals import METHODS
 from benchmarks.summary import Figure
+from benchmarks.workloads import WORKLOADS
 
-Quantity = Literal["seconds", "bytes", "equivalents"]
+Quantity = Literal["seconds", "bytes", "equivalents", "arithmetic"]
 RECIPES = ("torch.func, vmap inside", "torch.func, vmap outside")
 LIBRARIES = ("learn2learn", "higher", "TorchOpt explicit")
 EXACT = tuple(name for name, m in METHODS.items() if m.family == "exact" and not name.startswith("imaml"))
+
+
+def _allowance(products: float, gradients: float, per_step: float, vectors: float) -> Callable[[Figure], float | None]:
+    """Bytes as a sum of those of a product, of a gradient, and of copies of theta."""
+
+    def of(figure: Figure) -> float | None:
+        product, gradient, theta = figure.product_bytes, figure.gradient_bytes, figure.theta_bytes
+        if product is None or gradient is None or theta is None:
+            return None
+        return products * product + gradients * gradient + (per_step * figure.steps + vectors) * theta
+
+    return of
+
+
+ALLOWANCES = {
+    "one HVP's + K thetas": _allowance(1, 0, 1, 0),
+    "1.1 x one HVP's + 6 thetas": _allowance(1.1, 0, 0, 6),
+    "one gradient's": _allowance(0, 1, 0, 0),
+}
+"""Bytes that a goal compares with in place of a rival's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,21 +45,30 @@ class Goal:
     quantity: Quantity
     ours: str
     theirs: str | None = None
+    """A rival, or one of `ALLOWANCES`."""
     factor: float
 
     def reached(self, figures: Sequence[Figure]) -> float | None:
         """What `factor` is in the measured figures; None where one is missing."""
-        values = {f.method: getattr(f, self.quantity) for f in figures if (f.workload, f.steps) == self._where}
-        ours, theirs = values.get(self.ours), values.get(self.theirs) if self.theirs else 1.0
+        here = {f.method: f for f in figures if (f.workload, f.steps) == (self.workload, self.steps)}
+        if self.ours not in here:
+            return None
+        theirs: float | None = 1.0
+        if self.theirs in ALLOWANCES:
+            theirs = ALLOWANCES[self.theirs](here[self.ours])
+        elif self.theirs is not None:
+            theirs = getattr(here.get(self.theirs), self.quantity, None)
+        ours = getattr(here[self.ours], self.quantity)
         return None if ours is None or theirs is None else ours / theirs
 
     @property
-    def _where(self) -> tuple[str, int]:
-        return self.workload, self.steps
-
-    @property
     def title(self) -> str:
-        what = {"seconds": "time", "bytes": "peak memory", "equivalents": "gradient-equivalents"}[self.quantity]
+        what = {
+            "seconds": "time",
+            "bytes": "peak memory",
+            "equivalents": "gradient-equivalents by time",
+            "arithmetic": "gradient-equivalents by arithmetic",
+        }[self.quantity]
         title = f"{self.workload}, K = {self.steps}: {what} of {self.ours}"
         return f"{title} / {self.theirs}" if self.theirs else title
 
@@ -54,8 +84,9 @@ def _leaner(workload: str, steps: int, ours: str, theirs: str | None, factor: fl
     return Goal(workload=workload, steps=steps, quantity="bytes", ours=ours, theirs=theirs, factor=factor)
 
 
-def _equivalents(steps: int, ours: str, limit: float) -> Goal:
-    return Goal(workload="W3", steps=steps, quantity="equivalents", ours=ours, factor=limit)
+def _equivalents(steps: int, ours: str, limit: float) -> list[Goal]:
+    kinds: tuple[Quantity, ...] = ("equivalents", "arithmetic")
+    return [Goal(workload="W3", steps=steps, quantity=kind, ours=ours, factor=limit) for kind in kinds]
 
 
 GOALS = (
@@ -74,6 +105,17 @@ GOALS = (
     _leaner("W3", 4, "imaml MAML", "torch-maml, checkpointing", 1),
     _leaner("W3", 16, "imaml MAML", "torch-maml, checkpointing", 1),
     _leaner("W3", 64, "imaml MAML, checkpoints=4", "create_graph loop", 1 / 30),
-    *(_equivalents(steps, "imaml FOMAML", 1.05 * (steps + 1)) for steps in (4, 16)),
-    *(_equivalents(steps, "imaml MAML", 4.2 * steps + 1) for steps in (4, 16)),
+    *(
+        goal
+        for steps in WORKLOADS["W3"].steps
+        for goal in (
+            _leaner("W3", steps, "imaml MAML", "one HVP's + K thetas", 1.15),
+            _leaner("W3", steps, "imaml ImplicitMAML", "1.1 x one HVP's + 6 thetas", 1),
+            _leaner("W3", steps, "imaml ImplicitMAML, linearize=False", "1.1 x one HVP's + 6 thetas", 1),
+            _leaner("W3", steps, "imaml FOMAML", "one gradient's", 1.1),
+            *_equivalents(steps, "imaml FOMAML", 1.05 * (steps + 1)),
+            *_equivalents(steps, "imaml MAML", 4.2 * steps + 1),
+            *_equivalents(steps, "imaml ImplicitMAML", 1.05 * (steps + 1) + 1.2 + 2.2 * WORKLOADS["W3"].solver_steps),
+        )
+    ),
 )

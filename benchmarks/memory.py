@@ -31,9 +31,9 @@ MIB = 2**20
 
 
 class Transformer(nn.Module):
-    def __init__(self, *, vocabulary: int, width: int, layers: int, classes: int = 5) -> None:
+    def __init__(self, *, vocabulary: int, width: int, layers: int, heads: int = 4, classes: int = 5) -> None:
         super().__init__()
-        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
         self.embed = nn.Embedding(vocabulary, width)
         self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.head = nn.Linear(width, classes)

@@ -1,6 +1,6 @@
 """One measurement in a process of its own: prints one JSON object, or ends with the exception that a method raised.
 
-python -m benchmarks.one METHOD WORKLOAD STEPS {check,memory,time} [--threads N] [--repeats N]
+python -m benchmarks.one METHOD WORKLOAD STEPS {check,memory,count,time} [--threads N] [--repeats N]
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.reference import flat, reference, support_gradients
+from benchmarks.reference import flat, reference, support_gradients, support_products
 from benchmarks.rivals import METHODS, Method
 from benchmarks.workloads import WORKLOADS, Workload
-from imaml.measure import peak_memory, timed
+from imaml.measure import counted, peak_memory, timed
 
 
 def check(method: Method, workload: Workload, steps: int, repeats: int) -> dict[str, Any]:
@@ -33,10 +33,26 @@ def check(method: Method, workload: Workload, steps: int, repeats: int) -> dict[
 
 
 def memory(method: Method, workload: Workload, steps: int, repeats: int) -> dict[str, Any]:
-    """Peak bytes of a second call, so that what torch sets up once is not counted."""
-    call = method.prepare(workload.problem(steps))
-    call()
-    return {"bytes": peak_memory(call)}
+    """Peak bytes of a call, of one plain gradient and of one Hessian-vector product, and those of the parameters.
+
+    A call with one step goes before, so that what torch sets up once is not counted.
+    """
+    problem = workload.problem(steps)
+    method.prepare(workload.problem(1))()
+    return {
+        "bytes": peak_memory(method.prepare(problem)),
+        "gradient_bytes": peak_memory(lambda: support_gradients(problem)),
+        "product_bytes": peak_memory(lambda: support_products(problem)),
+        "theta_bytes": sum(p.numel() * p.element_size() for p in problem.parameters.values()),
+    }
+
+
+def count(method: Method, workload: Workload, steps: int, repeats: int) -> dict[str, Any]:
+    """Operations of a call, and its arithmetic beside that of one plain gradient; no clock is read."""
+    problem = workload.problem(steps)
+    counts = counted(method.prepare(problem))
+    unit = counted(lambda: support_gradients(problem, math=True))
+    return {"operations": counts.operations, "flops": counts.flops, "unit_flops": unit.flops}
 
 
 def time(method: Method, workload: Workload, steps: int, repeats: int) -> dict[str, Any]:
@@ -50,6 +66,7 @@ def time(method: Method, workload: Workload, steps: int, repeats: int) -> dict[s
 PASSES: dict[str, Callable[[Method, Workload, int, int], dict[str, Any]]] = {
     "check": check,
     "memory": memory,
+    "count": count,
     "time": time,
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -56,7 +58,27 @@ def flat(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     return torch.cat([t.detach().flatten() for t in tensors])
 
 
-def support_gradients(problem: Problem) -> list[Tensor]:
-    """One plain support gradient of every task at the start, the unit of *gradient-equivalents*."""
+def support_gradients(problem: Problem, *, math: bool = False) -> list[Tensor]:
+    """One plain support gradient of every task at the start, the unit of *gradient-equivalents*.
+
+    Attention runs on torch's own choice of kernel, or on its math backend, which second derivatives need.
+    """
     values = list(problem.model.parameters())
-    return mean_over_tasks(problem, lambda task: torch.autograd.grad(problem.loss(problem.model, task.support), values))
+
+    def one(task: Task) -> tuple[Tensor, ...]:
+        inputs, targets = task.support
+        with problem.kernels() if math else nullcontext():
+            return torch.autograd.grad(problem.criterion(problem.model(inputs), targets), values)
+
+    return mean_over_tasks(problem, one)
+
+
+def support_products(problem: Problem) -> list[Tensor]:
+    """One plain Hessian-vector product of every task at the start, by reverse over reverse."""
+    values = list(problem.model.parameters())
+
+    def one(task: Task) -> tuple[Tensor, ...]:
+        gradients = torch.autograd.grad(problem.loss(problem.model, task.support), values, create_graph=True)
+        return torch.autograd.grad(gradients, values, [torch.ones_like(g) for g in gradients])
+
+    return mean_over_tasks(problem, one)

@@ -13,6 +13,8 @@ from benchmarks.rivals import METHODS
 RIGHT = 1e-6
 """A relative error in float64 above which a meta-gradient is wrong; correct ones agree to 1e-9 and better."""
 
+_AS_MEASURED = ("bytes", "gradient_bytes", "product_bytes", "theta_bytes", "operations", "error", "error_float32")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
@@ -25,7 +27,19 @@ class Figure:
     """The largest spread (slowest less fastest call) within a process, or between the processes."""
     equivalents: float | None = None
     """Seconds over those of one plain support gradient of all tasks, one after the other, in the same process."""
+    load: float | None = None
+    """The machine's highest load average when these times began to be measured."""
     bytes: int | None = None
+    gradient_bytes: int | None = None
+    """Of one plain support gradient."""
+    product_bytes: int | None = None
+    """Of one Hessian-vector product by reverse over reverse."""
+    theta_bytes: int | None = None
+    """Of the parameters."""
+    operations: int | None = None
+    """Operations that torch dispatched in one call."""
+    arithmetic: float | None = None
+    """Flops of one call over those of one plain support gradient of all tasks."""
     error: float | None = None
     error_float32: float | None = None
     reason: str | None = None
@@ -59,15 +73,16 @@ def _figure(workload: str, steps: int, method: str, rows: list[dict[str, Any]]) 
             "seconds": median(medians),
             "spread": max(between, *(row["spread"] for row in timed)),
             "equivalents": median(row["seconds"] / row["unit_seconds"] for row in timed),
+            "load": max(row["load"] for row in timed),
         }
+    flops, unit = _last(rows, "flops"), _last(rows, "unit_flops")
     return Figure(
         workload=workload,
         steps=steps,
         method=method,
-        bytes=_last(rows, "bytes"),
-        error=_last(rows, "error"),
-        error_float32=_last(rows, "error_float32"),
+        arithmetic=flops / unit if flops and unit else None,
         reason=_last(list({row["pass"]: row for row in rows}.values()), "reason"),
+        **{name: _last(rows, name) for name in _AS_MEASURED},
         **times,
     )
 

@@ -12,7 +12,31 @@ from benchmarks.goals import GOALS, Goal
 from benchmarks.summary import Figure
 from benchmarks.workloads import WORKLOADS
 
-HEADINGS = ("time, ms", "spread", "equivalents", "peak MB", "gradient", "error", "in float32")
+HEADINGS = (
+    "time, ms",
+    "spread",
+    "load",
+    "equivalents",
+    "arithmetic",
+    "operations",
+    "peak MB",
+    "gradient",
+    "error",
+    "in float32",
+)
+
+GOAL_HEADINGS = ("", "at most", "measured", "met")
+NOTES = (
+    "**time** and **spread**: median over processes, and slowest less fastest. **load**: the highest load "
+    "average of the machine meanwhile; above the number of threads, other programs took a part of it.",
+    "**equivalents**: gradient-equivalents, the time over that of one plain support gradient of all tasks, one "
+    "after the other, in the same process.",
+    "**arithmetic** and **operations**, which no load changes: the flops of matrix products and convolutions in "
+    "the same unit, and the operations that torch dispatched.",
+    "**peak MB**: the most that one call held at once, by the allocator's own events (1 MB = 10^6 bytes).",
+    "**gradient** and **error**: relative error in float64, against plain autograd through one graph; "
+    "`approximate` means by design.",
+)
 
 
 def cells(figure: Figure) -> list[str]:
@@ -21,11 +45,14 @@ def cells(figure: Figure) -> list[str]:
     megabytes = "" if figure.bytes is None else _number(figure.bytes / 1e6)
     verdict = figure.verdict if figure.reason is None else figure.reason
     errors = ["" if e is None else f"{e:.0e}" for e in (figure.error, figure.error_float32)]
-    return [*milliseconds, _number(figure.equivalents), megabytes, verdict, *errors]
+    load = "" if figure.load is None else f"{figure.load:.1f}"
+    operations = "" if figure.operations is None else f"{figure.operations:,}"
+    work = [_number(figure.equivalents), _number(figure.arithmetic), operations]
+    return [*milliseconds, load, *work, megabytes, verdict, *errors]
 
 
 def rich(figures: Sequence[Figure]) -> Iterator[Table]:
-    for title, group in _groups(figures):
+    for title, group in groups(figures):
         table = Table(title=title, title_justify="left")
         table.add_column("method", no_wrap=True)
         for heading in HEADINGS:
@@ -34,7 +61,7 @@ def rich(figures: Sequence[Figure]) -> Iterator[Table]:
             table.add_row(figure.method, *cells(figure), style="red" if figure.verdict == "wrong" else None)
         yield table
     table = Table(title="Goals", title_justify="left")
-    for heading in ("", "at most", "measured", "met"):
+    for heading in GOAL_HEADINGS:
         table.add_column(heading)
     for row in goal_rows(figures):
         table.add_row(*row)
@@ -50,17 +77,12 @@ def markdown(figures: Sequence[Figure], about: dict[str, Any]) -> str:
         + ", ".join(f"{name} {version}" for name, version in sorted(about["rivals"].items()))
         + ".",
         "",
-        "- **time** and **spread**: median over processes, and slowest less fastest.",
-        "- **equivalents**: gradient-equivalents, the time over that of one plain support gradient of all tasks, one "
-        "after the other, in the same process.",
-        "- **peak MB**: the most that one call held at once, by the allocator's own events (1 MB = 10^6 bytes).",
-        "- **gradient** and **error**: relative error in float64, against plain autograd through one graph; "
-        "`approximate` means by design.",
+        *(f"- {note}" for note in NOTES),
         "",
     ]
-    for title, group in _groups(figures):
+    for title, group in groups(figures):
         lines += [f"## {title}", "", *_rows(("method", *HEADINGS), [[f.method, *cells(f)] for f in group]), ""]
-    lines += ["## Goals", "", *_rows(("", "at most", "measured", "met"), goal_rows(figures)), ""]
+    lines += ["## Goals", "", *_rows(GOAL_HEADINGS, goal_rows(figures)), ""]
     return "\n".join(lines)
 
 
@@ -79,7 +101,7 @@ def _amount(goal: Goal, value: float) -> str:
     return f"1/{1 / value:.2f}" if value < 1 else f"{value:.2f}"
 
 
-def _groups(figures: Sequence[Figure]) -> Iterator[tuple[str, list[Figure]]]:
+def groups(figures: Sequence[Figure]) -> Iterator[tuple[str, list[Figure]]]:
     names = list(WORKLOADS)
     ordered = sorted(figures, key=lambda f: (names.index(f.workload), f.steps))
     for (workload, steps), group in groupby(ordered, key=lambda f: (f.workload, f.steps)):

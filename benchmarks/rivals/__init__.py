@@ -39,7 +39,7 @@ class Method:
 METHODS = {
     "imaml MAML": Method(where="ours:maml"),
     "imaml MAML, chunk_size=1": Method(where="ours:maml_task_by_task", only=("W1", "W2", "W2-15", "W2-20", "tiny")),
-    "imaml MAML, checkpoints=4": Method(where="ours:maml_checkpointed", only=("W3", "tiny")),
+    "imaml MAML, checkpoints=4": Method(where="ours:maml_checkpointed", only=("W3", "W4", "tiny")),
     "create_graph loop": Method(where="create_graph:prepare"),
     "torch.func, vmap inside": Method(where="torch_func:vmap_inside"),
     "torch.func, vmap outside": Method(where="torch_func:vmap_outside"),
@@ -49,6 +49,7 @@ METHODS = {
     "torch-maml": Method(where="torch_maml:naive"),
     "torch-maml, checkpointing": Method(where="torch_maml:checkpointed"),
     "imaml ImplicitMAML": Method(where="ours:implicit", family="implicit"),
+    "imaml ImplicitMAML, linearize=False": Method(where="ours:implicit_rebuilt", family="implicit", only=("W3", "W4")),
     "TorchOpt implicit": Method(where="torchopt_implicit:prepare", family="implicit"),
     "Betty cg": Method(where="betty:cg", family="implicit"),
     "Betty neumann": Method(where="betty:neumann", family="implicit", approximate=True),

@@ -32,14 +32,19 @@ def fomaml(problem: Problem) -> Call:
     return _call(FOMAML(inner=_inner(problem)), problem)
 
 
-def implicit(problem: Problem) -> Call:
+def implicit(problem: Problem, *, linearize: bool = True) -> Call:
     """The steps are the budget, so that every implicit method does the same work, and no error bound is computed."""
     solver = CG(max_steps=problem.solver_steps, rtol=0.0)
     engine = ImplicitMAML(
         inner=_inner(problem),
         regularization=problem.regularization,
         solver=solver,
+        linearize=linearize,
         on_failure="ignore",
         error_bound=False,
     )
     return _call(engine, problem)
+
+
+def implicit_rebuilt(problem: Problem) -> Call:
+    return implicit(problem, linearize=False)

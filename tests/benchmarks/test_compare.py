@@ -10,11 +10,12 @@ from torch.nn.utils import vector_to_parameters
 
 from benchmarks import compare, tables
 from benchmarks.goals import Goal
-from benchmarks.plots import against_steps
+from benchmarks.plots import COLOR, TIME, against_steps
 from benchmarks.reference import flat, reference
 from benchmarks.rivals import METHODS, Method
 from benchmarks.summary import Figure, read
 from benchmarks.workloads import WORKLOADS
+from imaml.cli._figures import LIGHT
 
 TINY = WORKLOADS["tiny"]
 NEEDS_NOTHING = [n for n, m in METHODS.items() if m.where.partition(":")[0] in ("ours", "create_graph", "torch_func")]
@@ -90,10 +91,14 @@ def run(tmp_path, monkeypatch):
 
 def test_every_measurement_becomes_a_line_of_json(run, tmp_path):
     rows = run("--methods", "imaml MAML", "--rounds", "1", "--repeats", "1", "--threads", "1")
-    assert [row["pass"] for row in rows] == ["check", "memory", "time"]
-    assert rows[0]["error"] < 1e-12 and rows[1]["bytes"] > 100 and rows[2]["seconds"] > 0
+    assert [row["pass"] for row in rows] == ["check", "memory", "count", "time"]
+    check, memory, count, time = rows
+    assert check["error"] < 1e-12 and memory["bytes"] > 100 and time["seconds"] > 0
+    assert count["flops"] > count["unit_flops"] > 0 and count["operations"] > 100
+    assert len(json.loads((tmp_path / "environment.json").read_text())) == 1
     assert "| imaml MAML |" in (tmp_path / "README.md").read_text()
-    assert (tmp_path / "tiny.png").stat().st_size > 1000
+    page = (tmp_path / "report.html").read_text()
+    assert "imaml MAML" in page and page.count("data:image/png;base64,") == 4  # two figures, light and dark
     assert read(tmp_path / "results.jsonl")[0].verdict == "right"
 
 
@@ -112,12 +117,14 @@ def test_a_wrong_gradient_is_called_wrong_and_an_approximation_is_not(monkeypatc
 
 
 def test_rows_are_pooled_over_the_processes(tmp_path):
-    rows = [{"seconds": s, "spread": 0.1, "unit_seconds": 0.5, "pass": "time"} for s in (1.0, 3.0, 2.0)]
+    rows = [{"seconds": s, "spread": 0.1, "unit_seconds": 0.5, "pass": "time", "load": s} for s in (1.0, 3.0, 2.0)]
+    rows.append({"pass": "count", "flops": 12, "unit_flops": 4, "operations": 9})
     key = {"workload": "tiny", "steps": 1, "method": "higher"}
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(key | row) + "\n" for row in rows))
     (figure,) = read(file)
     assert (figure.seconds, figure.spread, figure.equivalents, figure.verdict) == (2.0, 2.0, 4.0, "unchecked")
+    assert (figure.load, figure.arithmetic, figure.operations) == (3.0, 3.0, 9)
 
 
 def test_goals_are_ratios_within_a_run_or_limits():
@@ -128,6 +135,22 @@ def test_goals_are_ratios_within_a_run_or_limits():
     assert goal.reached(figures) == 1 / 4
     assert replace(goal, theirs="absent").reached(figures) is None
     assert replace(goal, theirs=None, quantity="bytes").reached(figures) == 8
+
+
+def test_a_goal_may_be_a_sum_of_products_and_parameters():
+    sizes = {"product_bytes": 100, "gradient_bytes": 40, "theta_bytes": 10}
+    figures = [Figure(workload="tiny", steps=3, method="ours", bytes=260, **sizes)]
+    goal = Goal(workload="tiny", steps=3, quantity="bytes", ours="ours", theirs="one HVP's + K thetas", factor=1)
+    assert goal.reached(figures) == 260 / 130
+    assert replace(goal, theirs="1.1 x one HVP's + 6 thetas").reached(figures) == pytest.approx(260 / 170)
+    assert replace(goal, theirs="one gradient's").reached(figures) == 260 / 40
+    assert goal.reached([replace(figures[0], theta_bytes=None)]) is None
+
+
+def test_every_run_is_remembered(tmp_path):
+    for command in ("first", "second"):
+        compare.remember(tmp_path / "environment.json", {"command": command})
+    assert [run["command"] for run in json.loads((tmp_path / "environment.json").read_text())] == ["first", "second"]
 
 
 def test_the_goals_table_says_what_was_not_reached(monkeypatch):
@@ -141,8 +164,9 @@ def test_the_goals_table_says_what_was_not_reached(monkeypatch):
 
 
 def test_a_plot_has_a_line_for_every_method():
-    figures = [Figure(workload="tiny", steps=k, method="higher", seconds=0.1 * k, bytes=k) for k in (1, 3)]
-    panels = against_steps(figures).axes
-    times, sizes = (axes.lines[0].get_ydata() for axes in panels)
-    assert list(times) == pytest.approx([100, 300])
-    assert list(sizes) == pytest.approx([1e-6, 3e-6])
+    names = ("imaml MAML", "imaml FOMAML", "higher")
+    figures = [Figure(workload="tiny", steps=k, method=m, seconds=0.1 * k, bytes=k) for k in (1, 3) for m in names]
+    (axes,) = against_steps(figures, *TIME, LIGHT).axes
+    assert [list(line.get_ydata()) for line in axes.lines] == [pytest.approx([100, 300])] * 3
+    assert len({line.get_color() for line in axes.lines}) == 3
+    assert len(set(COLOR.values())) == len(METHODS)

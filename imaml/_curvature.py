@@ -24,6 +24,7 @@ _UNSUPPORTED = (
     "must implement the jvp",
     "must override the setup_context",
     "ZeroTensors are immutable",
+    "don't support automatic differentiation",
 )
 
 

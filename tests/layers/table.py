@@ -1,0 +1,194 @@
+"""The table of docs/layers.md: every layer of `torch.nn` through all strategies and modes of Hessian-vector products.
+
+`python -m tests.layers.table [NAME ...]` prints the rows of these layers, and writes all into the page where no name is
+given. Each strategy is compared with its oracle in float64, for the tasks vectorised together and one by one.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, MetaGradient, Objective, Report, TaskBatch
+from imaml._curvature import HvpMode
+from tests.layers.specimens import (
+    CLASSES,
+    EXAMPLES,
+    NOT_RUN,
+    SPECIMENS,
+    TASKS,
+    WITH_STATISTICS,
+    Around,
+    Specimen,
+    inputs,
+)
+from tests.oracles import ORACLES, model_loss, relative_error, setting
+
+PAGE = Path(__file__).parents[2] / "docs" / "layers.md"
+INNER = GradientDescent(lr=0.1, steps=2)
+MODES = ("auto", "forward-over-reverse", "finite-difference")
+EXACT, INEXACT = 1e-8, 1e-4
+COLUMNS = ("Layer", *(f"`{mode}`" for mode in MODES), "Notes")
+SOLVER = CG(max_steps=40, rtol=1e-11)
+RANDOM = "random: `MAML` in training mode against finite differences of its loss, the others in eval mode"
+NO_ORACLE = "`MAML` against finite differences of its loss; `ImplicitMAML` without an oracle"
+Gradients = dict[str, Tensor]
+
+
+def layers() -> list[str]:
+    """Every module class of `torch.nn`."""
+    return [n for n, c in vars(nn).items() if isinstance(c, type) and issubclass(c, nn.Module)]
+
+
+def row(name: str) -> str:
+    """A line of the table."""
+    if name in NOT_RUN:
+        return _line(name, *("–" for _ in MODES), NOT_RUN[name])
+    if name.startswith("Lazy"):
+        return _line(name, *("–" for _ in MODES), "as the other once a forward pass has initialised it; refused before")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trial = Trial((SPECIMENS | WITH_STATISTICS)[name])
+        cells, parts = zip(*(_cell(trial, mode) for mode in MODES), strict=True)
+    notes = [note for part in parts for note in part] + trial.notes
+    return _line(name, *cells, "; ".join(dict.fromkeys(notes)))
+
+
+def _line(name: str, *cells: str) -> str:
+    head, _, options = name.partition(", ")
+    return "| " + " | ".join([f"`{head}`" + (f", {options}" if options else ""), *cells]) + " |"
+
+
+def _cell(trial: Trial, mode: HvpMode) -> tuple[str, list[str]]:
+    """What one mode does, and what is to be said about it."""
+    notes: list[str] = []
+    found = set()
+    for chunk_size in (None, 1):
+        engines: list[MetaGradient] = [
+            MAML(inner=INNER, hvp=mode, chunk_size=chunk_size),
+            ImplicitMAML(inner=INNER, hvp=mode, chunk_size=chunk_size, regularization=20.0, solver=SOLVER),
+        ]
+        if mode == "auto":
+            engines.append(FOMAML(inner=INNER, chunk_size=chunk_size))
+        for engine in engines:
+            try:
+                found.add(trial.verdict(engine))
+            except (RuntimeError, ValueError, TypeError) as error:
+                found.add("refused")
+                notes.append(f"{mode}: {_brief(error)}")
+    worst = next(word for word in ("WRONG", "refused", "finite differences", "works") if word in found)
+    is_asked_for = worst == "finite differences" and mode == "finite-difference"
+    return "works" if is_asked_for else worst, notes
+
+
+class Trial:
+    """A layer in a model, with tasks, and what each strategy has to return."""
+
+    def __init__(self, specimen: Specimen) -> None:
+        torch.manual_seed(0)
+        x, labels = inputs(specimen), torch.randint(CLASSES, (TASKS, EXAMPLES))
+        self._specimen, self._model = specimen, Around(specimen, x[0]).double()
+        self._tasks = TaskBatch(support=(x, labels), query=(x.flip(1), labels))
+        before = torch.get_rng_state()
+        self._model(x[0])
+        self.is_random = not torch.equal(before, torch.get_rng_state())
+        self.notes = [RANDOM] if self.is_random else []
+        self._expected: dict[type[MetaGradient], Gradients] = {}
+
+    def verdict(self, engine: MetaGradient) -> str:
+        """Whether an engine is right."""
+        objective = Objective(self._model, F.cross_entropy, buffers=self._specimen.buffers)
+        seeded = self.is_random and isinstance(engine, MAML)
+        self._model.train(not self.is_random or seeded)
+        if seeded:
+            return _compare_slope(engine, objective, self._tasks)
+        report = self._run(engine, objective)
+        try:
+            expected = self._oracle(engine)
+        except RuntimeError:  # the oracle differentiates twice
+            self.notes = [NO_ORACLE]
+            if isinstance(engine, MAML):
+                return _compare_slope(engine, objective, self._tasks)
+            return _verdict(0.0, report.hvp_mode)
+        error = relative_error({n: p.grad for n, p in self._model.named_parameters()}, expected)
+        return _verdict(error, report.hvp_mode)
+
+    def _run(self, engine: MetaGradient, objective: Objective) -> Report:
+        self._model.zero_grad()
+        result = engine(objective, self._tasks)
+        result.loss.backward()
+        return result.report
+
+    def _oracle(self, engine: MetaGradient) -> Gradients:
+        kind = type(engine)
+        if kind not in self._expected:
+            loss = model_loss(_plain(self._model, self._specimen), F.cross_entropy)
+            s = setting(engine, self._tasks, loss, dict(self._model.named_parameters()))
+            self._expected[kind] = ORACLES[kind](s)[1]
+        return self._expected[kind]
+
+
+def _verdict(error: float, mode: str | None) -> str:
+    found = "finite differences" if mode == "finite-difference" else "works"
+    return found if error <= (EXACT if found == "works" else INEXACT) else "WRONG"
+
+
+def _compare_slope(engine: MAML, objective: Objective, tasks: TaskBatch) -> str:
+    def seeded() -> tuple[Tensor, Gradients]:
+        torch.manual_seed(1)
+        return engine.value_and_grad(objective, tasks)
+
+    grads = seeded()[1]
+    mode = engine(objective, tasks).report.hvp_mode
+    parameters = objective.parameters()
+    direction = {n: torch.randn_like(p) for n, p in parameters.items()}
+    values = []
+    for shift in (1e-6, -2e-6, 1e-6):
+        with torch.no_grad():
+            for n, p in parameters.items():
+                p.add_(direction[n], alpha=shift)
+        values.append(seeded()[0])
+    slope = sum((grads[n] * d).sum() for n, d in direction.items())
+    measured = (values[0] - values[1]) / 2e-6
+    error = abs(slope - measured) / abs(measured)
+    return _verdict(float(error) * EXACT / INEXACT, mode)
+
+
+def _plain(model: nn.Module, specimen: Specimen) -> nn.Module:
+    """The same model for an oracle that knows no policy."""
+    if specimen.buffers is None:
+        return model
+    other = copy.deepcopy(model).train(specimen.buffers != "frozen")
+    if specimen.buffers != "frozen":
+        layer = other.layer
+        layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
+    return other
+
+
+def _brief(error: Exception) -> str:
+    text = re.sub(r"\s+", " ", str(error)).replace("|", "/")
+    met = re.search(r"does not support it \((.*)", text)
+    return (met.group(1) if met else text)[:110].strip() + " ..."
+
+
+def main(names: list[str]) -> None:
+    torch.set_num_threads(1)
+    lines = []
+    for name in names or [*sorted(layers()), *WITH_STATISTICS]:
+        lines.append(row(name))
+        print(lines[-1], flush=True)
+    if not names:
+        head = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+        before, _, _ = PAGE.read_text().partition(head[0])
+        PAGE.write_text(before + "\n".join([*head, *lines]) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

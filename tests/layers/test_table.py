@@ -1,0 +1,33 @@
+"""The table of layers: complete, nothing wrong in it, and current on a sample."""
+
+import pytest
+
+from tests.layers.specimens import WITH_STATISTICS
+from tests.layers.table import PAGE, layers, row
+
+ROWS = {
+    name.strip().replace("`", "", 2): line
+    for line in PAGE.read_text().partition("## The table")[2].splitlines()
+    if line.startswith("| `") and (name := line.split(" | ")[0].removeprefix("| "))
+}
+SAMPLE = [
+    "Linear",
+    "CrossMapLRN2d",
+    "HuberLoss",
+    "Dropout",
+    "LazyLinear",
+    "BatchNorm1d, running statistics, buffers='frozen'",
+]
+
+
+def test_every_layer_has_a_row() -> None:
+    assert sorted(ROWS) == sorted([*layers(), *WITH_STATISTICS])
+
+
+def test_nothing_is_wrong() -> None:
+    assert not [name for name, line in ROWS.items() if "WRONG" in line]
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_rows_are_current(name) -> None:
+    assert row(name) == ROWS[name]

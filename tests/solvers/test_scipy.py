@@ -133,3 +133,10 @@ def test_a_right_hand_side_that_is_not_finite_costs_no_product():
     op = Recorded(torch.eye(3, dtype=F64))
     solution = ScipySolver().solve(op, torch.tensor([1.0, torch.inf, 0.0], dtype=F64))
     assert solution.status == Status.NONFINITE and solution.num_steps == 0 and not op.seen
+
+
+def test_a_round_that_halves_the_residual_forgives_those_before(monkeypatch):
+    parts = iter([0.4, 0.4, 0.6, 0.4, 0.4, 0.4, 0.4])
+    monkeypatch.setattr(ScipySolver, "_call", lambda self, apply, b, *_: (next(parts) * b, 0))
+    solution = ScipySolver(rtol=1e-3).solve(torch.eye(4, dtype=F64), noise(4))
+    assert solution.status == Status.STAGNATED and list(parts) == [0.4]

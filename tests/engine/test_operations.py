@@ -69,8 +69,9 @@ def network(function, seed=0):
 )
 def test_auto_turns_to_finite_differences_and_says_so(function, chunk_size, adapt):
     tasks = classification((4,))
-    for make in (MAML, lambda **k: ImplicitMAML(**k, solver=CG(max_steps=5, rtol=0.0))):
-        engine = make(inner=INNER, chunk_size=chunk_size)
+    options = dict(inner=INNER, chunk_size=chunk_size)
+    implicit = dict(solver=CG(max_steps=5, rtol=0.0), **options)
+    for engine in (MAML(**options), ImplicitMAML(**implicit), ImplicitMAML(linearize=False, **implicit)):
         expected = engine.value_and_grad(Objective(network(torch.tanh), F.cross_entropy, adapt=adapt), tasks)[1]
         objective = Objective(network(function.apply), F.cross_entropy, adapt=adapt)
         report = engine(objective, tasks).report

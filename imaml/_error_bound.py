@@ -61,7 +61,7 @@ def solution_error(
         residual_norm: |R(y)|, `(tasks,)`.
         gradient: Of the inner objective by y, `(tasks, n)`.
         size: |y|, `(tasks,)`, which rounding is in proportion to.
-        look: From a displacement of y to R and the gradient there.
+        look: From a displacement of y, whose memory it may use, to R and the gradient there.
 
     Returns:
         `(tasks,)`; inf or NaN where mu is not positive or something is not finite.

@@ -118,10 +118,10 @@ class ImplicitMAML(MetaGradient):
         del curvature, op  # a graph may hang on it, and the error bound needs another
 
         def look(displacement: Tensor) -> tuple[Tensor, Tensor]:
-            there = phi + displacement / root
-            v = problem.query_gradient(there).adapted / weight
+            there = displacement.div_(root).add_(phi)
+            v = problem.query_gradient(there).adapted.div_(weight)
             curvature, gradient = self._curvature(problem, there)
-            return v - _system(curvature, root).mv(solution.x), gradient / root
+            return v.sub_(_system(curvature, root).mv(solution.x)), gradient.div_(root)
 
         bound = None
         if mu is not None and slope is not None:

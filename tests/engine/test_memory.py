@@ -58,13 +58,13 @@ def test_implicit_maml_is_flat_in_the_number_of_inner_steps():
         assert flat(peaks(ImplicitMAML, solver=CG(max_steps=3, rtol=0.0), linearize=linearize, on_failure="ignore"))
 
 
-def test_the_error_bound_needs_no_more_memory_than_the_solve():
+def test_the_error_bound_needs_two_vectors_more_than_the_solve():
     """Its evaluation elsewhere begins when the solve has given its memory back."""
-    solver = CG(max_steps=3, rtol=0.0)
+    theta, solver = problem()[2], CG(max_steps=3, rtol=0.0)
     for linearize in (True, False):
         options = {"steps": (2,), "solver": solver, "linearize": linearize, "on_failure": "ignore"}
         (without,), (peak,) = (peaks(ImplicitMAML, error_bound=wanted, **options) for wanted in (False, True))
-        assert peak <= 1.02 * without
+        assert peak <= without + 2.2 * theta
 
 
 def test_maml_grows_by_one_state_a_step():

@@ -53,12 +53,12 @@ PRESETS: dict[Dataset, Preset] = {
     ),
     "banking77": Preset(
         EpisodeOptions(dataset="banking77", ways=5, shots=1, queries=2),
-        Plan(steps=1000, meta_batch=4, meta_lr=5e-5, eval_every=100, val_tasks=100),
+        Plan(steps=300, meta_batch=4, meta_lr=2e-5, eval_every=100, val_tasks=100),
         {
-            "maml": EngineOptions(inner_lr=0.15, inner_steps=3, chunk_size=1),
-            "fomaml": EngineOptions(inner_lr=0.15, inner_steps=3, chunk_size=1),
+            "maml": EngineOptions(adapt=["head"], inner_lr=0.1, inner_steps=5, chunk_size=1),
+            "fomaml": EngineOptions(adapt=["head"], inner_lr=0.1, inner_steps=5, chunk_size=1),
             "imaml": EngineOptions(
-                inner_lr=0.15, inner_steps=3, regularization=1.0, cg_steps=2, curvature="ggn", chunk_size=1
+                adapt=["head"], inner_lr=0.1, inner_steps=5, regularization=0.5, cg_steps=5, chunk_size=1
             ),
         },
         minutes_to_compare=60.0,

@@ -19,7 +19,7 @@ as the work of a task is small and what it saves stays in the caches."""
 VECTORISED_ELSEWHERE = 256 * 2**20
 KEPT = 192 * 2**20
 """Bytes of the graphs that an inner loop may keep for its reverse sweep."""
-_AGAIN = 4
+_AGAIN = 6
 """What the graph of a gradient that can be differentiated again takes, with a product from it, in plain graphs."""
 _FEWEST = 4
 """Fewer tasks at once than this lose more time than kept graphs gain."""

@@ -52,7 +52,7 @@ def test_the_plan_fits_the_room(monkeypatch):
     monkeypatch.setattr(_plan, "VECTORISED", {"cpu": 5 * LAYER * 20 + 5 * LAYER // 2})
     for kept, expected in (
         (0, _plan.Plan(20, 5, False)),
-        (4 * 3 * 5 * LAYER * 10 + 30 * LAYER, _plan.Plan(10, 5, True)),
+        (4 * 3 * 5 * LAYER * 10 + 50 * LAYER, _plan.Plan(10, 5, True)),
     ):
         monkeypatch.setattr(_plan, "KEPT", kept)
         assert _plan.plan(support, query, theta, INNER.steps) == expected

@@ -50,10 +50,8 @@ def test_the_plan_fits_the_room(monkeypatch):
     context, support, query = losses(*wide(queries=20))
     theta = context.theta.unsqueeze(0)
     monkeypatch.setattr(_plan, "VECTORISED", {"cpu": 5 * LAYER * 20 + 5 * LAYER // 2})
-    for kept, expected in (
-        (0, _plan.Plan(20, 5, False)),
-        (4 * 3 * 5 * LAYER * 10 + 50 * LAYER, _plan.Plan(10, 5, True)),
-    ):
+    room_for_ten = _plan._AGAIN * INNER.steps * 5 * LAYER * 10 + 50 * LAYER
+    for kept, expected in ((0, _plan.Plan(20, 5, False)), (room_for_ten, _plan.Plan(10, 5, True))):
         monkeypatch.setattr(_plan, "KEPT", kept)
         assert _plan.plan(support, query, theta, INNER.steps) == expected
     monkeypatch.setattr(_plan, "VECTORISED", {"cpu": 10})

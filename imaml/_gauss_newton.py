@@ -12,6 +12,8 @@ from imaml._chunk import ChunkLoss, Gradient
 from imaml._curvature import Curvature, HvpMode
 from imaml._hvp import check_twice_differentiable
 
+Gradients = tuple[Tensor | None, ...]
+
 
 class GaussNewton:
     """G = J' (d2 L / dz2) J of a chunk's support loss at `phi`, with z the model's output and J = dz / dphi.
@@ -53,13 +55,9 @@ class GaussNewton:
         curved = _along(self._slopes, self._outputs, moved)
         return self._collect(self._pull_back(curved)), None
 
-    def _pull_back(self, u: Sequence[Tensor | None], *, create_graph: bool = False) -> tuple[Tensor | None, ...]:
+    def _pull_back(self, u: Sequence[Tensor | None], *, create_graph: bool = False) -> Gradients:
         """J' u per parameter; None where no output depends on it."""
-        pairs = [(z, v) for z, v in zip(self._outputs, u, strict=True) if v is not None]
-        outputs, cotangents = zip(*pairs, strict=True)
-        return torch.autograd.grad(
-            outputs, self._adapted, cotangents, create_graph=create_graph, retain_graph=True, allow_unused=True
-        )
+        return _along(self._outputs, self._adapted, u, create_graph=create_graph)
 
     def _collect(self, grads: Sequence[Tensor | None]) -> Tensor:
         return self._loss.collect([None if g is None else g.detach() for g in grads], self._phi)[0]
@@ -77,12 +75,16 @@ def _check_linearised(pulled: Sequence[Tensor | None]) -> None:
 
 
 def _along(
-    values: Sequence[Tensor | None], at: Sequence[Tensor], direction: Sequence[Tensor | None]
-) -> tuple[Tensor | None, ...]:
-    """The derivative of <values, direction> by `at`, through the graph that `values` carry."""
+    values: Sequence[Tensor | None],
+    at: Sequence[Tensor],
+    direction: Sequence[Tensor | None],
+    *,
+    create_graph: bool = False,
+) -> Gradients:
+    """The derivative of <values, direction> by `at`, through the graph that `values` carry, which is kept."""
     known = [(f, d) for f, d in zip(values, direction, strict=True) if f is not None and d is not None]
     pairs = [(f, d) for f, d in known if f.requires_grad]
     if not pairs:
         return (None,) * len(at)
     outputs, cotangents = zip(*pairs, strict=True)
-    return torch.autograd.grad(outputs, at, cotangents, retain_graph=True, allow_unused=True)
+    return torch.autograd.grad(outputs, at, cotangents, create_graph=create_graph, retain_graph=True, allow_unused=True)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 
-from imaml._buffers import BufferPolicy, Statistics, check_buffers, check_policy, held, statistics
-from imaml._eager import eager
+from imaml._buffers import BufferPolicy, check_policy
 from imaml._exact import ExactDerivatives
+from imaml._program import FunctionProgram, ModelProgram, Parameters
 from imaml._select import select
 from imaml._tasks import Batch
-
-Parameters = Mapping[str, Tensor]
 
 
 class Objective:
@@ -68,7 +63,7 @@ class Objective:
                 f"Expected an nn.Module. Got {type(model).__name__}: for a function of parameters and a batch use "
                 "Objective.from_function(loss, params)."
             )
-        self._initialise(_ModelProgram(model, loss, metric, buffers), adapt)
+        self._initialise(ModelProgram(model, loss, metric, buffers), adapt)
 
     @classmethod
     def from_function(
@@ -93,10 +88,10 @@ class Objective:
             The objective.
         """
         objective = cls.__new__(cls)
-        objective._initialise(_FunctionProgram(dict(params), loss, metric), adapt)
+        objective._initialise(FunctionProgram(dict(params), loss, metric), adapt)
         return objective
 
-    def _initialise(self, program: _ModelProgram | _FunctionProgram, adapt: Iterable[str] | None) -> None:
+    def _initialise(self, program: ModelProgram | FunctionProgram, adapt: Iterable[str] | None) -> None:
         if not callable(program.loss):
             raise TypeError(f"`loss` must be callable. Got {type(program.loss).__name__}.")
         if program.metric is not None and not callable(program.metric):
@@ -121,7 +116,7 @@ class Objective:
     @property
     def model(self) -> nn.Module | None:
         """The model; None for an objective made from a function."""
-        return self._program.model if isinstance(self._program, _ModelProgram) else None
+        return self._program.model if isinstance(self._program, ModelProgram) else None
 
     @property
     def loss(self) -> Callable[..., Tensor]:
@@ -165,7 +160,7 @@ class Objective:
 
     def record(self, values: Parameters, batch: Batch) -> None:
         """One forward pass that updates the running statistics among `values` in place."""
-        assert isinstance(self._program, _ModelProgram)
+        assert isinstance(self._program, ModelProgram)
         self._program.predict(values, batch, recording=True)
 
     def evaluate(self, values: Parameters, batch: Batch, *, metric: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -178,7 +173,7 @@ class Objective:
 
     def predict(self, values: Parameters, batch: Batch) -> Any:
         """The model's output on one task's batch, for `judge`; only for an objective of a model."""
-        assert isinstance(self._program, _ModelProgram)
+        assert isinstance(self._program, ModelProgram)
         with ExactDerivatives():
             return self._program.predict(values, batch)
 
@@ -215,96 +210,3 @@ def _check_adaptable(name: str, parameter: Tensor) -> None:
             f"Parameter {name!r} must be of a real floating-point dtype to be adapted. Got {parameter.dtype}: leave it "
             "out of `adapt`, or convert it."
         )
-
-
-class _ModelProgram:
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Callable[..., Any],
-        metric: Callable[..., Any] | None,
-        buffers: BufferPolicy | None,
-    ) -> None:
-        self.model, self.loss, self.metric, self.buffers = model, loss, metric, buffers
-
-    def parameters(self) -> dict[str, Tensor]:
-        return dict(self.model.named_parameters())
-
-    def first_names(self) -> dict[str, str]:
-        """Every name of a parameter, to the first: a tied one has several."""
-        first = {p: n for n, p in self.model.named_parameters()}
-        return {n: first[p] for n, p in self.model.named_parameters(remove_duplicate=False)}
-
-    def trainable(self, parameter: Tensor) -> bool:
-        return parameter.requires_grad
-
-    def constants(self) -> dict[str, Tensor]:
-        return {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
-
-    def double(self) -> _ModelProgram:
-        try:
-            model, loss = copy.deepcopy((self.model, self.loss))
-        except (RuntimeError, TypeError) as error:
-            raise TypeError(
-                f"{type(self.model).__name__} or its loss cannot be copied ({error}). Expected a module that "
-                "copy.deepcopy accepts: make tensors it keeps besides parameters and buffers leaves, with .detach()."
-            ) from error
-        loss = loss.double() if isinstance(loss, nn.Module) else loss
-        return _ModelProgram(model.double(), loss, self.metric, self.buffers)
-
-    def check(self) -> None:
-        if self.buffers is None:
-            check_buffers(self.model)
-
-    def statistics(self) -> list[str]:
-        return statistics(self.model) if self.buffers == "update" else []
-
-    def evaluate(self, values: Parameters, batch: Batch, metric: bool) -> tuple[Any, Any]:
-        output, target = self.predict(values, batch), batch[1]
-        return self.loss(output, target), self.metric(output, target) if metric and self.metric else None
-
-    def predict(self, values: Parameters, batch: Batch, *, recording: bool = False) -> Any:
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise ValueError(
-                f"A model's batch must be (input, target). Got {type(batch).__name__}"
-                + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
-                + ": for other batches use Objective.from_function."
-            )
-        inputs = batch[0]
-        args = () if isinstance(inputs, dict) else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-        kwargs = inputs if isinstance(inputs, dict) else None
-        policy = nullcontext() if self.buffers is None or recording else Statistics(self.buffers)
-        with eager(self.model), held(self.model), policy:
-            return functional_call(self.model, dict(values), args, kwargs)
-
-
-class _FunctionProgram:
-    def __init__(self, params: dict[str, Tensor], loss: Callable[..., Any], metric: Callable[..., Any] | None) -> None:
-        self.params, self.loss, self.metric = params, loss, metric
-
-    def parameters(self) -> dict[str, Tensor]:
-        return self.params
-
-    def first_names(self) -> dict[str, str]:
-        return {name: name for name in self.params}
-
-    def double(self) -> _FunctionProgram:
-        params = {n: t.detach().clone() for n, t in self.params.items()}
-        params = {n: t.double().requires_grad_() if t.is_floating_point() else t for n, t in params.items()}
-        return _FunctionProgram(params, self.loss, self.metric)
-
-    def trainable(self, parameter: Tensor) -> bool:
-        return True
-
-    def constants(self) -> dict[str, Tensor]:
-        return {}
-
-    def check(self) -> None:
-        pass
-
-    def statistics(self) -> list[str]:
-        return []
-
-    def evaluate(self, values: Parameters, batch: Batch, metric: bool) -> tuple[Any, Any]:
-        named = {name: values.get(name, tensor) for name, tensor in self.params.items()}
-        return self.loss(named, batch), self.metric(named, batch) if metric and self.metric else None

@@ -10,23 +10,15 @@ from matplotlib.image import imread
 
 from imaml.cli import main
 from imaml.cli._bench import Cost, _advice
+from tests.cli.factory import FACTORY
 
-MODULE = """
-import torch
-from torch import nn
-from torch.nn import functional as F
-from imaml import MAML, GradientDescent, Objective, TaskBatch
-
-def make():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))
-    def batch():
-        return torch.randn(2, 4, 2), torch.randn(2, 4, 2)
-    return Objective(model, F.mse_loss), TaskBatch(support=batch(), query=batch())
-
+MODULE = (
+    FACTORY
+    + """
 def with_engine():
     return *make(), MAML(inner=GradientDescent(lr=0.2, steps=4), regularization=0.5)
 """
+)
 
 
 @pytest.fixture

@@ -8,20 +8,11 @@ import torch
 
 from imaml._hvp import ReverseOverReverse
 from imaml.cli import _built_in, main
+from tests.cli.factory import FACTORY
 
-MODULE = """
-import torch
-from torch import nn
-from torch.nn import functional as F
-from imaml import MAML, GradientDescent, Objective, TaskBatch
-
-def make():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))
-    def batch():
-        return torch.randn(2, 4, 2), torch.randn(2, 4, 2)
-    return Objective(model, F.mse_loss), TaskBatch(support=batch(), query=batch())
-
+MODULE = (
+    FACTORY
+    + """
 def first_order(objective, tasks):
     from imaml import FOMAML
     return FOMAML(inner=GradientDescent(lr=0.1, steps=3)).value_and_grad(objective, tasks)[1]
@@ -54,6 +45,7 @@ def no_tasks():
 
 number = 3
 """
+)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from imaml import CG, Dense, GradientDescent, ImplicitMAML, Objective, Status
+from imaml import CG, FOMAML, Dense, GradientDescent, ImplicitMAML, Objective, Status
 from tests.engine.cases import CLASSES, classification, conv, mlp, oracle_setting, problem, transformer
 from tests.oracles import hessian, implicit, relative_error
 
@@ -97,6 +97,14 @@ def test_an_output_of_several_tensors():
     expected = engine().value_and_grad(joined, tasks)[1]
     torch.testing.assert_close(got["body.weight"], expected["0.weight"], rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(torch.cat([got["one.weight"], got["two.weight"]]), expected["2.weight"])
+
+
+def test_a_loss_that_is_linear_in_the_output_has_no_curvature():
+    """G is zero, and the meta-gradient that of the query loss."""
+    model, _, tasks = problem(mlp)
+    objective = Objective(model, lambda z, y: (z * F.one_hot(y, CLASSES)).mean())
+    gradients = engine().value_and_grad(objective, tasks)[1]
+    assert relative_error(gradients, FOMAML(inner=SHORT, regularization=0.5).value_and_grad(objective, tasks)[1]) == 0
 
 
 def test_dropout_is_the_same_in_every_product():

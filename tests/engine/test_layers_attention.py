@@ -7,20 +7,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, Objective, TaskBatch
-from tests.engine.cases import classification
+from tests.engine.cases import Attention, classification
 from tests.oracles import model_loss, relative_error, setting, unrolled
 
 INNER = GradientDescent(lr=0.1, steps=2)
-
-
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.qkv, self.head = nn.Linear(4, 24), nn.Linear(8, 3)
-
-    def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).movedim(-3, 0).transpose(-2, -3)
-        return self.head(F.scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2).mean(-2))
 
 
 class Kernels(TorchDispatchMode):

@@ -7,7 +7,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, Objective
-from tests.engine.cases import classification
+from tests.engine.cases import Attention, classification
 from tests.oracles import model_loss, relative_error, setting, unrolled
 
 INNER = GradientDescent(lr=0.2, steps=3)
@@ -123,23 +123,10 @@ def test_a_loss_without_forward_over_reverse():
     assert relative_error(engine.value_and_grad(Objective(model, huber), tasks)[1], expected) <= 1e-10
 
 
-class Attention(nn.Module):
-    """`scaled_dot_product_attention` called as it is, for whose default kernels torch has no second derivative."""
-
-    def __init__(self):
-        super().__init__()
-        self.qkv, self.head = nn.Linear(4, 24), nn.Linear(8, 3)
-
-    def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).movedim(-3, 0).transpose(-2, -3)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.head(mixed.transpose(-2, -3).flatten(-2).mean(-2))
-
-
 @pytest.mark.parametrize("chunk_size", [None, 1])
 @pytest.mark.parametrize("hvp", ["auto", "forward-over-reverse", "reverse-over-reverse", "finite-difference"])
 def test_attention_works_in_every_mode(hvp, chunk_size):
-    model, tasks = Attention().double(), classification((5, 4))
+    model, tasks = Attention(is_causal=True).double(), classification((5, 4))
     objective = Objective(model, F.cross_entropy)
     engine = MAML(inner=INNER, hvp=hvp, chunk_size=chunk_size)
     _, expected = unrolled(setting(engine, tasks, model_loss(model, F.cross_entropy), dict(model.named_parameters())))

@@ -1,0 +1,114 @@
+"""How a loss is evaluated: through a model, or as a function of named parameters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from imaml._buffers import BufferPolicy, Statistics, check_buffers, held, statistics
+from imaml._eager import eager
+from imaml._tasks import Batch
+
+Parameters = Mapping[str, Tensor]
+
+
+class ModelProgram:
+    """`loss(model(input), target)`, with the model used as it is."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[..., Any],
+        metric: Callable[..., Any] | None,
+        buffers: BufferPolicy | None,
+    ) -> None:
+        self.model, self.loss, self.metric, self.buffers = model, loss, metric, buffers
+
+    def parameters(self) -> dict[str, Tensor]:
+        return dict(self.model.named_parameters())
+
+    def first_names(self) -> dict[str, str]:
+        """Every name of a parameter, to the first: a tied one has several."""
+        first = {p: n for n, p in self.model.named_parameters()}
+        return {n: first[p] for n, p in self.model.named_parameters(remove_duplicate=False)}
+
+    def trainable(self, parameter: Tensor) -> bool:
+        return parameter.requires_grad
+
+    def constants(self) -> dict[str, Tensor]:
+        return {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
+
+    def double(self) -> ModelProgram:
+        try:
+            model, loss = copy.deepcopy((self.model, self.loss))
+        except (RuntimeError, TypeError) as error:
+            raise TypeError(
+                f"{type(self.model).__name__} or its loss cannot be copied ({error}). Expected a module that "
+                "copy.deepcopy accepts: make tensors it keeps besides parameters and buffers leaves, with .detach()."
+            ) from error
+        loss = loss.double() if isinstance(loss, nn.Module) else loss
+        return ModelProgram(model.double(), loss, self.metric, self.buffers)
+
+    def check(self) -> None:
+        if self.buffers is None:
+            check_buffers(self.model)
+
+    def statistics(self) -> list[str]:
+        return statistics(self.model) if self.buffers == "update" else []
+
+    def evaluate(self, values: Parameters, batch: Batch, metric: bool) -> tuple[Any, Any]:
+        output, target = self.predict(values, batch), batch[1]
+        return self.loss(output, target), self.metric(output, target) if metric and self.metric else None
+
+    def predict(self, values: Parameters, batch: Batch, *, recording: bool = False) -> Any:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise ValueError(
+                f"A model's batch must be (input, target). Got {type(batch).__name__}"
+                + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
+                + ": for other batches use Objective.from_function."
+            )
+        inputs = batch[0]
+        args = () if isinstance(inputs, dict) else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+        kwargs = inputs if isinstance(inputs, dict) else None
+        policy = nullcontext() if self.buffers is None or recording else Statistics(self.buffers)
+        with eager(self.model), held(self.model), policy:
+            return functional_call(self.model, dict(values), args, kwargs)
+
+
+class FunctionProgram:
+    """`loss(params, batch)`."""
+
+    def __init__(self, params: dict[str, Tensor], loss: Callable[..., Any], metric: Callable[..., Any] | None) -> None:
+        self.params, self.loss, self.metric = params, loss, metric
+
+    def parameters(self) -> dict[str, Tensor]:
+        return self.params
+
+    def first_names(self) -> dict[str, str]:
+        return {name: name for name in self.params}
+
+    def double(self) -> FunctionProgram:
+        params = {n: t.detach().clone() for n, t in self.params.items()}
+        params = {n: t.double().requires_grad_() if t.is_floating_point() else t for n, t in params.items()}
+        return FunctionProgram(params, self.loss, self.metric)
+
+    def trainable(self, parameter: Tensor) -> bool:
+        return True
+
+    def constants(self) -> dict[str, Tensor]:
+        return {}
+
+    def check(self) -> None:
+        pass
+
+    def statistics(self) -> list[str]:
+        return []
+
+    def evaluate(self, values: Parameters, batch: Batch, metric: bool) -> tuple[Any, Any]:
+        named = {name: values.get(name, tensor) for name, tensor in self.params.items()}
+        return self.loss(named, batch), self.metric(named, batch) if metric and self.metric else None

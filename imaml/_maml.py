@@ -64,7 +64,7 @@ class MAML(MetaGradient):
         phi, curvatures = self._adapt(problem)
         query = problem.judge(phi)
         cotangent, fixed, damping, outcome = query.adapted, query.fixed, problem.damping, problem.outcome(query)
-        del query  # its gradient would live through the sweep
+        del query, phi  # they would live through the sweep
         pulled_by_theta = 0 if damping is None else torch.zeros_like(cotangent)
         for curvature in curvatures:
             cotangent, w = problem.inner.pullback(cotangent)

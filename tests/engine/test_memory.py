@@ -8,6 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, Objective, TaskBatch
+from imaml._chunk import SUPPORT, ChunkLoss
+from imaml._context import Context
+from imaml._curvature import Curvature
 from imaml.measure import peak_memory
 
 VOCABULARY, WIDTH, LENGTH = 50, 32, 12
@@ -65,6 +68,19 @@ def test_the_error_bound_needs_two_vectors_more_than_the_solve():
         options = {"steps": (2,), "solver": solver, "linearize": linearize, "on_failure": "ignore"}
         (without,), (peak,) = (peaks(ImplicitMAML, error_bound=wanted, **options) for wanted in (False, True))
         assert peak <= without + 2.2 * theta
+
+
+def test_maml_holds_three_vectors_beside_a_product():
+    """Theta as a flat vector, the cotangent, and its multiple that the product is taken along."""
+    objective, tasks, theta = problem()
+    context = Context.of(objective)
+    phi = context.theta.unsqueeze(0).clone()
+    support = ChunkLoss(context, tasks.support, 1, 0, SUPPORT)
+    curvature = Curvature(support, phi, 0, mode="auto", graph="rebuild")
+    curvature.product(phi)  # what torch sets up once
+    product = peak_memory(lambda: curvature.product(phi))
+    (peak,) = peaks(MAML, steps=(1,), linearize=False)
+    assert product < peak <= product + 3.3 * theta
 
 
 def test_maml_grows_by_one_state_a_step():

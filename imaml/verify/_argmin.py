@@ -82,7 +82,8 @@ class InnerProblem:
                 best, least = phi, size
             if size <= SOLVED * scale or (least <= 1e-11 * scale and stalls) or stalls == 8:
                 break
-            phi = self._line_search(phi, self._newton_step(product, gradient, size / scale), gradient)
+            step = self._newton_step(product, gradient, size / scale)
+            phi = phi + step if size < NEAR * scale else self._line_search(phi, step, gradient)
         if not least <= STATIONARY * scale:
             raise NoMinimum(
                 f"the inner problem could not be solved to rounding: its gradient stalls at {least / scale:.1g} of its "

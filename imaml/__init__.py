@@ -10,7 +10,6 @@ from imaml._errors import SolverError as SolverError
 from imaml._errors import SolverWarning as SolverWarning
 from imaml._fomaml import FOMAML as FOMAML
 from imaml._implicit import ImplicitMAML as ImplicitMAML
-from imaml._inner import GradientDescent as GradientDescent
 from imaml._maml import MAML as MAML
 from imaml._objective import Objective as Objective
 from imaml._report import MetaResult as MetaResult
@@ -18,6 +17,12 @@ from imaml._report import Report as Report
 from imaml._strategy import MetaGradient as MetaGradient
 from imaml._tasks import Task as Task
 from imaml._tasks import TaskBatch as TaskBatch
+from imaml.inner import Adam as Adam
+from imaml.inner import AdamW as AdamW
+from imaml.inner import GradientDescent as GradientDescent
+from imaml.inner import InnerOptimizer as InnerOptimizer
+from imaml.inner import InnerSolver as InnerSolver
+from imaml.inner import RMSprop as RMSprop
 from imaml_solvers import CG as CG
 from imaml_solvers import Dense as Dense
 from imaml_solvers import LinearOperator as LinearOperator

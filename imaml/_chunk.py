@@ -108,7 +108,8 @@ class ChunkLoss:
         """Losses `(tasks,)` (and metric) at parameters per tensor: adapted `(tasks, *shape)`, fixed `(*shape)`."""
 
         def one(values: list[Tensor], batch: Batch) -> tuple[Tensor, ...]:
-            loss, figure = self.context.objective.evaluate(self._named(values, fixed), batch, metric=metric)
+            named, outer = self._named(values, fixed), self.kind == QUERY
+            loss, figure = self.context.objective.evaluate(named, batch, metric=metric, outer=outer)
             return (loss,) if figure is None else (loss, figure.detach())
 
         with self.draws(step):
@@ -127,7 +128,8 @@ class ChunkLoss:
             return tuple(leaves)
 
         def judge(leaves: list[Tensor], batch: Batch) -> tuple[Tensor, ...]:
-            return (self.context.objective.judge(structure[0].unflatten(leaves), batch),)
+            named = dict(zip(self.context.fixed_layout.names, fixed, strict=True))
+            return (self.context.objective.judge(structure[0].unflatten(leaves), named, batch),)
 
         with self.draws(step):
             outputs = list(self._each(predict, list(adapted), self.batch))
@@ -217,5 +219,6 @@ class ChunkLoss:
         """Flatten gradients of the adapted, then any fixed parameters; None becomes zeros in its own place."""
         context = self.context
         adapted, fixed = grads[: len(context.layout.names)], grads[len(context.layout.names) :]
+        context.used_fixed |= {n for n, g in zip(context.fixed_layout.names, fixed, strict=False) if g is not None}
         summed = context.fixed_layout.gather(fixed, phi[0]) if fixed else None
         return context.layout.gather(adapted, phi), summed

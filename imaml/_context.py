@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from imaml._layout import Layout
 from imaml._objective import Objective
 from imaml._random import Replay
+from imaml.inner._hyper import Hyper, Hyperparameters
 
 
 @dataclass
@@ -22,12 +24,14 @@ class Context:
     theta: Tensor
     """Their values, flat `(n,)`."""
     fixed_layout: Layout
-    """Of the other parameters that receive meta-gradients."""
+    """Of the other parameters that receive meta-gradients, the objective's `meta` among them."""
     fixed: list[Tensor]
     """Their values."""
     constants: dict[str, Tensor]
     """Copies of the model's buffers; see `fresh_constants`."""
     replay: Replay
+    hyper: Hyperparameters
+    """Of the inner loop."""
     gradients: int = 0
     """Evaluations so far, summed over tasks: one call on a chunk of 8 tasks counts 8."""
     hvps: int = 0
@@ -39,6 +43,8 @@ class Context:
     """Whether chunks run under `vmap`; False once the model turned out to have an operation that cannot."""
     used: set[str] = field(default_factory=set)
     """Adapted parameters that the support loss of some task depends on."""
+    used_fixed: set[str] = field(default_factory=set)
+    """The others that some derivative was taken by and not found to be zero for want of a path."""
     statistics: list[dict[str, Tensor]] = field(default_factory=list)
     """Running statistics after the inner loop by name, `(tasks, *shape)`, of every chunk so far; none unless asked."""
 
@@ -55,18 +61,20 @@ class Context:
         return {name: values.double().mean(0).to(values.dtype) for name, values in joined.items()}
 
     @classmethod
-    def of(cls, objective: Objective) -> Context:
+    def of(cls, objective: Objective, hyper: Mapping[str, tuple[Hyper, int]] | None = None) -> Context:
         """Check the objective in its present state, and take the snapshot.
 
         Args:
             objective: Model and loss.
+            hyper: Hyper-parameters of the inner loop by name, each with the number of steps it may have values for.
 
         Returns:
             The context of one call.
 
         Raises:
             TypeError: Not an objective.
-            ValueError: The model's present state cannot be adapted, or its parameters are on several devices.
+            ValueError: The model's present state cannot be adapted, its parameters are on several devices, or a
+                hyper-parameter's value does not fit.
         """
         if not isinstance(objective, Objective):
             raise TypeError(f"Expected an Objective(model, loss). Got {type(objective).__name__}.")
@@ -78,12 +86,14 @@ class Context:
         if len(devices) > 1:
             raise ValueError(f"Adapted parameters must be on one device. Got {sorted(map(str, devices))}.")
         layout = Layout.of(adapted)
+        theta = layout.flatten(list(adapted.values()))
         return cls(
             objective=objective,
             layout=layout,
-            theta=layout.flatten(list(adapted.values())),
+            theta=theta,
             fixed_layout=Layout.of(fixed),
             fixed=list(fixed.values()),
             constants=objective.constants(),
             replay=Replay(devices.pop()),
+            hyper=Hyperparameters.of(hyper or {}, objective.meta, layout, theta),
         )

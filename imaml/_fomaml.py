@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from imaml._problem import Problem
 from imaml._strategy import MetaGradient, Pullback
@@ -16,8 +17,13 @@ class FOMAML(MetaGradient):
     `lr * steps`. Other parameters that require grad get the direct part of their gradient only.
 
     Cost per task: K + 1 gradients. Memory: one gradient, whatever K. Not for learning parameters that act through the
-    support loss alone (their gradient is zero here): use `MAML` or `ImplicitMAML`.
+    support loss or the inner optimiser alone (their gradient is zero here): use `MAML` or `ImplicitMAML`.
     """
+
+    _without_path: ClassVar[str] = (
+        "FOMAML differentiates the query loss alone, and this acts through the inner loop or not at all; MAML, or "
+        "ImplicitMAML for what the support loss uses, differentiates that"
+    )
 
     def _pull_back(self, problem: Problem) -> Pullback:
         query = problem.judge(problem.adapt())

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from imaml._hvp import Graph
 from imaml._problem import Problem
 from imaml._report import Report
 from imaml._strategy import MetaGradient, Pullback
+from imaml.inner._hyper import Hyper, check_hyper
 from imaml_solvers import CG, LinearOperator, LinearSolver, Solution, Status
 
 
@@ -28,8 +28,11 @@ class ImplicitMAML(MetaGradient):
     v is the gradient of L_query and H the Hessian of L_support, both at phi. Exact when phi is the stationary point of
     L_support + lambda/2 |phi - theta|^2 and the solve converged: see `report.stationarity` and `report.solver_status`.
     With one lambda per parameter, Lambda = diag(lambda), the result is Lambda (H + Lambda)^-1 v, computed from the
-    symmetric system I + Lambda^-1/2 H Lambda^-1/2. For other parameters eta that require grad it is d_eta L_query -
-    (d_eta grad L_support)' (H + Lambda)^-1 v.
+    symmetric system I + Lambda^-1/2 H Lambda^-1/2. For other parameters that require grad and for meta-parameters eta:
+    d_eta L_query - (d_eta grad L_support)' (H + Lambda)^-1 v; for a learned lambda: -(phi - theta)' (H + Lambda)^-1 v.
+
+    `regularization=None` is for bilevel problems whose support loss is strongly convex by itself: the system is H, and
+    phi does not depend on theta, whose meta-gradient is zero.
 
     `report.error_bound` bounds the relative error |u - u*| / |u*| of each task's u against the u* of the exact phi* and
     the exact solve. With R = b - A x the residual of the solution x as a function of phi, u - u* comes from A*^-1 R*;
@@ -45,7 +48,8 @@ class ImplicitMAML(MetaGradient):
 
     Args:
         inner: See `MetaGradient`, as for `chunk_size`.
-        regularization: lambda > 0, one number or one per adapted parameter by name.
+        regularization: lambda > 0: one number, one per adapted parameter by name, or a function of the objective's
+            meta-parameters that returns either. None: no proximal term.
         solver: Any `LinearSolver`; it solves all tasks of a chunk at once.
         hvp: See `MAML`.
         curvature: "hessian", or "ggn": the generalised Gauss-Newton matrix J' (d2 L / dz2) J in place of H, with z the
@@ -64,7 +68,12 @@ class ImplicitMAML(MetaGradient):
             not see.
     """
 
-    regularization: float | Mapping[str, float] = 2.0
+    _without_path: ClassVar[str] = (
+        "neither a loss nor `regularization` uses it, and the stationary point does not depend on how the inner loop "
+        "gets there; MAML differentiates step sizes"
+    )
+
+    regularization: Hyper | None = 2.0
     solver: LinearSolver = CG(max_steps=20, rtol=1e-4)
     hvp: HvpMode = "auto"
     curvature: Literal["hessian", "ggn"] = "hessian"
@@ -78,9 +87,8 @@ class ImplicitMAML(MetaGradient):
         """Check the configuration; raises TypeError or ValueError."""
         super().__post_init__()
         check_mode(self.hvp)
-        values = self.regularization.values() if isinstance(self.regularization, Mapping) else [self.regularization]
-        if any(value <= 0 for value in values):
-            raise ValueError(f"`regularization` must be > 0 for implicit differentiation. Got {self.regularization}.")
+        if self.regularization is not None:
+            check_hyper("regularization", self.regularization, must="> 0 for implicit differentiation")
         if not isinstance(self.solver, LinearSolver):
             raise TypeError(f"`solver` must be a LinearSolver such as CG(max_steps=5). Got {self.solver!r}.")
         if self.curvature not in ("hessian", "ggn"):
@@ -93,35 +101,35 @@ class ImplicitMAML(MetaGradient):
             raise ValueError(f"`on_failure` must be 'raise', 'warn' or 'ignore'. Got {self.on_failure!r}.")
 
     def _pull_back(self, problem: Problem) -> Pullback:
-        assert problem.damping is not None
-        if self.curvature == "ggn" and problem.support.context.objective.model is None:
-            raise ValueError(
-                "curvature='ggn' needs to know the model's output. Expected Objective(model, loss). Got an objective "
-                "from a function: use curvature='hessian'."
-            )
+        self._check(problem)
         phi = problem.adapt()
         query = problem.judge(phi)
-        root = problem.damping.sqrt()
+        damping = problem.damping
+        root = query.adapted.new_ones(()) if damping is None else damping.sqrt()
         weight = root / root.mean()  # 1 for a single lambda, where the system is I + H / lambda itself
         rhs = query.adapted.div_(weight)
         curvature, gradient = self._curvature(problem, phi)
-        with_bound = self.error_bound and self.curvature == "hessian"
+        with_bound = self.error_bound and self.curvature == "hessian" and damping is not None
         stationarity, slope = gradient.norm(dim=-1), gradient / root if with_bound else None
         del gradient
-        op = _system(curvature, root)
+        shift = 0.0 if damping is None else 1.0
+        op = _system(curvature, root, shift)
         solution = _cast(self.solver.solve(op, rhs.to(self.solver_dtype or rhs.dtype)), rhs.dtype)
         mu = careful_eigenvalue(solution, op, rhs) if with_bound else None
-        fixed = query.fixed
+        fixed, hyper = query.fixed, problem.support.context.hyper
         if fixed is not None:
-            mixed = curvature.product(solution.x * weight / problem.damping, mixed=True)[1]
+            pulled = solution.x * weight / root.square()  # (H + Lambda)^-1 v
+            mixed = curvature.product(pulled, mixed=True)[1]
             fixed = fixed if mixed is None else fixed - mixed
+            if "regularization" in hyper.learned:
+                hyper.add({"regularization": (problem.theta - phi) * pulled}, 0)
         del curvature, op  # a graph may hang on it, and the error bound needs another
 
         def look(displacement: Tensor) -> tuple[Tensor, Tensor]:
             there = displacement.div_(root).add_(phi)
             v = problem.query_gradient(there).adapted.div_(weight)
             curvature, gradient = self._curvature(problem, there)
-            return v.sub_(_system(curvature, root).mv(solution.x)), gradient.div_(root)
+            return v.sub_(_system(curvature, root, shift).mv(solution.x)), gradient.div_(root)
 
         bound = None
         if mu is not None and slope is not None:
@@ -136,7 +144,26 @@ class ImplicitMAML(MetaGradient):
             solver_residual=solution.residual_norm / norm.where(norm > 0, 1),
             error_bound=bound,
         )
-        return Pullback(solution.x * weight, fixed, outcome)
+        return Pullback(solution.x * weight if shift else torch.zeros_like(solution.x), fixed, outcome)
+
+    def _check(self, problem: Problem) -> None:
+        objective = problem.support.context.objective
+        if self.curvature == "ggn" and objective.model is None:
+            raise ValueError(
+                "curvature='ggn' needs to know the model's output. Expected Objective(model, loss). Got an objective "
+                "from a function: use curvature='hessian'."
+            )
+        if problem.damping is None and len(objective.parameters()) == len(objective.adapted):
+            raise ValueError(
+                "Without a proximal term the stationary point does not depend on the initialisation, and its "
+                "meta-gradient is zero. Expected `regularization` > 0, or other parameters or `meta` to learn. Got "
+                f"regularization={self.regularization}."
+            )
+        if problem.damping is not None and bool((problem.damping <= 0).any()):
+            raise ValueError(
+                f"`regularization` must be > 0 for implicit differentiation. Got {problem.damping.min().item():g}: let "
+                "its function return a positive value, such as exp of a meta-parameter."
+            )
 
     def _curvature(self, problem: Problem, phi: Tensor) -> tuple[Curvature | GaussNewton, Tensor]:
         """The support loss's curvature, and the gradient of the inner objective, both after the inner loop."""
@@ -168,9 +195,14 @@ class ImplicitMAML(MetaGradient):
             warnings.warn(f"{message} This is said once; see report.solver_status.", SolverWarning, stacklevel=4)
 
 
-def _system(curvature: Curvature | GaussNewton, root: Tensor) -> LinearOperator:
-    """I + Lambda^-1/2 H Lambda^-1/2, for vectors of any dtype."""
-    return LinearOperator(lambda x: x + curvature.product(x.to(root.dtype) / root)[0] / root)
+def _system(curvature: Curvature | GaussNewton, root: Tensor, shift: float) -> LinearOperator:
+    """`shift` I + Lambda^-1/2 H Lambda^-1/2, for vectors of any dtype."""
+
+    def mv(x: Tensor) -> Tensor:
+        product = curvature.product(x.to(root.dtype) / root)[0] / root
+        return x + product if shift else product.to(x.dtype)
+
+    return LinearOperator(mv)
 
 
 def _cast(solution: Solution, dtype: torch.dtype) -> Solution:

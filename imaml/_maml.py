@@ -8,28 +8,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imaml._curvature import Curvature, HvpMode, check_mode
+from imaml._curvature import HvpMode, check_mode
 from imaml._numbers import check_integer
+from imaml._point import Point
 from imaml._problem import Problem
 from imaml._states import states_backwards
 from imaml._strategy import MetaGradient, Pullback
+from imaml.inner import InnerOptimizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class MAML(MetaGradient):
     """Exact second-order MAML (Finn et al. 2017): (d phi_K / d theta)' v with v the gradient of L_query at phi_K.
 
-    Computed by a reverse sweep over the inner steps, never through a K-step graph. With a the cotangent of phi_{k+1} =
-    U(phi_k, g_k) and g_k = grad L_support(phi_k) + Lambda (phi_k - theta): pull a through the elementwise U to get its
-    cotangents (a, w) for (phi_k, g_k), then a <- a + H_k w + Lambda w, one Hessian-vector product a step.
+    Computed by a reverse sweep over the inner steps, never through a K-step graph. With a the cotangent of s_{k+1} =
+    U(s_k, g_k), g_k = grad L_support(phi_k) + Lambda (phi_k - theta) and phi_k in the optimiser's state s_k: pull a
+    through the elementwise U to get its cotangents (a, w) for (s_k, g_k), then a_phi <- a_phi + H_k w + Lambda w, one
+    Hessian-vector product a step. Exact for learned hyper-parameters and whatever else the losses use too.
 
-    Cost per task: K + 1 gradients and K Hessian-vector products. Memory: one product plus the K states, `(n,)` each;
-    with `checkpoints=m` at most m states, and the steps between them are recomputed on the binomial schedule that
-    minimises recomputation (Griewank & Walther 2000, Algorithm 799); with `linearize=True` the graphs of all K steps,
-    for a forward and a backward pass less a step.
+    Cost per task: K + 1 gradients and K Hessian-vector products; where U is not linear or a step size is learned, the
+    sweep evaluates K gradients again. Memory: one product plus the K states, `(n,)` a vector of each; with
+    `checkpoints=m` at most m states, and the steps between them are recomputed on the binomial schedule that minimises
+    recomputation (Griewank & Walther 2000, Algorithm 799); with `linearize=True` the graphs of all K steps, for a
+    forward and a backward pass less a step.
 
     Args:
-        inner: See `MetaGradient`, as for `regularization` and `chunk_size`.
+        inner: An `InnerOptimizer`; for the rest see `MetaGradient`, as for `regularization` and `chunk_size`.
+        truncate: Differentiate the last m steps only, as if the state before them were theta plus a constant: m
+            products, and the states of m steps. Biased (Shaban et al. 2019): what the earlier steps would have changed
+            is ignored, for step sizes as for theta; 0 is `FOMAML`. None: all steps.
         checkpoints: How many inner states are kept at most besides theta, >= 0; None: all of them.
         linearize: Keep the graph of each inner step, so that its product costs about one gradient less; False evaluates
             the step anew. None: where `chunk_size` and `checkpoints` are left open and the graphs are small, at most
@@ -39,6 +46,7 @@ class MAML(MetaGradient):
             exact too. Finite differences are inexact and can be of no use below float64: docs/numerics.md has figures.
     """
 
+    truncate: int | None = None
     checkpoints: int | None = None
     linearize: bool | None = None
     hvp: HvpMode = "auto"
@@ -47,6 +55,13 @@ class MAML(MetaGradient):
         """Check the configuration; raises TypeError or ValueError."""
         super().__post_init__()
         check_mode(self.hvp)
+        if not isinstance(self.inner, InnerOptimizer):
+            raise TypeError(
+                "MAML differentiates the steps of its inner loop. Expected GradientDescent, Adam, AdamW, RMSprop or "
+                f"another InnerOptimizer. Got {self.inner!r}: use ImplicitMAML, which needs the result alone."
+            )
+        if self.truncate is not None:
+            check_integer("`truncate`, unless None,", self.truncate, least=0)
         if self.linearize and self.microbatch_size is not None:
             raise ValueError(
                 "linearize=True keeps graphs, of which microbatch_size holds one slice at a time. Expected "
@@ -61,14 +76,16 @@ class MAML(MetaGradient):
                 )
 
     def _pull_back(self, problem: Problem) -> Pullback:
-        phi, curvatures = self._adapt(problem)
+        phi, points = self._adapt(problem)
         query = problem.judge(phi)
         cotangent, fixed, damping, outcome = query.adapted, query.fixed, problem.damping, problem.outcome(query)
+        buffers = (torch.zeros_like(cotangent),) * problem.optimizer.buffers
         del query, phi  # they would live through the sweep
         pulled_by_theta = 0 if damping is None else torch.zeros_like(cotangent)
-        for curvature in curvatures:
-            cotangent, w = problem.inner.pullback(cotangent)
-            product, mixed = curvature.product(w, mixed=fixed is not None)
+        for point in points:
+            (cotangent, *rest), w = point.pull_through_update((cotangent, *buffers))
+            buffers = tuple(rest)
+            product, mixed = point.curvature.product(w, mixed=fixed is not None)
             cotangent = product.add_(cotangent)
             if damping is not None:
                 cotangent.addcmul_(w, damping)
@@ -77,18 +94,23 @@ class MAML(MetaGradient):
                 fixed.add_(mixed)
         return Pullback(cotangent + pulled_by_theta, fixed, outcome)
 
-    def _adapt(self, problem: Problem) -> tuple[Tensor, Iterator[Curvature]]:
-        """phi_K, and the curvature of the support loss at the states before it, the last first."""
+    def _adapt(self, problem: Problem) -> tuple[Tensor, Iterator[Point]]:
+        """phi_K, and the inner steps to differentiate, the last first."""
         steps = problem.inner.steps
+        first = 0 if self.truncate is None else max(0, steps - self.truncate)
+        state = problem.optimizer.start(problem.theta)
+        for step in range(first):
+            state = problem.step(state, step)
         keeps_graphs = problem.plan.keeps_graphs if self.linearize is None else self.linearize
         if keeps_graphs and self.checkpoints is None:
-            phi, kept = problem.theta, []
-            for step in range(steps):
-                kept.append(Curvature(problem.support, phi, step, mode=self.hvp, graph="once"))
-                phi = problem.inner.update(phi, problem.gradient(phi, step, kept[-1].take_gradient()))
-            return phi, (kept.pop() for _ in range(steps))
-        states = states_backwards(problem, self.checkpoints)
-        return next(states), (
-            Curvature(problem.support, phi, step, mode=self.hvp, graph="rebuild")
-            for step, phi in zip(reversed(range(steps)), states, strict=True)
+            kept = []
+            for step in range(first, steps):
+                point, gradient = Point.with_gradient(problem, state, step, self.hvp)
+                kept.append(point)
+                state = problem.update(state, gradient, step)
+            return state[0], (kept.pop() for _ in range(first, steps))
+        states = states_backwards(problem, state, first, self.checkpoints)
+        return next(states)[0], (
+            Point.at(problem, state, step, self.hvp)
+            for step, state in zip(reversed(range(first, steps)), states, strict=True)
         )

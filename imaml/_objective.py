@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from imaml._buffers import BufferPolicy, check_policy
 from imaml._exact import ExactDerivatives
+from imaml._meta import check_meta
 from imaml._program import FunctionProgram, ModelProgram, Parameters
 from imaml._select import select
 from imaml._tasks import Batch
@@ -28,9 +29,14 @@ class Objective:
 
     Args:
         model: Any module. `torch.utils.checkpoint` in it saves no memory here, and a compiled one runs uncompiled.
-        loss: `(output, target) -> 0-dim floating-point tensor`, a mean over examples as a rule.
+        loss: `(output, target) -> 0-dim floating-point tensor`, a mean over examples as a rule. One that has an
+            argument named `meta` is given the meta-parameters in it, by name: `(output, target, meta)`.
         adapt: Which parameters the inner loop changes: names, module names or shell patterns (`["head"]`,
             `["*.bias"]`). None: every parameter that requires grad.
+        outer_loss: That of the query set, where it is another than `loss`: of the same form.
+        meta: Named tensors to learn besides the parameters: whatever the losses use (example weights, the parameters of
+            a learned loss) or the inner optimiser (learned step sizes). They receive meta-gradients like parameters. A
+            tensor that another network produced passes its gradient on.
         metric: `(output, target) -> 0-dim tensor`, evaluated on the query set from the same forward pass and returned
             in `report.metric`; never differentiated. For example an accuracy.
         buffers: What becomes of buffers that the model updates in training mode. None: such a model is refused.
@@ -44,60 +50,72 @@ class Objective:
 
     Raises:
         TypeError: `model` is not a module, `loss` is not callable, an adapted parameter is not of a real floating
-            dtype.
-        ValueError: No parameter to adapt, an unknown name or policy.
+            dtype, a meta-parameter no floating-point tensor.
+        ValueError: No parameter to adapt, an unknown name or policy, a name in `meta` that a parameter has.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        loss: Callable[[Any, Any], Tensor],
+        loss: Callable[..., Tensor],
         *,
         adapt: Iterable[str] | None = None,
+        outer_loss: Callable[..., Tensor] | None = None,
+        meta: Mapping[str, Tensor] | None = None,
         metric: Callable[[Any, Any], Tensor] | None = None,
         buffers: BufferPolicy | None = None,
     ) -> None:
         check_policy(buffers)
+        _check_callables(loss=loss, outer_loss=outer_loss, metric=metric)
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"Expected an nn.Module. Got {type(model).__name__}: for a function of parameters and a batch use "
                 "Objective.from_function(loss, params)."
             )
-        self._initialise(ModelProgram(model, loss, metric, buffers), adapt)
+        self._initialise(ModelProgram(model, loss, outer_loss, metric, buffers), adapt, meta)
 
     @classmethod
     def from_function(
         cls,
-        loss: Callable[[dict[str, Tensor], Batch], Tensor],
+        loss: Callable[..., Tensor],
         params: Parameters,
         *,
         adapt: Iterable[str] | None = None,
+        outer_loss: Callable[..., Tensor] | None = None,
+        meta: Mapping[str, Tensor] | None = None,
         metric: Callable[[dict[str, Tensor], Batch], Tensor] | None = None,
     ) -> Objective:
         """An objective from a function of named parameters and a batch.
 
         Args:
-            loss: `(params, batch) -> 0-dim floating-point tensor`; it must read every parameter from `params`.
+            loss: `(params, batch) -> 0-dim floating-point tensor`, or `(params, batch, meta)` with an argument of that
+                name; it must read every parameter from `params`.
             params: Named tensors. Leaves that require grad receive `.grad`; a tensor that another network produced
                 passes the meta-gradient on to it. Tensors that do not require grad are adapted too, and
                 `value_and_grad` returns their gradients.
             adapt: Which of them the inner loop changes; None: all.
+            outer_loss: See the class, as for `meta`.
+            meta: Named tensors to learn besides.
             metric: `(params, batch) -> 0-dim tensor`, see the class.
 
         Returns:
             The objective.
         """
+        _check_callables(loss=loss, outer_loss=outer_loss, metric=metric)
         objective = cls.__new__(cls)
-        objective._initialise(FunctionProgram(dict(params), loss, metric), adapt)
+        objective._initialise(FunctionProgram(dict(params), loss, outer_loss, metric), adapt, meta)
         return objective
 
-    def _initialise(self, program: ModelProgram | FunctionProgram, adapt: Iterable[str] | None) -> None:
-        if not callable(program.loss):
-            raise TypeError(f"`loss` must be callable. Got {type(program.loss).__name__}.")
-        if program.metric is not None and not callable(program.metric):
-            raise TypeError(f"`metric` must be callable. Got {type(program.metric).__name__}.")
+    def _initialise(
+        self,
+        program: ModelProgram | FunctionProgram,
+        adapt: Iterable[str] | None,
+        meta: Mapping[str, Tensor] | None,
+    ) -> None:
         self._program = program
         named = program.parameters()
+        self.meta: dict[str, Tensor] = check_meta(meta or {}, [*named, *program.constants()])
+        """The meta-parameters by name, as the user holds them."""
         if adapt is None:
             chosen = {n for n, p in named.items() if program.trainable(p)}
         else:
@@ -134,17 +152,18 @@ class Objective:
         """
         copied = Objective.__new__(Objective)
         copied._program, copied.adapted = self._program.double(), self.adapted
+        copied.meta = {n: t.detach().clone().double().requires_grad_() for n, t in self.meta.items()}
         return copied
 
     def parameters(self) -> dict[str, Tensor]:
-        """The parameters that receive meta-gradients, as the user holds them: the adapted first, then the fixed."""
+        """What receives meta-gradients, as the user holds it: the adapted parameters, the fixed, and `meta`."""
         named = self._program.parameters()
         fixed = {
             n: p
             for n, p in named.items()
             if n not in self.adapted and p.is_floating_point() and self._program.trainable(p)
         }
-        return {n: named[n] for n in self.adapted} | fixed
+        return {n: named[n] for n in self.adapted} | fixed | self.meta
 
     def check(self) -> None:
         """Raise where the model's present state cannot be adapted without changing it."""
@@ -161,12 +180,25 @@ class Objective:
     def record(self, values: Parameters, batch: Batch) -> None:
         """One forward pass that updates the running statistics among `values` in place."""
         assert isinstance(self._program, ModelProgram)
-        self._program.predict(values, batch, recording=True)
+        self._program.predict(self._others(values), batch, recording=True)
 
-    def evaluate(self, values: Parameters, batch: Batch, *, metric: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Loss, and metric if asked, at `values` (which may name fewer than all parameters) on one task's batch."""
+    def evaluate(
+        self, values: Parameters, batch: Batch, *, metric: bool = False, outer: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Loss, and metric if asked, at `values` (which may name fewer than all parameters) on one task's batch.
+
+        Args:
+            values: Parameters and meta-parameters by name.
+            batch: One task's support or query set.
+            metric: Whether to evaluate the metric.
+            outer: Whether the loss is that of the query set.
+
+        Returns:
+            The loss and the metric.
+        """
         with ExactDerivatives():
-            loss, figure = self._program.evaluate(values, batch, metric)
+            program, meta = self._program, self._meta_among(values)
+            loss, figure = program.evaluate(self._others(values), meta, batch, metric=metric, outer=outer)
         if figure is not None:
             _check_scalar("metric", figure)
         return _check_loss(loss), figure
@@ -175,12 +207,25 @@ class Objective:
         """The model's output on one task's batch, for `judge`; only for an objective of a model."""
         assert isinstance(self._program, ModelProgram)
         with ExactDerivatives():
-            return self._program.predict(values, batch)
+            return self._program.predict(self._others(values), batch)
 
-    def judge(self, output: Any, batch: Batch) -> Tensor:
-        """The loss of an output of `predict` on the same batch."""
+    def judge(self, output: Any, values: Parameters, batch: Batch) -> Tensor:
+        """The support loss of an output of `predict` with the same arguments."""
+        assert isinstance(self._program, ModelProgram)
         with ExactDerivatives():
-            return _check_loss(self.loss(output, batch[1]))
+            return _check_loss(self._program.judge(output, self._meta_among(values), batch, outer=False))
+
+    def _meta_among(self, values: Parameters) -> dict[str, Tensor]:
+        return {n: values.get(n, t) for n, t in self.meta.items()}
+
+    def _others(self, values: Parameters) -> Parameters:
+        return {n: t for n, t in values.items() if n not in self.meta} if self.meta else values
+
+
+def _check_callables(loss: Any, **others: Any) -> None:
+    for name, function in {"loss": loss, **{n: f for n, f in others.items() if f is not None}}.items():
+        if not callable(function):
+            raise TypeError(f"`{name}` must be callable. Got {type(function).__name__}.")
 
 
 def _check_scalar(name: str, value: Any) -> None:

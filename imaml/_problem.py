@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from imaml._chunk import ChunkLoss, Gradient
 from imaml._errors import DivergenceError, NonFiniteError
-from imaml._inner import GradientDescent
 from imaml._microbatch import Microbatched
 from imaml._plan import Plan
 from imaml._report import Outcome
+from imaml.inner import InnerOptimizer, InnerSolver
+from imaml.inner._base import State
 
 EXPLOSION = 1e6
 """A support loss that grows by this factor has diverged, finite or not."""
@@ -24,7 +26,7 @@ class Problem:
 
     support: ChunkLoss | Microbatched
     query: ChunkLoss | Microbatched
-    inner: GradientDescent
+    inner: InnerSolver
     plan: Plan
     theta: Tensor
     """Where the inner loop starts and what the proximal term pulls to, `(tasks, n)`, shared by the tasks."""
@@ -63,16 +65,23 @@ class Problem:
         """Add Lambda (phi - theta) to a gradient of the support loss."""
         return gradient if self.damping is None else torch.addcmul(gradient, phi - self.theta, self.damping)
 
-    def step(self, phi: Tensor, step: int) -> Tensor:
-        """One inner step from phi_step to phi_{step+1}."""
-        return self.inner.update(phi, self.gradient(phi, step))
+    def step(self, state: State, step: int) -> State:
+        """One inner step of an optimiser, from state s_step to s_{step+1}."""
+        return self.update(state, self.gradient(state[0], step), step)
+
+    def update(self, state: State, gradient: Tensor, step: int) -> State:
+        """The step for a gradient that is known."""
+        return self.optimizer.update(state, gradient, step, self.support.context.hyper.at(step))
+
+    @property
+    def optimizer(self) -> InnerOptimizer:
+        """The inner loop, where it can be differentiated."""
+        assert isinstance(self.inner, InnerOptimizer)
+        return self.inner
 
     def adapt(self) -> Tensor:
-        """The whole inner loop, keeping nothing but the last state."""
-        phi = self.theta
-        for step in range(self.inner.steps):
-            phi = self.step(phi, step)
-        return phi
+        """The whole inner loop, keeping nothing but the adapted parameters."""
+        return self.inner.run(self)
 
     def judge(self, phi: Tensor) -> Gradient:
         """The query loss at the adapted parameters, with its gradient v."""
@@ -125,7 +134,7 @@ class Problem:
             )
         raise DivergenceError(
             f"The inner loop of {where} diverged: its support loss went from {first:.4g} at inner step 0 to {loss:.4g} "
-            f"at inner step {step}. Use a smaller inner step size than lr={self.inner.lr:g}"
+            f"at inner step {step}. Use a smaller inner step size{self._than_lr}"
             + (", below 2 / (largest curvature + regularization)." if self.damping is not None else ".")
         )
 
@@ -136,6 +145,11 @@ class Problem:
             column = int(bad.nonzero()[0])
             raise NonFiniteError(
                 f"The query loss of task {self.positions[column]} is {losses[column].item()} after {self.inner.steps} "
-                "inner steps: look for NaN or infinite values in its query data, or use a smaller inner step size than "
-                f"lr={self.inner.lr:g}."
+                "inner steps: look for NaN or infinite values in its query data, or use a smaller inner step "
+                f"size{self._than_lr}."
             )
+
+    @property
+    def _than_lr(self) -> str:
+        lr = getattr(self.inner, "lr", None)
+        return f" than lr={lr:g}" if isinstance(lr, Real) else ""

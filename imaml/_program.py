@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from imaml._buffers import BufferPolicy, Statistics, check_buffers, held, statistics
 from imaml._eager import eager
+from imaml._meta import with_meta
 from imaml._tasks import Batch
 
 Parameters = Mapping[str, Tensor]
@@ -24,10 +25,12 @@ class ModelProgram:
         self,
         model: nn.Module,
         loss: Callable[..., Any],
+        outer_loss: Callable[..., Any] | None,
         metric: Callable[..., Any] | None,
         buffers: BufferPolicy | None,
     ) -> None:
-        self.model, self.loss, self.metric, self.buffers = model, loss, metric, buffers
+        self.model, self.loss, self.outer_loss, self.metric, self.buffers = model, loss, outer_loss, metric, buffers
+        self._inner, self._outer = with_meta(loss), with_meta(outer_loss or loss)
 
     def parameters(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters())
@@ -45,14 +48,16 @@ class ModelProgram:
 
     def double(self) -> ModelProgram:
         try:
-            model, loss = copy.deepcopy((self.model, self.loss))
+            model, loss, outer_loss = copy.deepcopy((self.model, self.loss, self.outer_loss))
         except (RuntimeError, TypeError) as error:
             raise TypeError(
                 f"{type(self.model).__name__} or its loss cannot be copied ({error}). Expected a module that "
                 "copy.deepcopy accepts: make tensors it keeps besides parameters and buffers leaves, with .detach()."
             ) from error
-        loss = loss.double() if isinstance(loss, nn.Module) else loss
-        return ModelProgram(model.double(), loss, self.metric, self.buffers)
+        for module in (model, loss, outer_loss):
+            if isinstance(module, nn.Module):
+                module.double()
+        return ModelProgram(model, loss, outer_loss, self.metric, self.buffers)
 
     def check(self) -> None:
         if self.buffers is None:
@@ -61,9 +66,15 @@ class ModelProgram:
     def statistics(self) -> list[str]:
         return statistics(self.model) if self.buffers == "update" else []
 
-    def evaluate(self, values: Parameters, batch: Batch, metric: bool) -> tuple[Any, Any]:
-        output, target = self.predict(values, batch), batch[1]
-        return self.loss(output, target), self.metric(output, target) if metric and self.metric else None
+    def evaluate(
+        self, values: Parameters, meta: Parameters, batch: Batch, *, metric: bool, outer: bool
+    ) -> tuple[Any, Any]:
+        output = self.predict(values, batch)
+        figure = self.metric(output, batch[1]) if metric and self.metric else None
+        return self.judge(output, meta, batch, outer=outer), figure
+
+    def judge(self, output: Any, meta: Parameters, batch: Batch, *, outer: bool) -> Any:
+        return (self._outer if outer else self._inner)(output, batch[1], meta=meta)
 
     def predict(self, values: Parameters, batch: Batch, *, recording: bool = False) -> Any:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
@@ -83,8 +94,15 @@ class ModelProgram:
 class FunctionProgram:
     """`loss(params, batch)`."""
 
-    def __init__(self, params: dict[str, Tensor], loss: Callable[..., Any], metric: Callable[..., Any] | None) -> None:
-        self.params, self.loss, self.metric = params, loss, metric
+    def __init__(
+        self,
+        params: dict[str, Tensor],
+        loss: Callable[..., Any],
+        outer_loss: Callable[..., Any] | None,
+        metric: Callable[..., Any] | None,
+    ) -> None:
+        self.params, self.loss, self.outer_loss, self.metric = params, loss, outer_loss, metric
+        self._inner, self._outer = with_meta(loss), with_meta(outer_loss or loss)
 
     def parameters(self) -> dict[str, Tensor]:
         return self.params
@@ -95,7 +113,7 @@ class FunctionProgram:
     def double(self) -> FunctionProgram:
         params = {n: t.detach().clone() for n, t in self.params.items()}
         params = {n: t.double().requires_grad_() if t.is_floating_point() else t for n, t in params.items()}
-        return FunctionProgram(params, self.loss, self.metric)
+        return FunctionProgram(params, self.loss, self.outer_loss, self.metric)
 
     def trainable(self, parameter: Tensor) -> bool:
         return True
@@ -109,6 +127,9 @@ class FunctionProgram:
     def statistics(self) -> list[str]:
         return []
 
-    def evaluate(self, values: Parameters, batch: Batch, metric: bool) -> tuple[Any, Any]:
+    def evaluate(
+        self, values: Parameters, meta: Parameters, batch: Batch, *, metric: bool, outer: bool
+    ) -> tuple[Any, Any]:
         named = {name: values.get(name, tensor) for name, tensor in self.params.items()}
-        return self.loss(named, batch), self.metric(named, batch) if metric and self.metric else None
+        loss = (self._outer if outer else self._inner)(named, batch, meta=meta)
+        return loss, self.metric(named, batch) if metric and self.metric else None

@@ -5,41 +5,49 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from checkpoint_schedules import Copy, Forward, Move, MultistageCheckpointSchedule, Reverse
-from torch import Tensor
 
 from imaml._problem import Problem
+from imaml.inner._base import State
 
 
-def states_backwards(problem: Problem, checkpoints: int | None) -> Iterator[Tensor]:
-    """Yield phi_K, then phi_{K-1} down to phi_0 = theta, each `(tasks, n)`.
+def states_backwards(problem: Problem, state: State, first_step: int, checkpoints: int | None) -> Iterator[State]:
+    """Yield the state after the last inner step, then those before each step, the last first, down to a given one.
 
-    At most `checkpoints` states are kept besides theta (None: all), and the steps between them are recomputed on the
-    binomial schedule of Griewank & Walther 2000 (Algorithm 799), which needs the fewest recomputations.
+    At most `checkpoints` states are kept besides the given one (None: all), and the steps between them are recomputed
+    on the binomial schedule of Griewank & Walther 2000 (Algorithm 799), which needs the fewest recomputations.
+
+    Args:
+        problem: A chunk.
+        state: That before step `first_step`.
+        first_step: Steps already taken.
+        checkpoints: How many to keep.
+
+    Yields:
+        The states.
     """
-    steps = problem.inner.steps
-    phi = problem.theta
+    steps = problem.inner.steps - first_step
     if steps == 0:
-        yield phi
+        yield state
         return
-    slots = steps if checkpoints is None else min(checkpoints + 1, steps)  # phi_0 = theta fills one and costs nothing
-    kept: dict[int, Tensor] = {}
+    slots = steps if checkpoints is None else min(checkpoints + 1, steps)  # the first state fills one, and is there
+    kept: dict[int, State] = {}
     reversing = False
     for action in MultistageCheckpointSchedule(steps, slots, 0):
         match action:
             case Forward(n0=first, n1=last, write_ics=keep, write_adj_deps=to_reverse):
                 if keep:
-                    kept[first] = phi
+                    kept[first] = state
                 if not to_reverse:
                     for step in range(first, last):
-                        phi = problem.step(phi, step)
+                        state = problem.step(state, first_step + step)
                 elif not reversing:
                     reversing = True
-                    yield problem.step(phi, first)
+                    yield problem.step(state, first_step + first)
             case Copy(n=step):
-                phi = kept[step]
+                state = kept[step]
             case Move(n=step):
-                phi = kept.pop(step)
+                state = kept.pop(step)
             case Reverse():
-                yield phi
+                yield state
                 if action.n0 == 0:
                     return

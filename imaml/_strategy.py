@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,15 +14,16 @@ from torch.utils._pytree import tree_map
 from imaml._chunk import QUERY, SUPPORT, ChunkLoss, outside_inference
 from imaml._context import Context
 from imaml._errors import NonFiniteError
-from imaml._inner import GradientDescent
 from imaml._microbatch import Microbatched
 from imaml._node import attach
-from imaml._numbers import check_integer, check_number
+from imaml._numbers import check_integer
 from imaml._objective import Objective
 from imaml._plan import ONE_BY_ONE, Plan, plan
 from imaml._problem import Problem
 from imaml._report import MetaResult, Outcome, Report
 from imaml._tasks import Batch, Task, TaskBatch, check_tensors, group, signature
+from imaml.inner import InnerSolver
+from imaml.inner._hyper import Hyper, check_hyper
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Pullback:
     theta: Tensor
     """The meta-gradient of each task, `(tasks, n)`."""
     fixed: Tensor | None
-    """That for the fixed parameters, summed over tasks, `(m,)`; None if there are none."""
+    """That for the fixed and the meta-parameters, summed over tasks, `(m,)`; None if there are none."""
     outcome: Outcome
 
 
@@ -52,7 +53,8 @@ class MetaGradient(ABC):
 
     Args:
         inner: The inner loop.
-        regularization: lambda >= 0, the weight of the proximal term: one number, or one per adapted parameter by name.
+        regularization: lambda >= 0, the weight of the proximal term: one number, or one per adapted parameter by name,
+            or a function of the objective's meta-parameters that returns either. None: no proximal term.
         chunk_size: How many tasks run at once, vectorised; memory grows with it. None: as many as save at most 32 MiB
             for a gradient on a CPU (256 MiB elsewhere), the support and the query sets each by themselves, found by a
             forward pass of one task when an engine first sees its shapes. 1 runs task by task without
@@ -64,20 +66,20 @@ class MetaGradient(ABC):
             independent examples (the first two slices are compared the first time; not with dropout). None: all.
     """
 
-    inner: GradientDescent
-    regularization: float | Mapping[str, float] = 0.0
+    _without_path: ClassVar[str] = "neither a loss nor the inner optimiser uses it"
+
+    inner: InnerSolver
+    regularization: Hyper | None = 0.0
     chunk_size: int | None = None
     microbatch_size: int | None = None
     _plans: dict[Any, Plan] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check the configuration; raises TypeError or ValueError."""
-        if not isinstance(self.inner, GradientDescent):
+        if not isinstance(self.inner, InnerSolver):
             raise TypeError(f"`inner` must be an inner optimiser such as GradientDescent. Got {self.inner!r}.")
-        per_name = self.regularization if isinstance(self.regularization, Mapping) else {"": self.regularization}
-        for name, value in per_name.items():
-            if check_number("`regularization`", value) < 0:
-                raise ValueError(f"`regularization` must be >= 0. Got {value}" + (f" for {name!r}." if name else "."))
+        if self.regularization is not None:
+            check_hyper("regularization", self.regularization, must=">= 0")
         if self.chunk_size is not None:
             check_integer("`chunk_size`, unless None,", self.chunk_size, least=1)
         if self.microbatch_size is not None:
@@ -98,7 +100,8 @@ class MetaGradient(ABC):
             DivergenceError: The inner loop diverged.
             TypeError: An argument of a wrong type.
             ValueError: The loss is not a scalar or depends on no parameter, BatchNorm with running statistics in
-                training mode, or a name in `regularization` that is not adapted.
+                training mode, a hyper-parameter that does not fit the parameters or steps, or a meta-parameter whose
+                meta-gradient is zero because nothing uses it.
         """
         parameters = objective.parameters() if isinstance(objective, Objective) else {}
         wanted = torch.is_grad_enabled() and any(p.requires_grad for p in parameters.values())
@@ -136,7 +139,7 @@ class MetaGradient(ABC):
         check_tensors("support", support)
         batch = tree_map(lambda t: t.unsqueeze(0), support)
         with torch.inference_mode(False), torch.no_grad():
-            context = Context.of(objective)
+            context = self._context(objective)
             try:
                 problem = self._problem(context, [0], TaskBatch(support=batch, query=batch), ONE_BY_ONE)
                 phi = problem.adapt()
@@ -158,7 +161,7 @@ class MetaGradient(ABC):
     ) -> tuple[Tensor, dict[str, Tensor], Report]:
         groups = group(tasks)
         with torch.inference_mode(False), torch.no_grad():
-            context = Context.of(objective)
+            context = self._context(objective)
             positions: list[int] = []
             outcomes: list[Outcome] = []
             sums: list[Tensor] = []
@@ -175,6 +178,8 @@ class MetaGradient(ABC):
                     positions += where
             finally:
                 context.replay.restore()
+            if derivatives and context.objective.meta:
+                sums[1].add_(self._through_hyperparameters(context))
             report = Report.of(context, outcomes, positions)
             self._look_at(report)
             layouts = (context.layout, context.fixed_layout)
@@ -182,6 +187,23 @@ class MetaGradient(ABC):
             for layout, total in zip(layouts, sums, strict=False):
                 named |= layout.named(total.div_(len(positions)))
             return report.query_loss.mean(), named, report
+
+    def _context(self, objective: Objective) -> Context:
+        given = {name: (hyper, self.inner.steps) for name, hyper in self.inner.hyperparameters.items()}
+        if self.regularization is not None:
+            given["regularization"] = (self.regularization, 1)
+        return Context.of(objective, given)
+
+    def _through_hyperparameters(self, context: Context) -> Tensor:
+        """The part of the summed meta-gradient `(m,)` that passes through learned hyper-parameters."""
+        found = context.hyper.gradients()
+        for name in context.objective.meta:
+            if name not in found and name not in context.used_fixed:
+                raise ValueError(
+                    f"The meta-gradient for the meta-parameter {name!r} is zero: {self._without_path}. Leave it out of "
+                    "`meta`, or use it where it counts."
+                )
+        return context.fixed_layout.gather([found.get(n) for n in context.fixed_layout.names], context.theta)
 
     def _chunks(
         self, context: Context, groups: list[tuple[list[int], TaskBatch]]
@@ -197,7 +219,7 @@ class MetaGradient(ABC):
             return Plan(self.chunk_size, self.chunk_size, keeps_graphs=False)
         key = (context.layout, context.fixed_layout, context.theta.device, signature(batch[0]))
         if key not in self._plans:
-            trial = Context.of(context.objective)
+            trial = self._context(context.objective)
             one = self._problem(trial, [0], batch[:1], ONE_BY_ONE)
             one.support.check(one.theta)
             one.query.check(one.theta)
@@ -223,17 +245,10 @@ class MetaGradient(ABC):
 
     def _damping(self, context: Context) -> Tensor | None:
         """Lambda: 0-dim, or `(n,)` where given by name; None for no proximal term."""
-        layout, theta = context.layout, context.theta
-        if not isinstance(self.regularization, Mapping):
-            return theta.new_tensor(self.regularization) if self.regularization else None
-        given, adapted = set(self.regularization), set(layout.names)
-        if given != adapted:
-            raise ValueError(
-                "`regularization` must name every adapted parameter and no other. "
-                f"Missing: {sorted(adapted - given) or 'none'}; unknown: {sorted(given - adapted) or 'none'}."
-            )
-        values = [theta.new_full(s, self.regularization[n]) for n, s in zip(layout.names, layout.shapes, strict=True)]
-        return layout.flatten(values)
+        value = context.hyper.values.get("regularization", 0.0)
+        if isinstance(value, Tensor):
+            return value.squeeze(0) if value.shape[1] > 1 else value.reshape(())
+        return context.theta.new_tensor(value) if value else None
 
 
 def _sum_over_tasks(pullback: Pullback, positions: list[int]) -> list[Tensor]:

@@ -111,7 +111,7 @@ class TaskBatch:
         """The tasks, one by one."""
         return (self[i] for i in range(len(self)))
 
-    def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TaskBatch:
+    def to(self, device: torch.device | str | None = None, *, dtype: torch.dtype | None = None) -> TaskBatch:
         """Return the batch on `device`, its floating-point tensors as `dtype`; labels keep their integer dtype."""
 
         def move(tensor: Tensor) -> Tensor:

@@ -166,12 +166,12 @@ def _measure(made: Made, chosen: list[Setting], options: Bench, console: Console
     for name, timing in zip(calls, timings, strict=True):
         equivalents = timing.median / unit.median
         costs[name] = replace(costs[name], seconds=timing.median, spread=timing.spread, equivalents=equivalents)
-    exact: dict[tuple[float, int, str], torch.Tensor] = {}
+    exact: dict[tuple[str, str], torch.Tensor] = {}
     for setting in chosen:
         if setting.name in calls:
             with console.status(f"{setting.name}: error"):
                 inner = setting.engine.inner
-                key = (inner.lr, inner.steps, repr(setting.engine.regularization))
+                key = (repr(inner), repr(setting.engine.regularization))
                 if key not in exact:
                     exact[key] = exact_gradient(setting.engine, objective, tasks, chunk_size=1)
                 found = flat(setting.engine.value_and_grad(objective, tasks)[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import pytest
@@ -17,12 +18,12 @@ from torch import Tensor, nn
 from imaml._errors import NonFiniteError
 from imaml._fomaml import FOMAML
 from imaml._implicit import ImplicitMAML
-from imaml._inner import GradientDescent
 from imaml._maml import MAML
 from imaml._objective import Objective
 from imaml._report import Report
 from imaml._strategy import MetaGradient
 from imaml._tasks import Task, TaskBatch
+from imaml.inner import GradientDescent
 from imaml.testing._models import network, small_models
 from imaml.testing._quadratic import QuadraticTasks, quadratic_tasks
 from imaml.testing._solver_suite import drawn
@@ -70,7 +71,8 @@ class StrategyConformance:
         """The meta-gradient on quadratic losses is the closed form."""
         engine = self._engine(steps=steps, lr=lr)
         regularization = engine.regularization
-        assert not isinstance(regularization, Mapping), "`make` must set one number as `regularization`"
+        assert isinstance(regularization, Real), "`make` must set one number as `regularization`"
+        regularization = float(regularization)
         if self.against == "implicit":
             # with eigenvalues in (0, 1], lr = 1 / (1 + lambda) contracts by 1 / (1 + lambda) or faster
             steps = math.ceil(40 / math.log1p(regularization))

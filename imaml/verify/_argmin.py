@@ -93,11 +93,9 @@ class InnerProblem:
 
     def _scale(self, phi: Tensor) -> float:
         gradient = flat(self.reference.gradient(lambda v: self.reference.loss(v, self.batch), self.values(phi)))
-        weights = [w * (t - self.start[n]).norm().item() for n, t in self.values(phi).items() if (w := self._weight(n))]
+        values, damping = self.values(phi), self.reference.damping_at(self.start)
+        weights = [float((w * (values[n] - self.start[n])).norm()) for n, w in damping.items()]
         return float(gradient.norm()) + math.fsum(weights) + 1e-12
-
-    def _weight(self, name: str) -> float:
-        return self.reference.damping.get(name, 0.0)
 
     def _newton_step(self, product: Product, gradient: Tensor, size: float) -> Tensor:
         """Far from the minimum, curvature is shifted until no direction of the solve shows a negative one."""

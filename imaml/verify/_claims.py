@@ -10,10 +10,11 @@ from torch import Tensor
 
 from imaml._fomaml import FOMAML
 from imaml._implicit import ImplicitMAML
-from imaml._inner import GradientDescent
 from imaml._maml import MAML
 from imaml._strategy import MetaGradient
 from imaml._tasks import Task
+from imaml.inner import GradientDescent, InnerOptimizer, InnerSolver
+from imaml.inner._hyper import Hyper
 from imaml.verify._argmin import InnerProblem
 from imaml.verify._reference import Reference, Values, draws, flat, moved
 
@@ -41,25 +42,29 @@ def name_of(subject: object) -> str:
     return getattr(subject, "__name__", type(subject).__name__)
 
 
-def inner_of(subject: object, inner: GradientDescent | None, claim: Claim) -> GradientDescent:
+def inner_of(subject: object, inner: InnerSolver | None, claim: Claim) -> InnerOptimizer:
     """The inner loop that was used; raises where it is not said."""
     inner = inner if inner is not None else getattr(subject, "inner", None)
-    if inner is None and claim == "implicit":
+    if isinstance(inner, InnerOptimizer):
+        return inner
+    if claim == "implicit" and (inner is None or isinstance(inner, InnerSolver)):
         return GradientDescent(lr=1.0, steps=0)
-    if not isinstance(inner, GradientDescent):
-        raise ValueError(
-            f"The inner loop of {name_of(subject)} is not known. Expected inner=GradientDescent(lr=..., steps=...). "
-            f"Got {inner!r}."
-        )
-    return inner
+    raise ValueError(
+        f"The inner loop of {name_of(subject)} is not known. Expected inner=GradientDescent(lr=..., steps=...), or "
+        f"another InnerOptimizer. Got {inner!r}."
+    )
 
 
 def damping_of(
-    subject: object, regularization: float | Mapping[str, float] | None, adapted: tuple[str, ...], claim: Claim
+    subject: object, regularization: Hyper | None, adapted: tuple[str, ...], claim: Claim
 ) -> dict[str, float]:
-    """Lambda of every adapted parameter; raises ValueError where it is not said."""
+    """Lambda of every adapted parameter, zeros where it is learned; raises ValueError where it is not said."""
     if regularization is None:
         regularization = getattr(subject, "regularization", None if claim == "implicit" else 0.0)
+        if regularization is None and isinstance(subject, MetaGradient):
+            return dict.fromkeys(adapted, 0.0)
+    if callable(regularization):
+        return dict.fromkeys(adapted, 0.0)
     if regularization is None:
         raise ValueError(
             f"The regularisation of {name_of(subject)} is not known. Pass regularization=lambda, the weight of the "
@@ -70,7 +75,7 @@ def damping_of(
             raise ValueError(f"`regularization` must name {list(adapted)}. Got {list(regularization)}.")
         damping = {n: float(regularization[n]) for n in adapted}
     else:
-        damping = dict.fromkeys(adapted, float(regularization))
+        damping = dict.fromkeys(adapted, float(regularization))  # type: ignore[arg-type]
     if min(damping.values()) < 0 or (claim == "implicit" and min(damping.values()) == 0):
         raise ValueError(f"`regularization` must be {'>' if claim == 'implicit' else '>='} 0. Got {regularization}.")
     return damping

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from imaml._objective import Objective
 from imaml._tasks import Task
+from imaml.inner import GradientDescent
 from imaml.verify._modes import MODES, find
 from imaml.verify._products import differences
 from imaml.verify._products_verdict import verdict
@@ -68,7 +69,7 @@ def hvp(
     objective.check()
     copied = _at(objective.double(), params)
     (task,) = in_double([Task(support=batch, query=batch)])
-    reference = Reference(copied, [task], lr=0.0, steps=0, damping={})
+    reference = Reference(copied, [task], GradientDescent(lr=1.0, steps=0), damping={})
     values = reference.values()
     random = is_random(copied, task, lambda b: reference.loss(values, b), seed)
     adapted = {n: values[n] for n in copied.adapted}

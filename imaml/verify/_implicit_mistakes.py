@@ -68,7 +68,7 @@ class System:
     def __init__(self, reference: Reference, values: Values, task: int, product: Callable[..., Values]) -> None:
         self._reference, self._values, self._batch = reference, values, reference.tasks[task].support
         self._query, self._product = reference.tasks[task].query, product
-        grads = reference.gradient(lambda v: reference.loss(v, self._query), values)
+        grads = reference.gradient(lambda v: reference.loss(v, self._query, outer=True), values)
         self.v = flat({n: grads[n] for n in reference.adapted})
         self._fixed = {n: g for n, g in grads.items() if n not in reference.adapted}
         like = {n: values[n] for n in reference.adapted}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from imaml._inner import GradientDescent
 from imaml._objective import Objective
 from imaml._strategy import MetaGradient
+from imaml.inner import InnerSolver
+from imaml.inner._hyper import Hyper
 from imaml.verify._argmin import NoMinimum
 from imaml.verify._claims import along, claim_of, damping_of, inner_of, name_of
 from imaml.verify._comparison import compare
@@ -29,8 +30,8 @@ def meta_gradient(
     tasks: Tasks,
     *,
     against: str | None = None,
-    inner: GradientDescent | None = None,
-    regularization: float | Mapping[str, float] | None = None,
+    inner: InnerSolver | None = None,
+    regularization: Hyper | None = None,
     tolerance: float = 1e-5,
     seed: int = 0,
 ) -> Verification:
@@ -54,7 +55,8 @@ def meta_gradient(
         objective: Model and loss.
         tasks: A few tasks with shapes as in use; two or more show a wrong mean.
         against: What is claimed. Known for the library's strategies.
-        inner: The inner loop that was used. Known for strategies; "implicit" only starts from it.
+        inner: The inner loop that was used, an `InnerOptimizer`, whose `update` defines it. Known for strategies;
+            "implicit" only starts from it, and takes any.
         regularization: lambda that was used. Known for strategies; 0 for "maml" and "fomaml".
         tolerance: The largest relative error that passes; raised to 1e-3 for a subject that returns less than float64.
         seed: Of the directions, and of random draws (dropout).
@@ -70,12 +72,13 @@ def meta_gradient(
     Cost: some 16 to 60 inner loops of all tasks, for "implicit" with the minimisation instead.
     """
     claim = claim_of(engine_or_function, against)
-    inner = inner_of(engine_or_function, inner, claim)
+    used = inner_of(engine_or_function, inner, claim)
     if not isinstance(objective, Objective):
         raise TypeError(f"Expected an Objective(model, loss). Got {type(objective).__name__}.")
     copied, tasks = objective.double(), in_double(tasks)
     damping = damping_of(engine_or_function, regularization, copied.adapted, claim)
-    reference = Reference(copied, list(tasks), inner.lr, inner.steps, damping)
+    given = regularization if regularization is not None else getattr(engine_or_function, "regularization", None)
+    reference = Reference(copied, list(tasks), used, damping, given if callable(given) else None)
     values = reference.values()
     random = is_random(copied, reference.tasks[0], lambda batch: reference.loss(values, batch), seed)
 

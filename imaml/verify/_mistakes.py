@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def unrolled(
                         n: g for n, g in zip(names, updates.values(), strict=False) if g.shape == values[n].shape
                     }
                 values |= {n: values[n] - reference.lr * g for n, g in updates.items()}
-            losses.append(reference.loss(values, task.query))
+            losses.append(reference.loss(values, task.query, outer=True))
         total = torch.stack(losses).mean()
     grads = torch.autograd.grad(total, list(start.values()), allow_unused=True, materialize_grads=True)
     return flat(dict(zip(start, grads, strict=True)))
@@ -84,10 +85,10 @@ def swept(
     start, total = reference.values(), torch.zeros(())
     for task in reference.tasks:
         states = [start]
-        one = Reference(reference.objective, [task], reference.lr, 1, reference.damping)
+        one = replace(reference, tasks=[task])
         for _ in range(reference.steps):
             states.append(_step(one, states[-1], start, task.support))
-        a = reference.gradient(lambda v, task=task: reference.loss(v, task.query), states[-1])  # type: ignore[misc]
+        a = reference.gradient(lambda v, task=task: reference.loss(v, task.query, outer=True), states[-1])  # type: ignore[misc]
         a = {n: t.clone() for n, t in a.items()}
         pulled = {n: torch.zeros_like(t) for n, t in a.items()}
         for k in reversed(range(reference.steps)):
@@ -145,7 +146,7 @@ def vectorised(reference: Reference) -> Tensor:
         for _ in range(reference.steps):
             grads = torch.func.grad(lambda p: reference.inner_loss(values | p, values, support))(phi)
             phi = {n: phi[n] - reference.lr * grads[n] for n in names}
-        return reference.loss(values | phi, query)
+        return reference.loss(values | phi, query, outer=True)
 
     def mean(values: Values) -> Tensor:
         return torch.func.vmap(one, in_dims=(None, 0, 0))(values, *batch).mean()

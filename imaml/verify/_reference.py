@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from imaml._layout import Layout
 from imaml._objective import Objective
 from imaml._tasks import Task
+from imaml.inner import GradientDescent, InnerOptimizer
+from imaml.inner._hyper import Hyperparameters
 
 Values = dict[str, Tensor]
 
@@ -31,15 +35,33 @@ class Reference:
 
     objective: Objective
     tasks: Sequence[Task]
-    lr: float
-    steps: int
+    inner: InnerOptimizer
     damping: Mapping[str, float]
-    """lambda of every adapted parameter."""
+    """lambda of every adapted parameter, where it is not learned."""
+    learned_damping: Callable[[dict[str, Tensor]], Any] | None = None
+    """lambda as a function of the meta-parameters."""
 
     @property
     def adapted(self) -> tuple[str, ...]:
         """Names of the adapted parameters."""
         return self.objective.adapted
+
+    @property
+    def steps(self) -> int:
+        """Inner steps."""
+        return self.inner.steps
+
+    @property
+    def lr(self) -> float:
+        """Step size of plain gradient descent."""
+        assert isinstance(self.inner.lr, Real)
+        return float(self.inner.lr)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether known mistakes can be looked for: the inner loop is plain gradient descent, nothing in it learned."""
+        plain = isinstance(self.inner.lr, Real) and self.inner == GradientDescent(lr=self.inner.lr, steps=self.steps)
+        return plain and self.learned_damping is None
 
     def values(self) -> Values:
         """The parameters that receive meta-gradients, detached."""
@@ -49,31 +71,41 @@ class Reference:
         """The problem of one task alone."""
         return replace(self, tasks=[self.tasks[task]])
 
-    def loss(self, values: Mapping[str, Tensor], batch: Any) -> Tensor:
-        """The loss at these parameters; the model's buffers are copies, and attention has second derivatives."""
+    def loss(self, values: Mapping[str, Tensor], batch: Any, *, outer: bool = False) -> Tensor:
+        """The support loss, or the query loss; buffers are copies, and attention has second derivatives."""
         with sdpa_kernel(SDPBackend.MATH):
-            return self.objective.evaluate(dict(values) | self.objective.constants(), batch)[0]
+            return self.objective.evaluate(dict(values) | self.objective.constants(), batch, outer=outer)[0]
 
     def inner_loss(self, values: Mapping[str, Tensor], centre: Mapping[str, Tensor], batch: Any) -> Tensor:
         """The support loss plus the proximal term about `centre`."""
         loss = self.loss(values, batch)
-        for name, weight in self.damping.items():
-            if weight:
-                loss = loss + weight / 2 * (values[name] - centre[name]).square().sum()
+        for name, weight in self.damping_at(centre).items():
+            if isinstance(weight, Tensor) or weight:
+                loss = loss + (weight / 2 * (values[name] - centre[name]).square()).sum()
         return loss
+
+    def damping_at(self, values: Mapping[str, Tensor]) -> Mapping[str, float | Tensor]:
+        """Lambda of every adapted parameter at these values of the meta-parameters."""
+        if self.learned_damping is None:
+            return self.damping
+        found = self.learned_damping({n: values[n] for n in self.objective.meta})
+        return found if isinstance(found, Mapping) else dict.fromkeys(self.adapted, found)
 
     def adapt(self, start: Values, batch: Any) -> Values:
         """All parameters after the inner loop, detached."""
-        values = dict(start)
-        for _ in range(self.steps):
+        adapted = {n: start[n] for n in self.adapted}
+        layout, given = Layout.of(adapted), self.inner.hyperparameters
+        meta = {n: start[n] for n in self.objective.meta}
+        hyper = Hyperparameters.of({n: (h, self.steps) for n, h in given.items()}, meta, layout, flat(adapted))
+        state, values = self.inner.start(flat(adapted).unsqueeze(0)), dict(start)
+        for step in range(self.steps):
             leaves = values | {n: values[n].detach().requires_grad_() for n in self.adapted}
             wanted = [leaves[n] for n in self.adapted]
             with torch.enable_grad():
                 inner = self.inner_loss(leaves, start, batch)
-            grads = torch.autograd.grad(inner, wanted, allow_unused=True)
-            for name, grad in zip(self.adapted, grads, strict=True):
-                if grad is not None:
-                    values[name] = values[name] - self.lr * grad
+            grads = torch.autograd.grad(inner, wanted, allow_unused=True, materialize_grads=True)
+            state = self.inner.update(state, layout.flatten(grads).unsqueeze(0), step, hyper.at(step))
+            values |= unflat(state[0].squeeze(0), adapted)
         return values
 
     def after_adaptation(self, start: Values) -> Tensor:
@@ -83,7 +115,7 @@ class Reference:
     @torch.no_grad()
     def query_loss(self, values: Values, task: Task) -> Tensor:
         """The query loss of a task at these parameters."""
-        return self.loss(values, task.query)
+        return self.loss(values, task.query, outer=True)
 
     def gradient(self, loss: Callable[[Values], Tensor], values: Values) -> Values:
         """First derivatives by every parameter; zeros where the loss does not depend on one."""

@@ -1,0 +1,8 @@
+"""The inner loop: how a task's parameters are adapted."""
+
+from imaml.inner._adaptive import Adam as Adam
+from imaml.inner._adaptive import AdamW as AdamW
+from imaml.inner._adaptive import RMSprop as RMSprop
+from imaml.inner._base import InnerOptimizer as InnerOptimizer
+from imaml.inner._base import InnerSolver as InnerSolver
+from imaml.inner._gradient_descent import GradientDescent as GradientDescent

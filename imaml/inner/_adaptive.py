@@ -1,0 +1,160 @@
+"""Optimisers that divide by a running root mean square of the gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from imaml._numbers import check_number
+from imaml.inner._base import InnerOptimizer, Rates, State
+from imaml.inner._hyper import Hyper, is_off
+
+
+def safe_sqrt(v: Tensor) -> Tensor:
+    """The square root, with derivative 0 instead of infinity at 0."""
+    positive = v > 0
+    return torch.where(positive, v, 1).sqrt() * positive
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if not 0 <= check_number(name, value) < 1:
+        raise ValueError(f"{name} must be >= 0 and < 1. Got {value}.")
+
+
+def _check_eps(eps: float) -> None:
+    if check_number("`eps`", eps) <= 0:
+        raise ValueError(f"`eps` must be positive, or a gradient of zero divides by zero. Got {eps}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adam(InnerOptimizer):
+    """Adam (Kingma & Ba 2015): phi <- phi - lr * m' / (sqrt(v') + eps).
+
+    With h = g + weight_decay * phi: m <- b1 m + (1 - b1) h and v <- b2 v + (1 - b2) h^2 from zero, m' = m / (1 - b1^k)
+    and v' = v / (1 - b2^k) at step k = 1, 2, ... Equal to `torch.optim.Adam`.
+
+    The update is steep at small gradients: its derivative by a gradient near zero is lr / eps at the first step. It is
+    finite at zero itself.
+
+    Args:
+        lr: See `InnerOptimizer`, as for `steps`.
+        betas: (b1, b2), each >= 0 and < 1.
+        eps: > 0.
+        weight_decay: >= 0.
+
+    Raises:
+        TypeError: See `InnerOptimizer`.
+        ValueError: A number out of range.
+    """
+
+    nonnegative: ClassVar[tuple[str, ...]] = ("weight_decay",)
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: Hyper = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the configuration; raises TypeError or ValueError."""
+        super().__post_init__()
+        if len(self.betas) != 2:
+            raise ValueError(f"`betas` must be two numbers. Got {self.betas}.")
+        for beta in self.betas:
+            _check_fraction("Each of `betas`", beta)
+        _check_eps(self.eps)
+
+    @property
+    def buffers(self) -> int:
+        """M and v."""
+        return 2
+
+    def update(self, state: State, gradient: Tensor, step: int, at: Rates) -> State:
+        """See the class."""
+        if not is_off(self.weight_decay):
+            gradient = gradient + at["weight_decay"] * state[0]
+        return self._descend(state, gradient, step, at)
+
+    def _descend(self, state: State, gradient: Tensor, step: int, at: Rates) -> State:
+        phi, mean, square = state
+        first, second = self.betas
+        mean = torch.lerp(mean, gradient, 1 - first)
+        square = second * square + (1 - second) * gradient.square()
+        root = safe_sqrt(square / (1 - second ** (step + 1))) + self.eps
+        return phi - at["lr"] / (1 - first ** (step + 1)) * mean / root, mean, square
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(Adam):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019): phi <- phi - lr * weight_decay * phi, then Adam's.
+
+    Equal to `torch.optim.AdamW`, whose weight decay of 0.01 it has.
+
+    Args:
+        lr: See `InnerOptimizer`, as for `steps`.
+        betas: See `Adam`.
+        eps: See `Adam`.
+        weight_decay: >= 0.
+
+    Raises:
+        TypeError: See `InnerOptimizer`.
+        ValueError: A number out of range.
+    """
+
+    weight_decay: Hyper = 0.01
+
+    def update(self, state: State, gradient: Tensor, step: int, at: Rates) -> State:
+        """See the class."""
+        phi, *moments = state
+        return self._descend((phi - at["lr"] * at["weight_decay"] * phi, *moments), gradient, step, at)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMSprop(InnerOptimizer):
+    """RMSprop (Hinton 2012): phi <- phi - lr * d with d = h / (sqrt(v) + eps).
+
+    With h = g + weight_decay * phi: v <- alpha v + (1 - alpha) h^2 from zero. With momentum mu the step is along the
+    buffer b <- mu b + d. Equal to `torch.optim.RMSprop`, not centred.
+
+    Args:
+        lr: See `InnerOptimizer`, as for `steps`.
+        alpha: >= 0 and < 1.
+        eps: > 0.
+        momentum: mu >= 0.
+        weight_decay: >= 0.
+
+    Raises:
+        TypeError: See `InnerOptimizer`.
+        ValueError: A number out of range.
+    """
+
+    nonnegative: ClassVar[tuple[str, ...]] = ("momentum", "weight_decay")
+
+    alpha: float = 0.99
+    eps: float = 1e-8
+    momentum: Hyper = 0.0
+    weight_decay: Hyper = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the configuration; raises TypeError or ValueError."""
+        super().__post_init__()
+        _check_fraction("`alpha`", self.alpha)
+        _check_eps(self.eps)
+
+    @property
+    def buffers(self) -> int:
+        """The mean square, and the momentum."""
+        return 1 + (not is_off(self.momentum))
+
+    def update(self, state: State, gradient: Tensor, step: int, at: Rates) -> State:
+        """See the class."""
+        phi, square, *momentum = state
+        if not is_off(self.weight_decay):
+            gradient = gradient + at["weight_decay"] * phi
+        square = self.alpha * square + (1 - self.alpha) * gradient.square()
+        direction = gradient / (safe_sqrt(square) + self.eps)
+        if momentum:
+            direction = at["momentum"] * momentum[0] + direction
+            momentum = [direction]
+        return phi - at["lr"] * direction, square, *momentum

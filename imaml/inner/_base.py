@@ -1,0 +1,117 @@
+"""What every inner loop is, and what exact MAML needs of one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from imaml._numbers import check_integer
+from imaml.inner._hyper import Hyper, check_hyper
+
+if TYPE_CHECKING:
+    from imaml._problem import Problem
+
+State = tuple[Tensor, ...]
+"""The adapted parameters phi and the optimiser's buffers, each `(tasks, n)`."""
+Rates = Mapping[str, float | Tensor]
+"""Every hyper-parameter at one step: a number, or a tensor that broadcasts against `(tasks, n)`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InnerSolver(ABC):
+    """How the adapted parameters of a task are found; all that `FOMAML` and `ImplicitMAML` need.
+
+    Args:
+        steps: The most steps K >= 0; 0 adapts nothing.
+    """
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        """Check the configuration; raises TypeError or ValueError."""
+        check_integer("`steps`", self.steps, least=0)
+
+    @property
+    def hyperparameters(self) -> dict[str, Hyper]:
+        """What may be a function of meta-parameters, by name."""
+        return {}
+
+    @abstractmethod
+    def run(self, problem: Problem) -> Tensor:
+        """The adapted parameters of every task of a chunk, `(tasks, n)`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InnerOptimizer(InnerSolver):
+    """An inner loop that can be differentiated: K times s <- U(s, g(phi)), with U a pure elementwise function.
+
+    A new one needs `update`, and `buffers` and `nonnegative` where it has any; its derivatives are taken of `update`.
+
+    Args:
+        lr: Step size, > 0. Here as for the other hyper-parameters: a number; a sequence of `steps` numbers, one a step;
+            a mapping from the name of every adapted parameter to a number, to a tensor of the parameter's shape, or to
+            one of these per step (stacked); or a function of the objective's meta-parameters, by name, that returns any
+            of these as tensors: `lr=lambda meta: meta["log_lr"].exp()`.
+        steps: Number of steps K >= 0; 0 adapts nothing.
+
+    Raises:
+        TypeError: A hyper-parameter of a wrong type, or `steps` not an integer.
+        ValueError: A number out of range.
+    """
+
+    is_linear: ClassVar[bool] = False
+    """Whether U is linear in state and gradient, so that its derivative needs neither."""
+    positive: ClassVar[tuple[str, ...]] = ("lr",)
+    nonnegative: ClassVar[tuple[str, ...]] = ()
+    """The hyper-parameters, by range."""
+
+    lr: Hyper
+
+    def __post_init__(self) -> None:
+        """Check the configuration; raises TypeError or ValueError."""
+        super().__post_init__()
+        for name, given in self.hyperparameters.items():
+            check_hyper(name, given, must="positive" if name in self.positive else ">= 0")
+
+    @property
+    def hyperparameters(self) -> dict[str, Hyper]:
+        """What may be a function of meta-parameters, by name."""
+        return {name: getattr(self, name) for name in (*self.positive, *self.nonnegative)}
+
+    @property
+    def buffers(self) -> int:
+        """How many vectors besides phi the state has; all start at zero."""
+        return 0
+
+    @abstractmethod
+    def update(self, state: State, gradient: Tensor, step: int, at: Rates) -> State:
+        """The next state U(s, g), for steps counted from 0; pure, and differentiable by autograd."""
+
+    def start(self, phi: Tensor) -> State:
+        """The state before the first step."""
+        return (phi, *(torch.zeros_like(phi) for _ in range(self.buffers)))
+
+    def run(self, problem: Problem) -> Tensor:
+        """All steps, keeping nothing but the last state."""
+        state = self.start(problem.theta)
+        for step in range(self.steps):
+            state = problem.step(state, step)
+        return state[0]
+
+    @torch.enable_grad()
+    def pullback(
+        self, state: State, gradient: Tensor, cotangents: State, step: int, at: Rates, learned: frozenset[str]
+    ) -> tuple[State, Tensor, dict[str, Tensor]]:
+        """The cotangents of s, of g and of the learned hyper-parameters, for those of U(s, g)."""
+        points = [t.detach().requires_grad_() for t in (*state, gradient)]
+        mine = learned & set(self.hyperparameters)
+        rates = {n: v.detach().requires_grad_() for n, v in at.items() if n in mine and isinstance(v, Tensor)}
+        following = self.update(tuple(points[:-1]), points[-1], step, dict(at) | rates)
+        found = torch.autograd.grad(following, [*points, *rates.values()], cotangents, materialize_grads=True)
+        size = len(state)
+        return found[:size], found[size], dict(zip(rates, found[size + 1 :], strict=True))

@@ -22,7 +22,9 @@ from imaml.inner import AdamW as AdamW
 from imaml.inner import GradientDescent as GradientDescent
 from imaml.inner import InnerOptimizer as InnerOptimizer
 from imaml.inner import InnerSolver as InnerSolver
+from imaml.inner import NewtonCG as NewtonCG
 from imaml.inner import RMSprop as RMSprop
+from imaml.inner import TorchOptimizer as TorchOptimizer
 from imaml_solvers import CG as CG
 from imaml_solvers import Dense as Dense
 from imaml_solvers import LinearOperator as LinearOperator

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from imaml._hyper import Hyper, Hyperparameters
 from imaml._layout import Layout
 from imaml._objective import Objective
 from imaml._random import Replay
-from imaml.inner._hyper import Hyper, Hyperparameters
 
 
 @dataclass

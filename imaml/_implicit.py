@@ -14,10 +14,10 @@ from imaml._error_bound import careful_eigenvalue, relative_bound, solution_erro
 from imaml._errors import SolverError, SolverWarning
 from imaml._gauss_newton import GaussNewton
 from imaml._hvp import Graph
+from imaml._hyper import Hyper, check_hyper
 from imaml._problem import Problem
 from imaml._report import Report
 from imaml._strategy import MetaGradient, Pullback
-from imaml.inner._hyper import Hyper, check_hyper
 from imaml_solvers import CG, LinearOperator, LinearSolver, Solution, Status
 
 

@@ -60,6 +60,11 @@ class MAML(MetaGradient):
                 "MAML differentiates the steps of its inner loop. Expected GradientDescent, Adam, AdamW, RMSprop or "
                 f"another InnerOptimizer. Got {self.inner!r}: use ImplicitMAML, which needs the result alone."
             )
+        if self.inner.stationarity is not None:
+            raise ValueError(
+                "MAML differentiates a known number of inner steps. Expected an inner loop with stationarity=None. Got "
+                f"{self.inner.stationarity}: use ImplicitMAML to stop early."
+            )
         if self.truncate is not None:
             check_integer("`truncate`, unless None,", self.truncate, least=0)
         if self.linearize and self.microbatch_size is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from numbers import Real
 
 import torch
@@ -49,6 +50,33 @@ class Problem:
             self._carry_statistics(phi, step)
         return self.add_proximal(support.adapted, phi)
 
+    def value_and_gradient(self, phi: Tensor, step: int, support: Gradient | None = None) -> tuple[Tensor, Tensor]:
+        """The inner objective `(tasks,)` and its gradient `(tasks, n)`; from `support` if that is known."""
+        if support is None:
+            support = self.support.gradient(phi, step)
+            self.support.context.gradients += self.support.tasks
+        return support.losses + self._proximal(phi), self.gradient(phi, step, support)
+
+    def value(self, phi: Tensor, step: int) -> Tensor:
+        """The inner objective `(tasks,)`."""
+        return self.support.value(phi, step)[0] + self._proximal(phi)
+
+    def _proximal(self, phi: Tensor) -> Tensor:
+        if self.damping is None:
+            return phi.new_zeros(len(phi))
+        return (self.damping / 2 * (phi - self.theta).square()).sum(-1)
+
+    def one_by_one(self, run: Callable[[Problem], Tensor]) -> Tensor:
+        """What a function makes of each task alone, as one."""
+        found, alone = [], []
+        for i, support in self.support.split(1):
+            one = replace(self, support=support, theta=self.theta[i : i + 1], support_losses=[], statistics={})
+            found.append(run(one))
+            alone.append(one)
+        self.support_losses = [torch.cat(losses) for losses in zip(*(t.support_losses for t in alone), strict=True)]
+        self.statistics = {n: torch.cat([t.statistics[n] for t in alone]) for n in alone[0].statistics}
+        return torch.cat(found)
+
     def _carry_statistics(self, phi: Tensor, step: int) -> None:
         context = self.support.context
         if step == 0:
@@ -58,8 +86,6 @@ class Problem:
         if self.statistics:
             for _, part in self.support.parts:
                 self.statistics = part.statistics(phi, step, self.statistics)
-            if step == self.inner.steps - 1:
-                context.statistics.append(self.statistics)
 
     def add_proximal(self, gradient: Tensor, phi: Tensor) -> Tensor:
         """Add Lambda (phi - theta) to a gradient of the support loss."""
@@ -85,7 +111,7 @@ class Problem:
 
     def judge(self, phi: Tensor) -> Gradient:
         """The query loss at the adapted parameters, with its gradient v."""
-        self.check_inner_loop()
+        self.finish()
         gradient = self.query_gradient(phi, fixed=True, metric=True)
         self.check_query(gradient.losses)
         return gradient
@@ -101,7 +127,7 @@ class Problem:
 
     def evaluate(self, phi: Tensor) -> Outcome:
         """The query loss alone."""
-        self.check_inner_loop()
+        self.finish()
         losses, metric = self.query.value(phi, self.inner.steps)
         self.check_query(losses)
         return Outcome(query_loss=losses, support_loss=self.history(), metric=metric)
@@ -111,16 +137,18 @@ class Problem:
         return Outcome(query_loss=query.losses, support_loss=self.history(), metric=query.metric, **solve)
 
     def history(self) -> Tensor:
-        """L_support before each inner step, `(steps, tasks)`."""
-        if not self.support_losses:
-            return self.theta.new_empty(0, len(self.theta))
-        return torch.stack(self.support_losses)
+        """L_support before each inner step, `(steps, tasks)`; NaN for steps that the inner loop did not need."""
+        missing = self.theta.new_full((len(self.theta),), torch.nan)
+        losses = [*self.support_losses, *[missing] * (self.inner.steps - len(self.support_losses))]
+        return torch.stack(losses) if losses else self.theta.new_empty(0, len(self.theta))
 
-    def check_inner_loop(self) -> None:
-        """Raise where a support loss was NaN or infinite, or exploded: one look at all steps, after the loop."""
-        history = self.history()
-        if not len(history):
+    def finish(self) -> None:
+        """Note the running statistics, and raise where a support loss was NaN or infinite, or exploded."""
+        if self.statistics:
+            self.support.context.statistics.append(self.statistics)
+        if not self.support_losses:
             return
+        history = torch.stack(self.support_losses)
         exploded = history.abs() > EXPLOSION * history[0].abs().clamp(min=1)
         bad = ~torch.isfinite(history) | exploded
         if not bad.any():

@@ -20,7 +20,7 @@ class Outcome:
     query_loss: Tensor
     """L_query after adaptation, `(tasks,)`."""
     support_loss: Tensor
-    """L_support before each inner step, without the proximal term, `(steps, tasks)`."""
+    """L_support before each inner step, without the proximal term, `(steps, tasks)`; NaN after an early stop."""
     metric: Tensor | None = None
     """The objective's metric on the query set after adaptation, `(tasks,)`; None without a metric."""
     stationarity: Tensor | None = None

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from imaml._chunk import QUERY, SUPPORT, ChunkLoss, outside_inference
 from imaml._context import Context
 from imaml._errors import NonFiniteError
+from imaml._hyper import Hyper, check_hyper
 from imaml._microbatch import Microbatched
 from imaml._node import attach
 from imaml._numbers import check_integer
@@ -23,7 +24,6 @@ from imaml._problem import Problem
 from imaml._report import MetaResult, Outcome, Report
 from imaml._tasks import Batch, Task, TaskBatch, check_tensors, group, signature
 from imaml.inner import InnerSolver
-from imaml.inner._hyper import Hyper, check_hyper
 
 
 @dataclass
@@ -143,7 +143,7 @@ class MetaGradient(ABC):
             try:
                 problem = self._problem(context, [0], TaskBatch(support=batch, query=batch), ONE_BY_ONE)
                 phi = problem.adapt()
-                problem.check_inner_loop()
+                problem.finish()
             finally:
                 context.replay.restore()
             adapted = {name: value.squeeze(0).clone() for name, value in context.layout.named(phi).items()}

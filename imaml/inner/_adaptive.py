@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from imaml._hyper import Hyper, is_off
 from imaml._numbers import check_number
 from imaml.inner._base import InnerOptimizer, Rates, State
-from imaml.inner._hyper import Hyper, is_off
 
 
 def safe_sqrt(v: Tensor) -> Tensor:

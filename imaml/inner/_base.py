@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from imaml._numbers import check_integer
-from imaml.inner._hyper import Hyper, check_hyper
+from imaml._hyper import Hyper, check_hyper
+from imaml._numbers import check_integer, check_number
 
 if TYPE_CHECKING:
     from imaml._problem import Problem
@@ -58,6 +58,8 @@ class InnerOptimizer(InnerSolver):
             one of these per step (stacked); or a function of the objective's meta-parameters, by name, that returns any
             of these as tensors: `lr=lambda meta: meta["log_lr"].exp()`.
         steps: Number of steps K >= 0; 0 adapts nothing.
+        stationarity: Stop a task once the norm of its gradient, proximal term included, is at most this: `steps` is
+            then a limit. Not for `MAML`, which differentiates a known number of steps. None: take all.
 
     Raises:
         TypeError: A hyper-parameter of a wrong type, or `steps` not an integer.
@@ -71,10 +73,13 @@ class InnerOptimizer(InnerSolver):
     """The hyper-parameters, by range."""
 
     lr: Hyper
+    stationarity: float | None = None
 
     def __post_init__(self) -> None:
         """Check the configuration; raises TypeError or ValueError."""
         super().__post_init__()
+        if self.stationarity is not None and check_number("`stationarity`", self.stationarity) < 0:
+            raise ValueError(f"`stationarity` must be >= 0. Got {self.stationarity}.")
         for name, given in self.hyperparameters.items():
             check_hyper(name, given, must="positive" if name in self.positive else ">= 0")
 
@@ -100,7 +105,14 @@ class InnerOptimizer(InnerSolver):
         """All steps, keeping nothing but the last state."""
         state = self.start(problem.theta)
         for step in range(self.steps):
-            state = problem.step(state, step)
+            gradient = problem.gradient(state[0], step)
+            following = problem.update(state, gradient, step)
+            if self.stationarity is not None:
+                moving = gradient.norm(dim=-1, keepdim=True) > self.stationarity
+                if not moving.any():
+                    break
+                following = tuple(torch.where(moving, t, s) for t, s in zip(following, state, strict=True))
+            state = following
         return state[0]
 
     @torch.enable_grad()

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from imaml._hyper import Hyper, is_off
 from imaml.inner._base import InnerOptimizer, Rates, State
-from imaml.inner._hyper import Hyper, is_off
 
 
 @dataclass(frozen=True, kw_only=True)

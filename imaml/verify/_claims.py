@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from imaml._fomaml import FOMAML
+from imaml._hyper import Hyper
 from imaml._implicit import ImplicitMAML
 from imaml._maml import MAML
 from imaml._strategy import MetaGradient
 from imaml._tasks import Task
 from imaml.inner import GradientDescent, InnerOptimizer, InnerSolver
-from imaml.inner._hyper import Hyper
 from imaml.verify._argmin import InnerProblem
 from imaml.verify._reference import Reference, Values, draws, flat, moved
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from imaml._hyper import Hyper
 from imaml._objective import Objective
 from imaml._strategy import MetaGradient
 from imaml.inner import InnerSolver
-from imaml.inner._hyper import Hyper
 from imaml.verify._argmin import NoMinimum
 from imaml.verify._claims import along, claim_of, damping_of, inner_of, name_of
 from imaml.verify._comparison import compare

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from imaml._hyper import Hyperparameters
 from imaml._layout import Layout
 from imaml._objective import Objective
 from imaml._tasks import Task
 from imaml.inner import GradientDescent, InnerOptimizer
-from imaml.inner._hyper import Hyperparameters
 
 Values = dict[str, Tensor]
 
@@ -104,7 +104,10 @@ class Reference:
             with torch.enable_grad():
                 inner = self.inner_loss(leaves, start, batch)
             grads = torch.autograd.grad(inner, wanted, allow_unused=True, materialize_grads=True)
-            state = self.inner.update(state, layout.flatten(grads).unsqueeze(0), step, hyper.at(step))
+            gradient = layout.flatten(grads)
+            if self.inner.stationarity is not None and gradient.norm() <= self.inner.stationarity:
+                break
+            state = self.inner.update(state, gradient.unsqueeze(0), step, hyper.at(step))
             values |= unflat(state[0].squeeze(0), adapted)
         return values
 

@@ -15,7 +15,7 @@ env: $(STAMP) ## create .venv and install the checkout in it, editable
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python $(PIP_INSTALL) torch
-	$(BIN)/python $(PIP_INSTALL) --editable '.[train,text,dev]'
+	$(BIN)/python $(PIP_INSTALL) --editable '.[train,text,examples,dev]'
 	@touch $@
 
 demo: env ## compare the strategies on real characters (a few minutes)
@@ -59,4 +59,4 @@ wheel-check: env ## build the wheel and import it in a clean environment
 
 clean: ## remove the environment, caches and products
 	rm -rf .venv build dist runs .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find imaml solvers tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find imaml solvers tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,156 @@
+"""Every script in examples/ runs and does what it says; their meta-gradients are those of an unrolled loop."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from imaml import FOMAML, MAML, GradientDescent, Objective
+from imaml.data import Sinusoid
+from imaml.models import MLP
+from tests.oracles import model_loss, relative_error, setting, unrolled
+
+FOLDER = Path(__file__).resolve().parents[1] / "examples"
+INNER = GradientDescent(lr=0.01, steps=3)
+LIGHTNING = pytest.mark.filterwarnings(
+    "ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning",
+    "ignore:.*does not have many workers:UserWarning",
+    "ignore:.*logging interval:UserWarning",
+)
+PEFT = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def gradients(model):
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def unrolled_gradient(engine, model, tasks, loss=F.mse_loss):
+    return unrolled(setting(engine, tasks, model_loss(model, loss), dict(model.named_parameters())))[1]
+
+
+def test_every_example_has_a_test():
+    assert {file.stem for file in FOLDER.glob("*.py")} == {
+        *("plain_loop", "lightning_module", "learn2learn_loop", "compiled_model", "lora"),
+    }
+
+
+def test_the_plain_loop_learns():
+    before, after = load("plain_loop").main()
+    assert after < 0.8 * before
+
+
+def test_accumulated_meta_gradients_are_those_of_all_the_tasks():
+    tasks = Sinusoid().batch("train", 0, 6).to(dtype=torch.float64)
+    model, engine = MLP().double(), MAML(inner=INNER)
+    load("plain_loop").accumulate(engine, Objective(model, F.mse_loss), [tasks[:3], tasks[3:]])
+    assert relative_error(gradients(model), unrolled_gradient(engine, model, tasks)) <= 1e-10
+
+
+@LIGHTNING
+def test_lightning_learns_and_validates():
+    pytest.importorskip("pytorch_lightning", reason="the extra imaml[examples] is not installed")
+    before, after = load("lightning_module").main(steps=40)
+    assert after < 0.9 * before
+
+
+@LIGHTNING
+def test_lightning_trains_as_a_plain_loop_does():
+    """Clipping, accumulation and the optimiser's steps: the same parameters, bit for bit."""
+    lightning = pytest.importorskip("pytorch_lightning", reason="the extra imaml[examples] is not installed")
+    example, plain = load("lightning_module"), load("plain_loop")
+    models = MLP(), MLP()
+    models[1].load_state_dict(models[0].state_dict())
+    start = [parameter.detach().clone() for parameter in models[0].parameters()]
+
+    learner = example.MetaLearner(models[0], MAML(inner=INNER))
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    options = {"max_epochs": 1, "accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "accelerator": "cpu"}
+    lightning.Trainer(**options, **quiet).fit(learner, example.loader("train", 6, 4), example.loader("val", 1, 4))
+
+    optimizer = torch.optim.Adam(models[1].parameters(), lr=5e-3)
+    objective = Objective(models[1], F.mse_loss)
+    for group in plain.batches(Sinusoid(), steps=3, per_step=2, tasks=4):
+        optimizer.zero_grad()
+        plain.accumulate(MAML(inner=INNER), objective, group)
+        nn.utils.clip_grad_norm_(models[1].parameters(), 0.5)
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(models[0].parameters(), start, strict=True))
+
+
+def test_the_loop_from_learn2learn_learns():
+    accuracies = load("learn2learn_loop").main(iterations=60)
+    assert mean(accuracies[-10:]) > mean(accuracies[:10]) + 0.15
+
+
+def test_the_loop_from_learn2learn_has_its_old_gradient():
+    """What `clone`, `adapt`, `backward` per task and a division by their number came to."""
+    example = load("learn2learn_loop")
+    model = nn.Sequential(nn.Linear(32, 8), nn.Tanh(), nn.Linear(8, example.WAYS))
+    tasks = [example.split(example.sample()) for _ in range(3)]
+    for task in tasks:
+        assert sorted(task.support[1].tolist()) == sorted(task.query[1].tolist()) == list(range(example.WAYS))
+    tasks = [type(task)(support=double(task.support), query=double(task.query)) for task in tasks]
+    model.double()
+    for task in tasks:
+        learner = dict(model.named_parameters())
+        for _ in range(example.ADAPTATION_STEPS):
+            error = F.cross_entropy(torch.func.functional_call(model, learner, task.support[0]), task.support[1])
+            found = torch.autograd.grad(error, list(learner.values()), create_graph=True)
+            learner = {n: p - example.FAST_LR * g for (n, p), g in zip(learner.items(), found, strict=True)}
+        F.cross_entropy(torch.func.functional_call(model, learner, task.query[0]), task.query[1]).backward()
+    old = {name: grad / len(tasks) for name, grad in gradients(model).items()}
+    engine = MAML(inner=GradientDescent(lr=example.FAST_LR, steps=example.ADAPTATION_STEPS))
+    new = engine.value_and_grad(Objective(model, F.cross_entropy), tasks)[1]
+    assert relative_error(new, old) <= 1e-10
+
+
+def double(batch):
+    return batch[0].double(), batch[1]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_the_compiled_model_learns_and_predicts_compiled():
+    (before, after), compiled, written = load("compiled_model").main(backend="eager")
+    assert after < 0.8 * before
+    torch.testing.assert_close(compiled, written)
+
+
+@PEFT
+@pytest.mark.parametrize("learn", [(), ("LayerNorm", "classifier")])
+def test_lora_adapters_learn_with_what_is_named(learn):
+    pytest.importorskip("peft", reason="the extra imaml[examples] is not installed")
+    losses, changed = load("lora").main(learn, steps=30)
+    assert losses[-1] < losses[0] - 0.01
+    named = [name for name, _ in load("lora").build().named_parameters()]
+    assert changed == {name for name in named if any(part in name for part in ("lora_", *learn))}
+    assert any("LayerNorm" in name for name in changed) == bool(learn)
+
+
+@PEFT
+def test_meta_learned_layers_gain_over_adapters_alone():
+    pytest.importorskip("peft", reason="the extra imaml[examples] is not installed")
+    main = load("lora").main
+    assert main(("LayerNorm", "classifier"), steps=12)[0][-1] < main((), steps=12)[0][-1] - 0.05
+
+
+def test_first_order_differs_from_the_exact_one_on_these_tasks():
+    """Else the comparisons above would pass with any strategy."""
+    tasks = Sinusoid().batch("train", 0, 6).to(dtype=torch.float64)
+    model = MLP().double()
+    first = FOMAML(inner=INNER).value_and_grad(Objective(model, F.mse_loss), tasks)[1]
+    assert relative_error(first, unrolled_gradient(MAML(inner=INNER), model, tasks)) > 1e-3

@@ -26,10 +26,15 @@ from imaml.inner import NewtonCG as NewtonCG
 from imaml.inner import RMSprop as RMSprop
 from imaml.inner import TorchOptimizer as TorchOptimizer
 from imaml_solvers import CG as CG
+from imaml_solvers import MINRES as MINRES
 from imaml_solvers import Dense as Dense
+from imaml_solvers import Jacobi as Jacobi
 from imaml_solvers import LinearOperator as LinearOperator
 from imaml_solvers import LinearSolver as LinearSolver
 from imaml_solvers import Neumann as Neumann
+from imaml_solvers import Nystrom as Nystrom
+from imaml_solvers import NystromInverse as NystromInverse
+from imaml_solvers import Preconditioner as Preconditioner
 from imaml_solvers import ScipySolver as ScipySolver
 from imaml_solvers import Solution as Solution
 from imaml_solvers import Status as Status

@@ -17,7 +17,11 @@ import imaml_solvers
 
 ROOT = Path(__file__).resolve().parents[1]
 
-SOLVERS = {"CG", "Dense", "LinearOperator", "LinearSolver", "Neumann", "ScipySolver", "Solution", "Status"}
+SOLVERS = {
+    *("CG", "MINRES", "Dense", "Neumann", "NystromInverse", "ScipySolver"),
+    *("Jacobi", "Nystrom", "Preconditioner"),
+    *("LinearOperator", "LinearSolver", "Solution", "Status"),
+}
 ENGINE = {
     *("MetaGradient", "MAML", "FOMAML", "ImplicitMAML", "MetaResult", "Report"),
     *("Objective", "GradientDescent", "Task", "TaskBatch"),

@@ -34,7 +34,7 @@ class Neumann(LinearSolver):
     residual.
 
     Cost: one product a step, and 10 for the power method; residuals are the true ones. Memory: five vectors. Not for
-    indefinite or unsymmetric A: see `ScipySolver`.
+    indefinite A: see `MINRES`; nor for unsymmetric A: see `ScipySolver`.
 
     Args:
         max_steps: Most steps for a system.

@@ -17,14 +17,15 @@ class Status(IntEnum):
     BUDGET_SPENT = 1, "The tolerances are zero and the steps were the budget: `residual_norm` says what is left."
     MAX_STEPS = (
         2,
-        "The tolerance was not met within `max_steps`. Allow more steps, loosen `rtol`, give a preconditioner, or add "
-        "damping (a multiple of the identity) to the matrix.",
+        "The tolerance was not met within `max_steps`. Allow more steps (or a higher `rank`), loosen `rtol`, give a "
+        "preconditioner, or add damping (a multiple of the identity) to the matrix.",
     )
     BREAKDOWN = (
         3,
         "The matrix (or the preconditioner) is singular or not positive definite, or the step of an iteration is too "
-        "long for it. Add damping (a multiple of the identity), shorten the step, or use ScipySolver with "
-        "method='minres' for a symmetric indefinite matrix and 'gmres' for an unsymmetric one.",
+        "long for it. Add damping (a multiple of the identity; for I + H / lambda a larger lambda), take a positive "
+        "semi-definite H (curvature='ggn'), use MINRES for a symmetric indefinite matrix and "
+        "ScipySolver(method='gmres') for an unsymmetric one, or shorten the step.",
     )
     NONFINITE = (
         4,

@@ -35,7 +35,8 @@ class LinearSolver(ABC):
             op: A, as a `LinearOperator`, an object with a method `mv`, a function, or a tensor `(*batch, n, n)`.
             b: Right-hand sides, `(*batch, n)`, n >= 1, of a floating dtype; float64 where accuracy matters.
             x0: Where to start, in the shape and dtype of b; None starts at 0. It costs one product.
-            preconditioner: An approximate inverse of A, given like `op`; symmetric positive definite for CG and MINRES.
+            preconditioner: An approximate inverse of A, given like `op`; symmetric positive definite for CG and MINRES,
+                where it takes the place of the solver's own.
 
         Returns:
             Detached tensors; no derivative flows through a solve.
@@ -51,7 +52,7 @@ class LinearSolver(ABC):
             if x0.shape != b.shape or x0.dtype != b.dtype:
                 raise ValueError(f"`x0` must be like b, {_what(b)}. Got {_what(x0)}.")
         if preconditioner is not None and not self._uses_preconditioner:
-            raise ValueError(f"{type(self).__name__} cannot use a preconditioner. Leave it out, or use CG.")
+            raise ValueError(f"{type(self).__name__} cannot use a preconditioner. Leave it out, or use CG or MINRES.")
         with torch.no_grad():
             return self._solve(
                 _checked(as_operator(op), "`op`", b),

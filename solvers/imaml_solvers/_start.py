@@ -40,6 +40,12 @@ def check_stopping(max_steps: int | None, rtol: float | None, atol: float) -> No
             raise ValueError(f"`{name}` must be finite and >= 0. Got {value}.")
 
 
+def default_stopping(max_steps: int | None, rtol: float | None, b: Tensor) -> tuple[int, float]:
+    """`max_steps` and `rtol`; by default 10 n steps, and 1e-5, or 0 where the steps are the budget."""
+    default = 1e-5 if max_steps is None else 0.0
+    return 10 * b.shape[-1] if max_steps is None else max_steps, default if rtol is None else rtol
+
+
 @dataclass(frozen=True)
 class Start:
     """A batch of systems before the first step; b, x, r and the tolerance are in multiples of `unit`."""
@@ -65,7 +71,7 @@ def start(op: LinearOperator, b: Tensor, x0: Tensor | None, rtol: float, atol: f
     x = x.masked_fill_(bad, 0)
     if x0 is not None:
         r = torch.where(bad, b, r, out=r)
-    unit = _power_of_two(largest_entry(b).maximum(largest_entry(r)).unsqueeze(-1))
+    unit = power_of_two(largest_entry(b).maximum(largest_entry(r)).unsqueeze(-1))
     b, x = b / unit, x.div_(unit)
     r = b if x0 is None else r.div_(unit)
     least = torch.finfo(b.dtype).eps if rtol == atol == 0 else rtol
@@ -75,7 +81,7 @@ def start(op: LinearOperator, b: Tensor, x0: Tensor | None, rtol: float, atol: f
     return Start(b, x, r, unit, tolerance, status)
 
 
-def _power_of_two(peak: Tensor) -> Tensor:
+def power_of_two(peak: Tensor) -> Tensor:
     """A power of two within a factor of two of `peak`; 1 where peak is zero or not finite."""
     usable = (peak > 0) & torch.isfinite(peak)
     safe = peak.where(usable, 1)

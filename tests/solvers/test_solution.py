@@ -14,7 +14,10 @@ def test_every_status_has_a_sentence(status):
     [
         (Status.MAX_STEPS, "more steps"),
         (Status.BREAKDOWN, "damping"),
-        (Status.BREAKDOWN, "minres"),
+        (Status.BREAKDOWN, "MINRES"),
+        (Status.BREAKDOWN, "curvature='ggn'"),
+        (Status.BREAKDOWN, "larger lambda"),
+        (Status.BREAKDOWN, "gmres"),
         (Status.NONFINITE, "float64"),
         (Status.STAGNATED, "float64"),
     ],

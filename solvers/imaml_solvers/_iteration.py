@@ -1,0 +1,118 @@
+"""What conjugate gradients and MINRES share: many systems that step together and stop one by one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from imaml_solvers._lanczos import lower_ritz_value
+from imaml_solvers._operator import LinearOperator
+from imaml_solvers._solution import Solution, Status
+from imaml_solvers._start import RUNNING, Start, norm
+
+_CLAIMED = -2
+"""The status of a system whose recursive residual met the tolerance, before b - A x is looked at."""
+
+
+class Iteration(ABC):
+    """The state of all systems. Everything is computed for all and kept for those that still run.
+
+    Args:
+        op: A.
+        preconditioner: Approximate inverses of A, or None.
+        begun: Where the systems start.
+        max_steps: Most steps for a system.
+        is_budget: Are the steps the budget, both tolerances being zero?
+    """
+
+    def __init__(
+        self,
+        op: LinearOperator,
+        preconditioner: LinearOperator | None,
+        begun: Start,
+        max_steps: int,
+        is_budget: bool,
+    ) -> None:
+        self._op, self._preconditioner = op, preconditioner
+        self._b, self._unit, self._tolerance = begun.b, begun.unit, begun.tolerance
+        self._max_steps = max_steps
+        self._spent = Status.BUDGET_SPENT if is_budget else Status.MAX_STEPS
+        self._met = Status.CONVERGED if is_budget else _CLAIMED
+        self._eps = torch.finfo(begun.b.dtype).eps
+        self._claim = begun.tolerance.maximum(self._eps * norm(begun.b))
+        self._x, self._r, self._status = begun.x, begun.r, begun.status
+        self._residual = norm(begun.r)
+        self._num_steps = torch.zeros_like(begun.status)
+        self._checked = torch.full_like(self._residual, torch.inf)
+        self._stalls = torch.zeros_like(begun.status)
+        self._largest = torch.zeros_like(self._residual)
+        self._lowest = torch.full_like(self._residual, torch.inf)
+        self._fresh = self._status == RUNNING
+        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def run(self) -> Solution:
+        """Step until every system has stopped; the outcome in the units of b."""
+        while self._any(RUNNING):
+            self._step()
+            if not self._any(RUNNING) and self._any(_CLAIMED):
+                self._verify()
+        residual = self._residual * self._unit.squeeze(-1)
+        return Solution(self._x * self._unit, self._status, self._num_steps, residual, self._smallest_eigenvalue())
+
+    @abstractmethod
+    def _step(self) -> None:
+        """One step of every running system."""
+
+    @abstractmethod
+    def _begin(self, systems: Tensor) -> None:
+        """Begin anew from the residual, in these systems."""
+
+    def _keep(self, moved: Tensor, x: Tensor, r: Tensor, residual: Tensor) -> None:
+        """Take the new x and r, of norm `residual`, where a system `moved`, and look who is done."""
+        self._x, self._r = choose(moved, x, self._x), choose(moved, r, self._r)
+        self._residual = residual.where(moved, self._residual)
+        self._num_steps = self._num_steps + moved
+        self._end(moved & (residual <= self._claim), self._met)
+        self._end((self._status == RUNNING) & (self._num_steps == self._max_steps), self._spent)
+
+    def _verify(self) -> None:
+        """Compare b - A x with the tolerance where the recursive residual met it; what fails runs on from there."""
+        claimed = self._status == _CLAIMED
+        r = self._b - self._op.mv(self._x)
+        residual = norm(r)
+        finite = torch.isfinite(residual)
+        self._stalls = (self._stalls + 1).where(residual > self._checked / 2, 0)
+        self._end(claimed, RUNNING)
+        self._end(claimed & (self._num_steps == self._max_steps), Status.MAX_STEPS)
+        self._end(claimed & (self._stalls == 2), Status.STAGNATED)
+        self._end(claimed & (residual <= self._tolerance), Status.CONVERGED)
+        self._end(claimed & ~finite, Status.NONFINITE)
+        self._r = choose(claimed & finite, r, self._r)
+        self._residual = residual.where(claimed & finite, self._residual)
+        self._checked = self._residual.where(claimed, self._checked)
+        self._begin(claimed)
+
+    def _precondition(self, r: Tensor) -> Tensor:
+        return r if self._preconditioner is None else self._preconditioner.mv(r)
+
+    def _smallest_eigenvalue(self) -> Tensor | None:
+        """From the rows of T; with a preconditioner they are those of another matrix."""
+        if self._preconditioner is not None:
+            return None
+        if not self._rows:
+            return self._lowest
+        rows = [torch.stack(parts) for parts in zip(*self._rows, strict=True)]
+        return lower_ritz_value(*rows).minimum(self._lowest)
+
+    def _any(self, status: int) -> bool:
+        return bool((self._status == status).any())
+
+    def _end(self, systems: Tensor, status: int) -> None:
+        self._status = self._status.masked_fill(systems, status)
+
+
+def choose(systems: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """`new` where chosen, else `old`; written into `new`."""
+    return torch.where(systems.unsqueeze(-1), new, old, out=new)

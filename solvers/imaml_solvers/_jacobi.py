@@ -1,0 +1,60 @@
+"""The diagonal as a preconditioner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from imaml_solvers._dense import assemble
+from imaml_solvers._operator import LinearOperator
+from imaml_solvers._preconditioner import Preconditioner, probe
+from imaml_solvers._start import largest_entry
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jacobi(Preconditioner):
+    """M = diag(A)^-1, the diagonal estimated by random probes (Bekas, Kokiopoulou & Saad 2007).
+
+        d = mean of v * A v  over probes v of random signs
+
+    An entry of d is unbiased, with the variance sum_{j != i} a_ij^2 / probes. It is not trusted below its own standard
+    error, and raised to that: so M is positive definite. For n <= probes the diagonal is exact, from products with the
+    unit vectors. Negative entries, of indefinite A, count by their size, and zeros as the largest entry.
+
+    Cost: `probes` products, n if that is less; three vectors, of which one stays. Worth it where A is badly scaled, as
+    with one lambda per parameter; it does little for I + H / lambda with a few large eigenvalues: see `Nystrom`.
+
+    Args:
+        probes: How many, at least 2.
+        seed: Of the signs.
+    """
+
+    probes: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the fields; raises ValueError."""
+        if self.probes < 2:
+            raise ValueError(f"`probes` must be >= 2. Got {self.probes}.")
+
+    def build(self, op: LinearOperator, like: Tensor) -> LinearOperator:
+        """See `Preconditioner`."""
+        diagonal = self._diagonal(op, like).abs()
+        diagonal = diagonal.masked_fill(~torch.isfinite(largest_entry(diagonal)).unsqueeze(-1), 1)
+        largest = largest_entry(diagonal).unsqueeze(-1)
+        inverse = largest / diagonal.where(diagonal > 0, largest)  # the scale of M is of no account
+        inverse = inverse.where(largest > 0, 1)
+        return LinearOperator(lambda r: inverse * r)
+
+    def _diagonal(self, op: LinearOperator, like: Tensor) -> Tensor:
+        if like.shape[-1] <= self.probes:
+            return assemble(op, like).diagonal(dim1=-2, dim2=-1)
+        mean, spread = torch.zeros_like(like), torch.zeros_like(like)
+        for count, noise in enumerate(probe(like, self.seed, self.probes).unbind(-1), start=1):
+            signs = noise.sign().to(like.dtype).expand_as(like)
+            change = signs * op.mv(signs) - mean
+            mean = mean + change / count
+            spread = spread + change.square() * ((count - 1) / count)
+        return mean.abs().maximum((spread / (self.probes * (self.probes - 1))).sqrt())

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from imaml._layout import Layout
+from imaml._meta import MetaParameters
 from imaml._numbers import check_number
 
-Hyper = float | Sequence[float] | Mapping[str, Any] | Callable[[dict[str, Tensor]], Any]
+Hyper = float | Sequence[float] | Mapping[str, Any] | Callable[[dict[str, Any]], Any]
 """See `InnerOptimizer.lr`."""
 
 
@@ -68,13 +69,13 @@ class Hyperparameters:
 
     @classmethod
     def of(
-        cls, given: Mapping[str, tuple[Hyper, int]], meta: Mapping[str, Tensor], layout: Layout, like: Tensor
+        cls, given: Mapping[str, tuple[Hyper, int]], meta: MetaParameters, layout: Layout, like: Tensor
     ) -> Hyperparameters:
         """Evaluate them.
 
         Args:
             given: By name, each with the number of steps that it may have values for.
-            meta: The meta-parameters by name.
+            meta: The meta-parameters.
             layout: Of the adapted parameters.
             like: The dtype and device of the values.
 
@@ -84,14 +85,14 @@ class Hyperparameters:
         Raises:
             ValueError: A shape that fits neither the steps nor the parameter, or a value that is not finite.
         """
-        self = cls({}, {n: t.detach().requires_grad_(t.is_floating_point()) for n, t in meta.items()})
+        self = cls({}, {n: t.detach().requires_grad_() for n, t in meta.flat().items()})
         for name, (what, steps) in given.items():
             with torch.enable_grad():
                 try:
-                    found = what(dict(self.leaves)) if callable(what) else what
+                    found = what(meta.like_given(self.leaves)) if callable(what) else what
                 except KeyError as error:
                     raise ValueError(
-                        f"`{name}` asks for the meta-parameter {error}. Got {sorted(meta) or 'none'}: name it in "
+                        f"`{name}` asks for the meta-parameter {error}. Got {sorted(meta.given) or 'none'}: name it in "
                         "Objective(..., meta={...})."
                     ) from error
                 if isinstance(found, Real):
@@ -152,20 +153,24 @@ def _as_matrix(name: str, found: Any, layout: Layout, steps: int, like: Tensor) 
             f"unknown: {sorted(set(found) - set(layout.names)) or 'none'}."
         )
     columns = [
-        _column(f"{name}[{n!r}]", tensor(found[n]), shape, steps)
+        _column(f"{name}[{n!r}]", found[n], shape, steps, like)
         for n, shape in zip(layout.names, layout.shapes, strict=True)
     ]
     rows = max(len(c) for c in columns)
     return torch.cat([c.expand(rows, -1) for c in columns], dim=1)
 
 
-def _column(name: str, value: Tensor, shape: torch.Size, steps: int) -> Tensor:
+def _column(name: str, value: Any, shape: torch.Size, steps: int, like: Tensor) -> Tensor:
     """One parameter's part, `(1 or steps, size)`."""
-    if value.ndim == 0 or value.shape == shape:
-        return value.expand(shape).reshape(1, -1)
-    if value.shape in ((steps, *shape), (steps,)):
-        return value.reshape(steps, -1).expand(steps, shape.numel())
+    if isinstance(value, (list, tuple)) and len(value) in (1, steps):
+        return torch.cat([_column(name, each, shape, 1, like) for each in value])
+    tensor = value.to(like) if isinstance(value, Tensor) else like.new_tensor(value)
+    if tensor.ndim == 0 or tensor.shape == shape:
+        return tensor.expand(shape).reshape(1, -1)
+    per_step = (steps, *shape)
+    if tensor.ndim == len(per_step) and all(a in (1, b) for a, b in zip(tensor.shape, per_step, strict=True)):
+        return tensor.expand(per_step).reshape(steps, -1)
     raise ValueError(
-        f"`{name}` must be a number, of the parameter's shape {tuple(shape)}, or one of these per inner step, "
-        f"{(steps,)} or {(steps, *shape)}. Got {tuple(value.shape)}."
+        f"`{name}` must be a number, of the parameter's shape {tuple(shape)}, or of shape {per_step}, where dimensions "
+        f"may be 1, for each inner step. Got {tuple(tensor.shape)}."
     )

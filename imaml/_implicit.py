@@ -18,6 +18,7 @@ from imaml._hyper import Hyper, check_hyper
 from imaml._problem import Problem
 from imaml._report import Report
 from imaml._strategy import MetaGradient, Pullback
+from imaml._warm_start import WarmStart
 from imaml_solvers import CG, LinearOperator, LinearSolver, Solution, Status
 
 
@@ -62,6 +63,9 @@ class ImplicitMAML(MetaGradient):
             rebuilds it in every product and holds nothing between them, as the other modes and microbatches always do.
         solver_dtype: Of the solver's vectors and sums, such as torch.float64 for a model in float32; products are
             computed in the model's. None: that of the parameters, at least float32.
+        warm_start: Start a solve from the task's solution in an earlier call, where its support set is the same, as in
+            bilevel problems or with few tasks that recur: fewer products when `theta` has moved little. Keeps a vector
+            `(n,)` of every task that the engine has seen; costs one product. Never worse than a start from zero.
         on_failure: What a solve that failed leads to: "raise" a `SolverError`, "warn" once per engine, or "ignore". The
             last good iterate is used, and the report has every task's status either way.
         error_bound: Fill `report.error_bound`, for one displaced evaluation. Not with "ggn", whose own error it could
@@ -79,8 +83,10 @@ class ImplicitMAML(MetaGradient):
     curvature: Literal["hessian", "ggn"] = "hessian"
     linearize: bool = True
     solver_dtype: torch.dtype | None = None
+    warm_start: bool = False
     on_failure: Literal["raise", "warn", "ignore"] = "warn"
     error_bound: bool = True
+    _solutions: WarmStart = field(default_factory=WarmStart, init=False, repr=False, compare=False)
     _warned: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -114,7 +120,7 @@ class ImplicitMAML(MetaGradient):
         del gradient
         shift = 0.0 if damping is None else 1.0
         op = _system(curvature, root, shift)
-        solution = _cast(self.solver.solve(op, rhs.to(self.solver_dtype or rhs.dtype)), rhs.dtype)
+        solution = self._solve(problem, op, rhs)
         mu = careful_eigenvalue(solution, op, rhs) if with_bound else None
         fixed, hyper = query.fixed, problem.support.context.hyper
         if fixed is not None:
@@ -145,6 +151,16 @@ class ImplicitMAML(MetaGradient):
             error_bound=bound,
         )
         return Pullback(solution.x * weight if shift else torch.zeros_like(solution.x), fixed, outcome)
+
+    def _solve(self, problem: Problem, op: LinearOperator, rhs: Tensor) -> Solution:
+        dtype = self.solver_dtype or rhs.dtype
+        if not self.warm_start:
+            return _cast(self.solver.solve(op, rhs.to(dtype)), rhs.dtype)
+        start = self._solutions.of(problem.support.batch, rhs)
+        x0 = None if start is None else start.to(dtype)
+        solution = _cast(self.solver.solve(op, rhs.to(dtype), x0=x0), rhs.dtype)
+        self._solutions.keep(problem.support.batch, solution.x)
+        return solution
 
     def _check(self, problem: Problem) -> None:
         objective = problem.support.context.objective

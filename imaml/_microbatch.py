@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from imaml._chunk import SUPPORT, ChunkLoss, Gradient
 from imaml._context import Context
+from imaml._tasks import Batch
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class Microbatched:
     def context(self) -> Context:
         """Of the call."""
         return self.whole.context
+
+    @property
+    def batch(self) -> Batch:
+        """All of it."""
+        return self.whole.batch
 
     @property
     def tasks(self) -> int:

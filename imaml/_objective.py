@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from imaml._buffers import BufferPolicy, check_policy
 from imaml._exact import ExactDerivatives
-from imaml._meta import check_meta
+from imaml._meta import Given, MetaParameters
 from imaml._program import FunctionProgram, ModelProgram, Parameters
 from imaml._select import select
 from imaml._tasks import Batch
@@ -36,7 +36,8 @@ class Objective:
         outer_loss: That of the query set, where it is another than `loss`: of the same form.
         meta: Named tensors to learn besides the parameters: whatever the losses use (example weights, the parameters of
             a learned loss) or the inner optimiser (learned step sizes). They receive meta-gradients like parameters. A
-            tensor that another network produced passes its gradient on.
+            tensor that another network produced passes its gradient on. A value may be a dictionary of tensors itself,
+            such as `dict(network.named_parameters())`; their gradients have the names `key.name`.
         metric: `(output, target) -> 0-dim tensor`, evaluated on the query set from the same forward pass and returned
             in `report.metric`; never differentiated. For example an accuracy.
         buffers: What becomes of buffers that the model updates in training mode. None: such a model is refused.
@@ -61,7 +62,7 @@ class Objective:
         *,
         adapt: Iterable[str] | None = None,
         outer_loss: Callable[..., Tensor] | None = None,
-        meta: Mapping[str, Tensor] | None = None,
+        meta: Given | None = None,
         metric: Callable[[Any, Any], Tensor] | None = None,
         buffers: BufferPolicy | None = None,
     ) -> None:
@@ -82,7 +83,7 @@ class Objective:
         *,
         adapt: Iterable[str] | None = None,
         outer_loss: Callable[..., Tensor] | None = None,
-        meta: Mapping[str, Tensor] | None = None,
+        meta: Given | None = None,
         metric: Callable[[dict[str, Tensor], Batch], Tensor] | None = None,
     ) -> Objective:
         """An objective from a function of named parameters and a batch.
@@ -110,12 +111,13 @@ class Objective:
         self,
         program: ModelProgram | FunctionProgram,
         adapt: Iterable[str] | None,
-        meta: Mapping[str, Tensor] | None,
+        meta: Given | None,
     ) -> None:
         self._program = program
         named = program.parameters()
-        self.meta: dict[str, Tensor] = check_meta(meta or {}, [*named, *program.constants()])
-        """The meta-parameters by name, as the user holds them."""
+        self.meta = MetaParameters(meta or {})
+        """The meta-parameters, as the user holds them."""
+        self.meta.check([*named, *program.constants()])
         if adapt is None:
             chosen = {n for n, p in named.items() if program.trainable(p)}
         else:
@@ -152,7 +154,7 @@ class Objective:
         """
         copied = Objective.__new__(Objective)
         copied._program, copied.adapted = self._program.double(), self.adapted
-        copied.meta = {n: t.detach().clone().double().requires_grad_() for n, t in self.meta.items()}
+        copied.meta = self.meta.double()
         return copied
 
     def parameters(self) -> dict[str, Tensor]:
@@ -163,7 +165,7 @@ class Objective:
             for n, p in named.items()
             if n not in self.adapted and p.is_floating_point() and self._program.trainable(p)
         }
-        return {n: named[n] for n in self.adapted} | fixed | self.meta
+        return {n: named[n] for n in self.adapted} | fixed | self.meta.flat()
 
     def check(self) -> None:
         """Raise where the model's present state cannot be adapted without changing it."""
@@ -197,7 +199,7 @@ class Objective:
             The loss and the metric.
         """
         with ExactDerivatives():
-            program, meta = self._program, self._meta_among(values)
+            program, meta = self._program, self.meta.like_given(values)
             loss, figure = program.evaluate(self._others(values), meta, batch, metric=metric, outer=outer)
         if figure is not None:
             _check_scalar("metric", figure)
@@ -213,13 +215,11 @@ class Objective:
         """The support loss of an output of `predict` with the same arguments."""
         assert isinstance(self._program, ModelProgram)
         with ExactDerivatives():
-            return _check_loss(self._program.judge(output, self._meta_among(values), batch, outer=False))
-
-    def _meta_among(self, values: Parameters) -> dict[str, Tensor]:
-        return {n: values.get(n, t) for n, t in self.meta.items()}
+            return _check_loss(self._program.judge(output, self.meta.like_given(values), batch, outer=False))
 
     def _others(self, values: Parameters) -> Parameters:
-        return {n: t for n, t in values.items() if n not in self.meta} if self.meta else values
+        names = self.meta.flat()
+        return {n: t for n, t in values.items() if n not in names} if names else values
 
 
 def _check_callables(loss: Any, **others: Any) -> None:

@@ -67,13 +67,13 @@ class ModelProgram:
         return statistics(self.model) if self.buffers == "update" else []
 
     def evaluate(
-        self, values: Parameters, meta: Parameters, batch: Batch, *, metric: bool, outer: bool
+        self, values: Parameters, meta: Mapping[str, Any], batch: Batch, *, metric: bool, outer: bool
     ) -> tuple[Any, Any]:
         output = self.predict(values, batch)
         figure = self.metric(output, batch[1]) if metric and self.metric else None
         return self.judge(output, meta, batch, outer=outer), figure
 
-    def judge(self, output: Any, meta: Parameters, batch: Batch, *, outer: bool) -> Any:
+    def judge(self, output: Any, meta: Mapping[str, Any], batch: Batch, *, outer: bool) -> Any:
         return (self._outer if outer else self._inner)(output, batch[1], meta=meta)
 
     def predict(self, values: Parameters, batch: Batch, *, recording: bool = False) -> Any:
@@ -128,7 +128,7 @@ class FunctionProgram:
         return []
 
     def evaluate(
-        self, values: Parameters, meta: Parameters, batch: Batch, *, metric: bool, outer: bool
+        self, values: Parameters, meta: Mapping[str, Any], batch: Batch, *, metric: bool, outer: bool
     ) -> tuple[Any, Any]:
         named = {name: values.get(name, tensor) for name, tensor in self.params.items()}
         loss = (self._outer if outer else self._inner)(named, batch, meta=meta)

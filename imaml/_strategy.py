@@ -178,7 +178,7 @@ class MetaGradient(ABC):
                     positions += where
             finally:
                 context.replay.restore()
-            if derivatives and context.objective.meta:
+            if derivatives and context.objective.meta.given:
                 sums[1].add_(self._through_hyperparameters(context))
             report = Report.of(context, outcomes, positions)
             self._look_at(report)
@@ -197,7 +197,7 @@ class MetaGradient(ABC):
     def _through_hyperparameters(self, context: Context) -> Tensor:
         """The part of the summed meta-gradient `(m,)` that passes through learned hyper-parameters."""
         found = context.hyper.gradients()
-        for name in context.objective.meta:
+        for name in context.objective.meta.flat():
             if name not in found and name not in context.used_fixed:
                 raise ValueError(
                     f"The meta-gradient for the meta-parameter {name!r} is zero: {self._without_path}. Leave it out of "

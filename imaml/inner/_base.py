@@ -53,10 +53,11 @@ class InnerOptimizer(InnerSolver):
     A new one needs `update`, and `buffers` and `nonnegative` where it has any; its derivatives are taken of `update`.
 
     Args:
-        lr: Step size, > 0. Here as for the other hyper-parameters: a number; a sequence of `steps` numbers, one a step;
-            a mapping from the name of every adapted parameter to a number, to a tensor of the parameter's shape, or to
-            one of these per step (stacked); or a function of the objective's meta-parameters, by name, that returns any
-            of these as tensors: `lr=lambda meta: meta["log_lr"].exp()`.
+        lr: Step size, > 0. It and the other hyper-parameters are each a number; a sequence of `steps` numbers, one a
+            step; a mapping from the name of every adapted parameter to a number, to a tensor of the parameter's shape,
+            to a sequence of these, or to a tensor `(steps, *shape)` whose dimensions may be 1; or a function of the
+            objective's meta-parameters, by name, that returns any of these as tensors:
+            `lr=lambda meta: meta["log_lr"].exp()`.
         steps: Number of steps K >= 0; 0 adapts nothing.
         stationarity: Stop a task once the norm of its gradient, proximal term included, is at most this: `steps` is
             then a limit. Not for `MAML`, which differentiates a known number of steps. None: take all.

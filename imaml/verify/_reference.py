@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from imaml._hyper import Hyperparameters
 from imaml._layout import Layout
+from imaml._meta import MetaParameters
 from imaml._objective import Objective
 from imaml._tasks import Task
 from imaml.inner import GradientDescent, InnerOptimizer
@@ -38,7 +39,7 @@ class Reference:
     inner: InnerOptimizer
     damping: Mapping[str, float]
     """lambda of every adapted parameter, where it is not learned."""
-    learned_damping: Callable[[dict[str, Tensor]], Any] | None = None
+    learned_damping: Callable[[dict[str, Any]], Any] | None = None
     """lambda as a function of the meta-parameters."""
 
     @property
@@ -88,14 +89,14 @@ class Reference:
         """Lambda of every adapted parameter at these values of the meta-parameters."""
         if self.learned_damping is None:
             return self.damping
-        found = self.learned_damping({n: values[n] for n in self.objective.meta})
+        found = self.learned_damping(self.objective.meta.like_given(values))
         return found if isinstance(found, Mapping) else dict.fromkeys(self.adapted, found)
 
     def adapt(self, start: Values, batch: Any) -> Values:
         """All parameters after the inner loop, detached."""
         adapted = {n: start[n] for n in self.adapted}
         layout, given = Layout.of(adapted), self.inner.hyperparameters
-        meta = {n: start[n] for n in self.objective.meta}
+        meta = MetaParameters(self.objective.meta.like_given(start))
         hyper = Hyperparameters.of({n: (h, self.steps) for n, h in given.items()}, meta, layout, flat(adapted))
         state, values = self.inner.start(flat(adapted).unsqueeze(0)), dict(start)
         for step in range(self.steps):

@@ -1,0 +1,41 @@
+"""The solutions of earlier calls, as starts for tasks that recur."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from imaml._tasks import Batch
+
+
+@dataclass
+class WarmStart:
+    """The last solution `(n,)` of every task seen, recognised by the numbers of its support set."""
+
+    known: dict[Hashable, Tensor] = field(default_factory=dict)
+
+    def of(self, batch: Batch, like: Tensor) -> Tensor | None:
+        """Starts `(tasks, n)`, zeros for unknown tasks; None if all are unknown."""
+        found = [self.known.get(key) for key in _keys(batch, like)]
+        if all(x is None for x in found):
+            return None
+        return torch.stack([torch.zeros_like(like[0]) if x is None else x for x in found])
+
+    def keep(self, batch: Batch, solutions: Tensor) -> None:
+        """Remember these."""
+        self.known |= zip(_keys(batch, solutions), solutions.detach().clone(), strict=True)
+
+
+def _keys(batch: Batch, like: Tensor) -> list[Hashable]:
+    """Equal for tasks of equal support sets, up to rounding: a weighted sum of each tensor."""
+    columns = []
+    for tensor in tree_leaves(batch):
+        rows = tensor.reshape(len(tensor), -1).to(torch.float64)
+        weights = torch.arange(1, rows.shape[1] + 1, dtype=torch.float64, device=rows.device).cos()
+        columns.append([f"{value:.9e}" for value in (rows * weights).sum(1).tolist()])
+    kind = (like.shape[-1], like.dtype, like.device)
+    return [(*kind, *values) for values in zip(*columns, strict=True)]

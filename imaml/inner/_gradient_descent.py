@@ -63,6 +63,14 @@ class GradientDescent(InnerOptimizer):
         direction = direction + at["momentum"] * buffer if self.nesterov else buffer
         return _minus(phi, at["lr"], direction), buffer
 
+    def pullback(
+        self, state: State, gradient: Tensor, cotangents: State, step: int, at: Rates, learned: frozenset[str]
+    ) -> tuple[State, Tensor, dict[str, Tensor]]:
+        """See `InnerOptimizer`; written out for the plain step, (a, -lr a) for a cotangent a."""
+        if self._has_momentum or not is_off(self.weight_decay) or "lr" in learned:
+            return super().pullback(state, gradient, cotangents, step, at, learned)
+        return cotangents, -at["lr"] * cotangents[0], {}
+
 
 def _minus(phi: Tensor, lr: float | Tensor, direction: Tensor) -> Tensor:
     """Phi - lr * direction, without a vector in between."""

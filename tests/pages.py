@@ -6,10 +6,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def sections(page: str) -> dict[str, list[str]]:
-    """The blocks fenced as `python` below each heading of the second level, in order."""
-    text = (ROOT / page).read_text(encoding="utf-8")
+def read(page: str) -> str:
+    """The text of a page, by its path in the checkout."""
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def python(text: str) -> list[str]:
+    """The blocks fenced as `python`, in order."""
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def sections(text: str) -> dict[str, list[str]]:
+    """The same below each heading of the second level that has any."""
     parts = re.split(r"(?m)^## (.*)$", text)[1:]
-    pairs = zip(parts[::2], parts[1::2], strict=True)
-    found = {title: re.findall(r"```python\n(.*?)```", body, re.DOTALL) for title, body in pairs}
+    found = {title: python(body) for title, body in zip(parts[::2], parts[1::2], strict=True)}
     return {title: blocks for title, blocks in found.items() if blocks}

@@ -1,27 +1,27 @@
 """The README's Python runs as it stands, in order, in one namespace."""
 
 import re
-from pathlib import Path
 
 import pytest
 
 from imaml.cli import main
+from tests.pages import python, read
 
-README = Path(__file__).parent.parent / "README.md"
+README = "README.md"
 
 
 def test_the_python_of_the_readme_runs():
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    blocks = python(read(README))
     assert len(blocks) >= 3
     namespace: dict[str, object] = {}
     for block in blocks:
-        exec(compile(block, str(README), "exec"), namespace)
+        exec(compile(block, README, "exec"), namespace)
     assert all(p.grad is not None for p in namespace["model"].parameters())
     assert namespace["result"].report.metric.shape == (2,)
 
 
 def test_every_option_of_a_command_in_the_readme_exists(capsys):
-    commands = re.findall(r"^imaml (train|compare)(.*?)(?:#.*)?$", README.read_text(encoding="utf-8"), re.MULTILINE)
+    commands = re.findall(r"^imaml (train|compare)(.*?)(?:#.*)?$", read(README), re.MULTILINE)
     assert commands
     for command, options in commands:
         with pytest.raises(SystemExit):

@@ -31,6 +31,11 @@ def draw(tasks: int, examples: int = 9) -> TaskBatch:
     return TaskBatch(support=batch(), query=batch())
 
 
+def adapters(model: peft.PeftModel) -> Objective:
+    """The adapters adapt; what else requires grad is meta-learned through them."""
+    return Objective(model, lambda output, labels: F.cross_entropy(output.logits, labels), adapt=["*lora_*"])
+
+
 def main(learn: tuple[str, ...] = (), steps: int = 30) -> tuple[list[float], set[str]]:
     """Train, adapters and layers with a name in `learn`; returns the query losses and which parameters changed."""
     torch.manual_seed(0)
@@ -38,7 +43,7 @@ def main(learn: tuple[str, ...] = (), steps: int = 30) -> tuple[list[float], set
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad or any(part in name for part in learn))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    objective = Objective(model, lambda output, labels: F.cross_entropy(output.logits, labels), adapt=["*lora_*"])
+    objective = adapters(model)
     engine = MAML(inner=GradientDescent(lr=2.0, steps=3))
     optimizer = torch.optim.Adam(objective.parameters().values(), lr=1e-2)
     tasks, losses = draw(4), []

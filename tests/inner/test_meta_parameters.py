@@ -130,7 +130,9 @@ def test_a_hyper_network_that_produces_the_init():
 def test_a_learned_lambda_of_implicit_gradients(per_parameter):
     model = cases.make_model()
     names = [n for n, _ in model.named_parameters()] if per_parameter else ["all"]
-    meta = {f"log {n}": torch.tensor(0.5 + 0.3 * i, dtype=torch.float64, requires_grad=True) for i, n in enumerate(names)}
+    meta = {
+        f"log {n}": torch.tensor(0.5 + 0.3 * i, dtype=torch.float64, requires_grad=True) for i, n in enumerate(names)
+    }
 
     def weight(meta):
         return {n: meta[f"log {n}"].exp() for n in names} if per_parameter else meta["log all"].exp()

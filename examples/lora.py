@@ -10,12 +10,11 @@ from imaml import MAML, GradientDescent, Objective, TaskBatch
 
 WAYS, WORDS, LENGTH = 3, 40, 6
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def build() -> peft.PeftModel:
     """A transformer, pretrained in real life, with LoRA adapters in its attention; only they require grad."""
-    model = BertForSequenceClassification(BertConfig(vocab_size=WORDS, num_labels=WAYS, **SIZES, **NO_DROPOUT))
+    model = BertForSequenceClassification(BertConfig(vocab_size=WORDS, num_labels=WAYS, **SIZES)).eval()
     return peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=16, target_modules=["query", "value"]))
 
 
@@ -49,11 +48,11 @@ def main(learn: tuple[str, ...] = (), steps: int = 30) -> tuple[list[float], set
     tasks, losses = draw(4), []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = engine(objective, tasks).loss
-        loss.backward()
+        losses.append(engine(objective, tasks).loss)
+        losses[-1].backward()
         optimizer.step()
-        losses.append(loss.item())
-    return losses, {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    return torch.stack(losses).tolist(), changed
 
 
 if __name__ == "__main__":

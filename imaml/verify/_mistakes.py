@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from imaml.verify._reference import Reference, Values, flat
 
+MOST_TRUNCATED = 10
 Suspect = tuple[str, Callable[[], Tensor]]
 """A cause in words, and the vector that it leads to."""
 
@@ -19,6 +21,7 @@ def unrolled(
     reference: Reference,
     *,
     steps: int | None = None,
+    differentiated: int | None = None,
     second_order: bool = True,
     damping: float = 1.0,
     fixed_centre: bool = False,
@@ -29,6 +32,7 @@ def unrolled(
     Args:
         reference: The problem.
         steps: Inner steps.
+        differentiated: How many of the last are differentiated; None: all.
         second_order: Whether the inner gradients are differentiated.
         damping: Factor of the proximal term.
         fixed_centre: Whether the centre of the proximal term is a constant.
@@ -39,11 +43,13 @@ def unrolled(
     """
     start = {n: t.clone().requires_grad_() for n, t in reference.values().items()}
     centre = {n: t.detach() for n, t in start.items()} if fixed_centre else start
-    names, losses = reference.adapted, []
+    names, losses, steps = reference.adapted, [], reference.steps if steps is None else steps
     with torch.enable_grad():
         for task in reference.tasks:
             values: Values = dict(start)
-            for _ in range(reference.steps if steps is None else steps):
+            for step in range(steps):
+                if differentiated is not None and step == steps - differentiated:
+                    values |= {n: start[n] + (values[n] - start[n]).detach() for n in names}
                 loss = reference.loss(values, task.support)
                 for name in names:
                     weight = damping * reference.damping[name] / 2
@@ -184,6 +190,9 @@ def of_maml(reference: Reference, right: Tensor | None) -> Iterator[Suspect]:
     yield "the gradient is taken at theta, before any adaptation", lambda: unrolled(reference, steps=0)
     if steps:
         yield f"one inner step too few ({steps - 1} of {steps})", lambda: unrolled(reference, steps=steps - 1)
+    for last in range(1, min(steps, MOST_TRUNCATED)):
+        text = f"truncated: the last {last} of {steps} inner steps alone are differentiated"
+        yield text, partial(unrolled, reference, differentiated=last)
     yield f"one inner step too many ({steps + 1} for {steps})", lambda: unrolled(reference, steps=steps + 1)
     if damped:
         yield "the proximal term is missing in the inner steps", lambda: unrolled(reference, damping=0.0)

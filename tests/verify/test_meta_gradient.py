@@ -116,6 +116,7 @@ def test_an_error_of_a_known_size_is_measured() -> None:
         (FOMAML(inner=LOOP), {"against": "maml"}, "first-order"),
         (FOMAML(inner=CONVERGED.inner, regularization=2.0), {"against": "implicit"}, "first-order"),
         (MAML(inner=LOOP), {"inner": GradientDescent(lr=0.1, steps=4)}, "one inner step too few"),
+        (MAML(inner=LOOP, truncate=2), {}, "truncated: the last 2 of"),
         (MAML(inner=LOOP), {"regularization": 1.0}, "proximal term is missing"),
         (ImplicitMAML(inner=LOOP, solver=CG(max_steps=100, rtol=1e-12)), {}, "unconverged inner solution"),
         (ImplicitMAML(inner=CONVERGED.inner, solver=CG(max_steps=2)), {}, "unconverged solve: the iterate after 2"),

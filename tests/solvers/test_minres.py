@@ -180,3 +180,10 @@ def test_a_product_that_is_not_finite_leaves_the_last_good_iterate(fails_at):
     assert solution.status == Status.NONFINITE and solution.num_steps == fails_at - 1 and len(calls) == fails_at
     expected = MINRES(max_steps=fails_at - 1).solve(matrix, b).x if fails_at > 1 else torch.zeros_like(b)
     assert torch.equal(solution.x, expected)
+
+
+def test_the_smallest_eigenvalue_of_a_definite_matrix_is_that_of_cg():
+    matrix, b = torch.stack([rotated(spread(21, 50), seed) for seed in range(3)]), noise(3, 21)
+    for steps in (1, 4, 12):
+        found, expected = (kind(max_steps=steps).solve(matrix, b).smallest_eigenvalue for kind in (MINRES, CG))
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)

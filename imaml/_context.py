@@ -37,6 +37,8 @@ class Context:
     hvps: int = 0
     hvp_mode: str | None = None
     """How Hessian-vector products were computed; None before the first."""
+    hvp_error: float | None = None
+    """Of those by finite differences; None before the first."""
     gauss_newton: bool = False
     """Whether the products were those of the Gauss-Newton matrix."""
     is_vectorised: bool = True

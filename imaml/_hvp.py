@@ -170,6 +170,8 @@ class FiniteDifference:
     balances the truncation error O(h^2) against the rounding error O(eps / h), and is used below float64. A ReLU that
     switches between the two points adds O(1 / h), with a probability of O(h): float64 can afford r = eps^(1/2), where
     that is rare.
+
+    The first product of a call is computed with 2h too: both errors depend on h, so the difference is about the error.
     """
 
     gradient: Gradient | None = None
@@ -181,8 +183,17 @@ class FiniteDifference:
         )
 
     def __call__(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
+        product, fixed = self._with_step(w, 1.0, mixed=mixed)
+        context = self._loss.context
+        if context.hvp_error is None:
+            difference = (self._with_step(w, 2.0, mixed=False)[0] - product).norm(dim=-1)
+            size = product.norm(dim=-1)
+            context.hvp_error = torch.where(size > 0, difference / size, difference).max().item()
+        return product, fixed
+
+    def _with_step(self, w: Tensor, factor: float, *, mixed: bool) -> tuple[Tensor, Tensor | None]:
         norm = w.norm(dim=-1, keepdim=True)
-        h = self._move / torch.where(norm > 0, norm, torch.ones_like(norm))
+        h = factor * self._move / torch.where(norm > 0, norm, torch.ones_like(norm))
         weights = (1 / (2 * h)).squeeze(-1)
         ahead, behind = (
             self._loss.gradient(torch.addcmul(self._phi, h, w, value=s), self._step, fixed=mixed, weights=weights)

@@ -48,6 +48,9 @@ class Report(Outcome):
     """Hessian-vector products, summed over tasks."""
     hvp_mode: str | None
     """How the products were computed, "gauss-newton" for those of that matrix; None if there were none."""
+    hvp_error: float | None
+    """Estimated relative error of a product by finite differences: how far those with steps h and 2h are apart, of the
+    first product, for the worst task of its chunk; from 0.1 up they are of no use. None for the exact modes."""
     unused: tuple[str, ...]
     """Adapted parameters that the support loss does not depend on: the inner loop leaves them as they are."""
     buffers: dict[str, Tensor]
@@ -67,6 +70,7 @@ class Report(Outcome):
             gradients=context.gradients,
             hvps=context.hvps,
             hvp_mode="gauss-newton" if context.gauss_newton else context.hvp_mode,
+            hvp_error=context.hvp_error,
             unused=tuple(n for n in context.layout.names if context.used and n not in context.used),
             buffers=context.mean_statistics(),
         )
@@ -90,7 +94,8 @@ class Report(Outcome):
                 f"relative error of the meta-gradient at most {self.error_bound.max().item():.3g} (worst task)"
             )
         cost = f"{self.gradients} gradients, {self.hvps} Hessian-vector products"
-        lines.append(cost + (f" ({self.hvp_mode})" if self.hvp_mode else ""))
+        error = "" if self.hvp_error is None else f", relative error about {self.hvp_error:.1g}"
+        lines.append(cost + (f" ({self.hvp_mode}{error})" if self.hvp_mode else ""))
         if self.unused:
             lines.append(f"not used by the support loss: {', '.join(self.unused)}")
         return "\n".join(lines)

@@ -24,7 +24,8 @@ SOLVERS = {
 }
 ENGINE = {
     *("MetaGradient", "MAML", "FOMAML", "ImplicitMAML", "MetaResult", "Report"),
-    *("Objective", "GradientDescent", "Task", "TaskBatch"),
+    *("Objective", "Task", "TaskBatch", "bilevel"),
+    *("InnerSolver", "InnerOptimizer", "GradientDescent", "Adam", "AdamW", "RMSprop", "NewtonCG", "TorchOptimizer"),
     *("NonFiniteError", "DivergenceError", "SolverError", "SolverWarning"),
 }
 

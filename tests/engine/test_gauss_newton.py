@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 from imaml import CG, FOMAML, Dense, GradientDescent, ImplicitMAML, Objective, Status
 from tests.engine.cases import CLASSES, classification, conv, mlp, oracle_setting, problem, transformer
-from tests.oracles import hessian, implicit, relative_error
+from tests.oracles import hessian, implicit, relative_error, setting
 
 SHORT = GradientDescent(lr=0.2, steps=3)
 TIGHT = CG(max_steps=500, rtol=1e-12)
@@ -99,6 +99,36 @@ def test_an_output_of_several_tensors():
     torch.testing.assert_close(torch.cat([got["one.weight"], got["two.weight"]]), expected["2.weight"])
 
 
+class Branches(nn.Module):
+    """Has a second output, from a layer of its own, and a layer that no output depends on."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head, self.other, self.idle = (nn.Linear(4, n) for n in (4, CLASSES, 2, 2))
+
+    def forward(self, x):
+        hidden = self.body(x).tanh()
+        return self.head(hidden), self.other(hidden)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_an_output_that_the_loss_ignores_and_a_parameter_without_use(chunk_size):
+    """The output is linear in what adapts, so G is the Hessian."""
+    model, tasks = Branches().double(), classification((4,), tasks=2)
+    objective = Objective(model, lambda out, y: F.cross_entropy(out[0], y), adapt=["idle", "head", "other"])
+    engine_ = engine(chunk_size=chunk_size)
+    s = setting(
+        engine_,
+        tasks,
+        lambda p, batch: F.cross_entropy(functional_call(model, p, (batch[0],))[0], batch[1]),
+        dict(model.named_parameters()),
+        objective.adapted,
+    )
+    got = engine_.value_and_grad(objective, tasks)[1]
+    assert relative_error(got, implicit(s)[1]) <= 1e-10
+    assert not any(got[n].any() for n in ("idle.weight", "idle.bias", "other.weight", "other.bias"))
+
+
 def test_a_loss_that_is_linear_in_the_output_has_no_curvature():
     """G is zero, and the meta-gradient that of the query loss."""
     model, _, tasks = problem(mlp)
@@ -115,6 +145,17 @@ def test_dropout_is_the_same_in_every_product():
         torch.manual_seed(3)
         found.append(engine(solver=solver).value_and_grad(Objective(net, F.cross_entropy), tasks)[1])
     assert relative_error(*found) <= 1e-9
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_dropout_is_that_of_the_hessian(chunk_size):
+    """G is the Hessian where the head alone adapts: both see the same masks, in the mixed product too."""
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, CLASSES)).double()
+    objective, tasks, found = Objective(net, F.cross_entropy, adapt=["3"]), classification((4,), tasks=2), []
+    for curvature in ("ggn", "hessian"):
+        torch.manual_seed(3)
+        found.append(engine(curvature=curvature, chunk_size=chunk_size).value_and_grad(objective, tasks)[1])
+    assert relative_error(*found) <= 1e-10
 
 
 def test_the_report_says_it():

@@ -1,13 +1,16 @@
 """Hessian-vector products alone: what they return, and where finite differences look."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from imaml import Objective
+from imaml import CG, GradientDescent, ImplicitMAML, Objective, TaskBatch
 from imaml._chunk import SUPPORT, ChunkLoss, Gradient
 from imaml._context import Context
+from imaml._curvature import Curvature
 from imaml._hvp import FiniteDifference, ForwardOverReverse, ReverseOverReverse
 
 F64 = torch.float64
@@ -18,6 +21,7 @@ class Cubes:
 
     def __init__(self):
         self.seen = []
+        self.context = SimpleNamespace(hvp_error=0.0)  # known: there is no need for the estimate
 
     def gradient(self, phi, step, *, fixed=False, weights=None):
         self.seen.append(phi)
@@ -65,6 +69,35 @@ def test_finite_differences_move_every_task_by_a_fraction_of_its_own_norm(dtype,
     torch.testing.assert_close(ahead, moved, rtol=0, atol=rounding)
     torch.testing.assert_close(behind, -moved, rtol=0, atol=rounding)
     torch.testing.assert_close(product, 2 * phi * w, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.GELU, nn.ReLU])
+def test_the_error_of_finite_differences_is_estimated(activation, dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 20), activation(), nn.Linear(20, 20), activation(), nn.Linear(20, 3)).to(dtype)
+    x, y = torch.randn(2, 15, 6, dtype=dtype), torch.randn(2, 15, 3, dtype=dtype)
+    tasks = TaskBatch(support=(x, y), query=(x, y))
+    found = {}
+    for mode in ("finite-difference", "reverse-over-reverse"):
+        engine = ImplicitMAML(inner=GradientDescent(lr=0.05, steps=3), hvp=mode, solver=CG(max_steps=1, rtol=0.0))
+        report = engine(Objective(model, F.mse_loss), tasks).report
+        context = Context.of(Objective(model, F.mse_loss))
+        loss = ChunkLoss(context, tasks.support, tasks=2, start=0, kind=SUPPORT)
+        phi = context.theta.expand(2, -1)
+        w = torch.randn(2, phi.shape[1], dtype=dtype, generator=torch.Generator().manual_seed(1))
+        found[mode] = Curvature(loss, phi, 0, mode=mode, graph="rebuild").product(w)[0]
+        if mode == "finite-difference":
+            estimate = context.hvp_error
+            assert report.hvp_error < 1 and f"relative error about {report.hvp_error:.1g}" in str(report)
+        else:
+            assert context.hvp_error is None and report.hvp_error is None
+    error, size = found["finite-difference"] - found["reverse-over-reverse"], found["reverse-over-reverse"]
+    error = (error.norm(dim=-1) / size.norm(dim=-1)).max().item()
+    if error < 0.1:
+        assert error / 10 < estimate < 10 * error
+    else:  # kinks: the products have nothing in common with the right ones, and little with each other
+        assert activation is nn.ReLU and dtype is torch.float32 and estimate > 0.1
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1e8])

@@ -72,6 +72,23 @@ def test_policies_in_every_mode(policy, hvp, chunk_size) -> None:
     assert relative_error(got, unrolled(s)[1]) <= (1e-6 if hvp == "finite-difference" else 1e-10)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 1])
+@pytest.mark.parametrize("layer", [1, 4], ids=["batch norm", "instance norm"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_layer_in_eval_mode_keeps_its_statistics_under_every_policy(policy, layer, chunk_size) -> None:
+    model, tasks = normalised(), classification((4,))
+    model[layer].eval()
+    other = plain(model, policy)
+    other[layer] = model[layer]
+    engine = MAML(inner=INNER, chunk_size=chunk_size)
+    s = setting(engine, tasks, model_loss(other, F.cross_entropy), dict(model.named_parameters()))
+    result = engine(Objective(model, F.cross_entropy, buffers=policy), tasks)
+    result.loss.backward()
+    assert relative_error({n: p.grad for n, p in model.named_parameters()}, unrolled(s)[1]) <= 1e-10
+    names = {f"{5 - layer}.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")}
+    assert set(result.report.buffers) == (names if policy == "update" else set())
+
+
 def trained_copy(model, support, steps):
     """The buffers of a copy that ordinary training steps have adapted."""
     model = copy.deepcopy(model)
@@ -109,6 +126,32 @@ def test_the_mean_enters_the_model_where_it_is_loaded() -> None:
     model.load_state_dict(report.buffers, strict=False)
     assert torch.equal(model[1].running_var, report.buffers["1.running_var"])
     assert model[1].num_batches_tracked == 1 + INNER.steps
+
+
+class Scaled(nn.Module):
+    """Has a buffer that no forward pass changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(2.0).double())
+
+    def forward(self, x):
+        return self.scale * x
+
+
+def test_buffers_that_are_no_statistics_do_not_follow_the_inner_loop() -> None:
+    objective = Objective(nn.Sequential(Scaled(), *normalised()), F.cross_entropy, buffers="update")
+    report = MAML(inner=INNER)(objective, classification((4,))).report
+    assert set(report.buffers) == {
+        f"{i}.{n}" for i in (2, 5) for n in ("running_mean", "running_var", "num_batches_tracked")
+    }
+
+
+def test_a_model_that_is_a_normalisation_layer_itself() -> None:
+    model, tasks = nn.BatchNorm1d(3).double(), classification((3,))
+    report = MAML(inner=INNER)(Objective(model, F.cross_entropy, buffers="update"), tasks).report
+    expected = torch.stack([trained_copy(model, t.support, INNER.steps)["running_var"] for t in tasks]).mean(0)
+    assert torch.allclose(report.buffers["running_var"], expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("policy", ["batch", "frozen"])

@@ -340,3 +340,84 @@ def test_weights_of_a_parametrization():
     engine = MAML(inner=INNER)
     _, expected = unrolled(setting(engine, tasks, model_loss(model, F.cross_entropy), dict(model.named_parameters())))
     assert relative_error(engine.value_and_grad(Objective(model, F.cross_entropy), tasks)[1], expected) <= 1e-10
+
+
+def weighted():
+    """A loss that is a module with a tensor of its own."""
+    return nn.CrossEntropyLoss(weight=torch.tensor([0.2, 0.5, 0.3]))
+
+
+def accuracy(output, target):
+    return (output.argmax(-1) == target).double().mean()
+
+
+def test_a_float64_copy_is_independent_and_complete():
+    model, losses = mlp().float(), (weighted(), weighted())
+    model[0].bias.requires_grad_(False)
+    objective = Objective(model, losses[0], adapt=["2"], outer_loss=losses[1], metric=accuracy)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    copied = objective.double()
+    assert copied.adapted == objective.adapted
+    assert {n: p.dtype for n, p in copied.parameters().items()} == dict.fromkeys(
+        ["2.weight", "2.bias", "0.weight"], torch.float64
+    )
+    tasks = classification((4,))
+    loss = model_loss(mlp(), lambda z, y: F.cross_entropy(z, y, losses[0].weight.double()))
+    expected, gradients = unrolled(
+        setting(MAML(inner=INNER), tasks, loss, {n: p.double() for n, p in before.items()}, objective.adapted)
+    )
+    result = MAML(inner=INNER)(copied, tasks)
+    result.loss.backward()
+    torch.testing.assert_close(result.loss, expected)
+    got = {n: p.grad for n, p in copied.parameters().items()}
+    assert relative_error(got, {n: gradients[n] for n in got}) <= 1e-10
+    assert result.report.metric.shape == (3,)
+    with torch.no_grad():
+        for p in copied.parameters().values():
+            p.zero_()
+    assert all(torch.equal(p, before[n]) and p.dtype == torch.float32 for n, p in model.named_parameters())
+    assert all(p.grad is None for p in model.parameters()) and losses[0].weight.dtype == torch.float32
+
+
+def test_a_float64_copy_of_a_function():
+    shape = torch.arange(3.0)
+    params = {"w": torch.randn(3, requires_grad=True), "index": torch.tensor([2, 0])}
+    given = params["w"].detach().clone()
+
+    def loss(values, batch):
+        return ((values["w"][values["index"]] - batch) ** 2).sum()
+
+    def outer(values, batch):
+        return (values["w"] * shape.to(values["w"])).sum() + loss(values, batch)
+
+    def size(values, batch):
+        return values["w"].detach().norm() * len(batch)
+
+    batch = torch.randn(2, 2).double()
+    tasks, engine = TaskBatch(support=batch, query=batch + 1), MAML(inner=INNER)
+    copied = Objective.from_function(loss, params, adapt=["w"], outer_loss=outer, metric=size).double()
+    assert copied.parameters()["w"].is_leaf and copied.parameters()["w"] is not params["w"]
+    result = engine(copied, tasks)
+    result.loss.backward()
+    start = given.double().requires_grad_()
+    ends = []
+    for support, query in zip(tasks.support, tasks.query, strict=True):
+        w = start
+        for _ in range(INNER.steps):
+            w = w - INNER.lr * torch.autograd.grad(((w[[2, 0]] - support) ** 2).sum(), w, create_graph=True)[0]
+        ends.append((w.detach().norm() * len(query), (w * shape.double()).sum() + ((w[[2, 0]] - query) ** 2).sum()))
+    metrics, losses = (torch.stack(found) for found in zip(*ends, strict=True))
+    torch.testing.assert_close(result.report.query_loss, losses.detach())
+    torch.testing.assert_close(result.report.metric, metrics)
+    torch.testing.assert_close(copied.parameters()["w"].grad, torch.autograd.grad(losses.mean(), start)[0])
+    assert torch.equal(params["w"], given) and params["w"].grad is None
+
+
+def test_a_float64_copy_of_a_model_that_cannot_be_copied():
+    class Remembers(nn.Linear):
+        pass
+
+    model = Remembers(4, 3)
+    model.last = model.weight * 2
+    with pytest.raises(TypeError, match=r"Remembers or its loss cannot be copied \(.*with \.detach\(\)\."):
+        Objective(model, F.cross_entropy).double()

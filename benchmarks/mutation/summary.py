@@ -21,7 +21,7 @@ def row(name, mutants, counts):
 def main(folder):
     total, everything, survivors = 0, Counter(), []
     print("| module | mutants | run | killed | timeouts | survivors | score |\n|---|---|---|---|---|---|---|")
-    for path in sorted(Path(folder, "mutants").glob("imaml*/*.py.meta")):
+    for path in sorted(Path(folder, "mutants").glob("imaml*/**/*.py.meta")):
         codes = json.loads(path.read_text())["exit_code_by_key"]
         if not codes:
             continue

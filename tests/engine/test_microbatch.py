@@ -88,12 +88,78 @@ def test_a_loss_that_is_no_mean_over_examples_is_refused(model, loss):
         MAML(inner=INNER, microbatch_size=2)(Objective(model(), loss), classification((4,)))
 
 
-def test_tensors_without_examples_are_refused():
+@pytest.mark.parametrize("kind", ["support", "query"])
+def test_the_refusal_says_what_was_computed(kind):
+    """The first four examples of the first task, at once and as two slices of two."""
+    model, tasks = mlp(), classification((4,), support=7, query=7)
+
+    def summed(output, target):
+        return F.cross_entropy(output, target, reduction="sum")
+
+    both = {"loss": summed} if kind == "support" else {"loss": F.cross_entropy, "outer_loss": summed}
+    x, y = getattr(tasks[0], kind)
+    at_once = summed(model(x[:4]), y[:4]).item()
+    message = f"a {kind} loss of {at_once:.6g} for the first 4 examples at once and {at_once / 2:.6g} as the mean"
+    with pytest.raises(ValueError, match=message):
+        MAML(inner=INNER, microbatch_size=2)(Objective(model, **both), tasks)
+
+
+def weighted_square(params, batch):
+    """Of each example, with the scale that the batch brings."""
+    return (params["w"] * batch).square().mean()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1e6])
+def test_the_size_of_the_loss_does_not_matter(scale):
+    """Nor does rounding: a mean is no exact one."""
+    objective = Objective.from_function(weighted_square, {"w": torch.randn(5, dtype=torch.float64)})
+    batch = torch.randn(3, 7, 5, dtype=torch.float64) * scale
+    tasks, engine = TaskBatch(support=batch, query=batch), FOMAML(inner=GradientDescent(lr=0.1, steps=0))
+    expected = engine(objective, tasks).report.query_loss
+    torch.testing.assert_close(dataclasses.replace(engine, microbatch_size=2)(objective, tasks).loss, expected.mean())
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_a_small_departure_from_a_mean_is_refused(scale):
+    """One part in a thousand depends on pairs of examples."""
+
+    def loss(params, batch):
+        return weighted_square(params, batch) + 1e-3 * (params["w"] * batch.mean(0)).square().mean()
+
+    objective = Objective.from_function(loss, {"w": torch.randn(5, dtype=torch.float64)})
+    batch = torch.randn(3, 7, 5, dtype=torch.float64) * scale
+    with pytest.raises(ValueError, match="mean over independent examples"):
+        FOMAML(inner=INNER, microbatch_size=2)(objective, TaskBatch(support=batch, query=batch))
+
+
+def test_the_rounding_of_autocast_is_no_departure():
+    """bfloat16 keeps three digits of a mean."""
+    torch.manual_seed(1)
+    model, batch = nn.Linear(4, 4), (torch.randn(2, 8, 4), torch.zeros(2, 8))
+    objective = Objective(model, lambda z, y: (z * z).sum(-1).mean())
+    tasks, engine = TaskBatch(support=batch, query=batch), FOMAML(inner=INNER)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = engine(objective, tasks).loss
+        got = dataclasses.replace(engine, microbatch_size=3)(objective, tasks).loss
+    torch.testing.assert_close(got.float(), expected.float(), rtol=0.05, atol=0)
+    assert got != expected
+
+
+@pytest.mark.parametrize(
+    ("second", "sizes"), [((2,), r"\[0, 5\] \(0: a scalar\)"), ((2, 4), r"\[4, 5\]")], ids=["scalar", "other number"]
+)
+def test_tensors_without_one_number_of_examples_are_refused(second, sizes):
     w = torch.ones(1, requires_grad=True)
-    objective = Objective.from_function(lambda p, b: (p["w"] * b[0]).mean() * b[1], {"w": w})
-    batch = (torch.ones(2, 5), torch.ones(2))
-    with pytest.raises(ValueError, match="slices every tensor of a task along its first dimension"):
+    objective = Objective.from_function(lambda p, b: (p["w"] * b[0]).mean() * b[1].mean(), {"w": w})
+    batch = (torch.ones(2, 5), torch.ones(second))
+    with pytest.raises(ValueError, match=f"slices every tensor of a task along its first dimension.*{sizes}"):
         MAML(inner=INNER, microbatch_size=2)(objective, TaskBatch(support=batch, query=batch))
+
+
+def test_scalars_alone_are_refused():
+    objective = Objective.from_function(lambda p, b: p["w"] * b, {"w": torch.ones((), requires_grad=True)})
+    with pytest.raises(ValueError, match=r"Got \[0\] \(0: a scalar\)"):
+        MAML(inner=INNER, microbatch_size=2)(objective, TaskBatch(support=torch.ones(2), query=torch.ones(2)))
 
 
 def test_dropout_is_the_same_in_every_recomputation():
@@ -105,6 +171,32 @@ def test_dropout_is_the_same_in_every_recomputation():
         engine = MAML(inner=INNER, microbatch_size=2, checkpoints=checkpoints)
         found.append(engine.value_and_grad(Objective(net, F.cross_entropy), tasks)[1])
     assert relative_error(*found) <= 1e-12
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+@pytest.mark.parametrize(("examples", "steps"), [(1, 2), (2, 1)], ids=["steps", "slices"])
+def test_steps_and_slices_see_different_masks(examples, steps, chunk_size):
+    """Under equal masks an entry of w would end at 0 or -2, where the query loss is zero."""
+
+    def loss(params, batch):
+        w = params["w"]
+        return (w * F.dropout(batch, 0.5)).sum(-1).mean() if batch.shape[-1] == 20 else (w * (w + 2)).sum()
+
+    objective = Objective.from_function(loss, {"w": torch.zeros(20, dtype=torch.float64, requires_grad=True)})
+    tasks = TaskBatch(support=torch.ones(3, examples, 20).double(), query=torch.ones(3, 1, 1).double())
+    inner = GradientDescent(lr=1 / steps, steps=steps)
+    report = FOMAML(inner=inner, microbatch_size=1, chunk_size=chunk_size)(objective, tasks).report
+    assert (report.query_loss < 0).all()
+
+
+def test_dropout_is_the_same_without_gradients():
+    net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, CLASSES)).double()
+    objective, tasks, found = Objective(net, F.cross_entropy), classification((4,)), []
+    for grad in (True, False):
+        torch.manual_seed(0)
+        with torch.set_grad_enabled(grad):
+            found.append(FOMAML(inner=INNER, microbatch_size=2)(objective, tasks).report.query_loss)
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize(

@@ -413,3 +413,15 @@ def test_a_float64_copy_of_a_model_that_cannot_be_copied():
     model.last = model.weight * 2
     with pytest.raises(TypeError, match=r"Remembers or its loss cannot be copied \(.*with \.detach\(\)\."):
         Objective(model, F.cross_entropy).double()
+
+
+def test_an_error_of_the_loss_is_no_reason_to_try_task_by_task():
+    calls = []
+
+    def loss(output, target):
+        calls.append(1)
+        raise RuntimeError("my own mistake")
+
+    with pytest.raises(RuntimeError, match="^my own mistake$"):
+        FOMAML(inner=INNER, chunk_size=3)(Objective(mlp(), loss), classification((4,)))
+    assert len(calls) == 1

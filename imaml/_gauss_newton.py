@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from imaml._chunk import ChunkLoss, Gradient
 from imaml._curvature import Curvature, HvpMode
 from imaml._hvp import check_twice_differentiable
+from imaml._microbatch import Microbatched
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -21,27 +22,21 @@ class GaussNewton:
     Positive semi-definite where the loss is convex in z, as cross entropy and squared error are; the Hessian itself
     where z is linear in the adapted parameters. Schraudolph 2002, Martens 2010.
 
-    The forward pass and J' u as a function of a dummy u are built once. A product is the derivative of J' u by u along
-    w, which is J w (one pass through the graph of J' u), then the loss's Hessian by z, then one ordinary backward pass.
+    The linearised model is kept for all products, or built anew, slice by slice, where the loss is a sum of parts.
     """
 
-    def __init__(self, loss: ChunkLoss, phi: Tensor, step: int, *, mode: HvpMode) -> None:
+    def __init__(self, loss: ChunkLoss | Microbatched, phi: Tensor, step: int, *, mode: HvpMode) -> None:
         self._loss, self._phi, self._step, self._mode, self._context = loss, phi, step, mode, loss.context
-        self._context.gradients += loss.tasks
         self._context.gauss_newton = True
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            self._adapted, fixed = loss.leaves(phi, fixed=False)
-            outputs, losses = loss.through_outputs(self._adapted, fixed, step)
-            self._outputs = [z for z in outputs if z.requires_grad]
-            loss.check_depends(losses)
-            self._slopes = torch.autograd.grad(losses.sum(), self._outputs, create_graph=True, allow_unused=True)
-            self._dummies = [torch.zeros_like(z, requires_grad=True) for z in self._outputs]
-            self._pulled = self._pull_back(self._dummies, create_graph=True)
-        _check_linearised(self._pulled)
-        self._gradient: Gradient | None = Gradient(losses.detach(), self._collect(self._pull_back(self._slopes)), None)
+        self._kept: _Linearised | None = None
+        self._gradient: Gradient | None = None
+        if len(loss.parts) == 1:
+            self._context.gradients += loss.tasks
+            self._kept = _Linearised(loss.parts[0][1], phi, step)
+            self._gradient = self._kept.gradient()
 
     def take_gradient(self) -> Gradient | None:
-        """The support loss and its gradient at phi; it is kept no longer."""
+        """The support loss and its gradient at phi, where they are known; kept no longer."""
         gradient, self._gradient = self._gradient, None
         return gradient
 
@@ -51,9 +46,43 @@ class GaussNewton:
             exact = Curvature(self._loss, self._phi, self._step, mode=self._mode, graph="rebuild")
             return exact.product(w, mixed=True)
         self._context.hvps += self._loss.tasks
-        moved = _along(self._pulled, self._dummies, self._context.layout.views(w))
+        if self._kept is not None:
+            return self._kept.product(w), None
+        total = torch.zeros_like(w)
+        for share, part in self._loss.parts:
+            total.add_(_Linearised(part, self._phi, self._step).product(w), alpha=share)
+        return total, None
+
+
+class _Linearised:
+    """The forward pass at phi, and J' u as a function of a dummy u.
+
+    A product is the derivative of J' u by u along w, which is J w (one pass through the graph of J' u), then the loss's
+    Hessian by z, then one ordinary backward pass.
+    """
+
+    def __init__(self, loss: ChunkLoss, phi: Tensor, step: int) -> None:
+        self._loss, self._phi = loss, phi
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            self._adapted, fixed = loss.leaves(phi, fixed=False)
+            outputs, losses = loss.through_outputs(self._adapted, fixed, step)
+            self._outputs = [z for z in outputs if z.requires_grad]
+            loss.check_depends(losses)
+            self._slopes = torch.autograd.grad(losses.sum(), self._outputs, create_graph=True, allow_unused=True)
+            self._dummies = [torch.zeros_like(z, requires_grad=True) for z in self._outputs]
+            self._pulled = self._pull_back(self._dummies, create_graph=True)
+        _check_linearised(self._pulled)
+        self._losses = losses.detach()
+
+    def gradient(self) -> Gradient:
+        """The losses and their gradient."""
+        return Gradient(self._losses, self._collect(self._pull_back(self._slopes)), None)
+
+    def product(self, w: Tensor) -> Tensor:
+        """G w."""
+        moved = _along(self._pulled, self._dummies, self._loss.context.layout.views(w))
         curved = _along(self._slopes, self._outputs, moved)
-        return self._collect(self._pull_back(curved)), None
+        return self._collect(self._pull_back(curved))
 
     def _pull_back(self, u: Sequence[Tensor | None], *, create_graph: bool = False) -> Gradients:
         """J' u per parameter; None where no output depends on it."""

@@ -99,8 +99,6 @@ class ImplicitMAML(MetaGradient):
             raise TypeError(f"`solver` must be a LinearSolver such as CG(max_steps=5). Got {self.solver!r}.")
         if self.curvature not in ("hessian", "ggn"):
             raise ValueError(f"`curvature` must be 'hessian' or 'ggn'. Got {self.curvature!r}.")
-        if self.curvature == "ggn" and self.microbatch_size is not None:
-            raise ValueError("curvature='ggn' does not take `microbatch_size` yet. Got both: use one of the two.")
         if self.solver_dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"`solver_dtype` must be torch.float32 or torch.float64. Got {self.solver_dtype}.")
         if self.on_failure not in ("raise", "warn", "ignore"):
@@ -185,8 +183,7 @@ class ImplicitMAML(MetaGradient):
         """The support loss's curvature, and the gradient of the inner objective, both after the inner loop."""
         steps = problem.inner.steps
         if self.curvature == "ggn":
-            [(_, support)] = problem.support.parts
-            gauss_newton = GaussNewton(support, phi, steps, mode=self.hvp)
+            gauss_newton = GaussNewton(problem.support, phi, steps, mode=self.hvp)
             return gauss_newton, problem.gradient(phi, steps, gauss_newton.take_gradient())
         graph: Graph = "keep" if self.linearize else "rebuild"
         curvature = Curvature(problem.support, phi, steps, mode=self.hvp, graph=graph)

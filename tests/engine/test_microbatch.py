@@ -204,7 +204,6 @@ def test_dropout_is_the_same_without_gradients():
     [
         (lambda: MAML(inner=INNER, microbatch_size=0), "`microbatch_size`.*>= 1"),
         (lambda: MAML(inner=INNER, microbatch_size=2, linearize=True), "Expected microbatch_size=None. Got 2"),
-        (lambda: ImplicitMAML(inner=INNER, microbatch_size=2, curvature="ggn"), "does not take `microbatch_size`"),
     ],
 )
 def test_bad_options(make, message):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 from zlib import crc32
 
 import torch
@@ -16,6 +16,7 @@ from imaml._errors import NonFiniteError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+T = TypeVar("T")
 _BITS = {4: torch.int32, 8: torch.int64}
 
 
@@ -44,40 +45,54 @@ def check_alike(context: Context, group: ProcessGroup) -> None:
     mine = torch.stack([torch.full_like(bits[0], layouts), *bits])
     everyone = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(everyone, mine, group=group)
-    table = torch.stack(everyone).tolist()
-    for rank, row in enumerate(table):
-        if row != table[0]:
-            what = "in values" if row[0] == table[0][0] else "in names, shapes or dtypes, or in what adapts,"
+    first, *others = torch.stack(everyone).tolist()
+    for rank, row in enumerate(others, start=1):
+        if row != first:
+            what = "in value" if row[0] == first[0] else "by name, shape, dtype, or in which of them adapt"
             raise ValueError(
-                f"The parameters of ranks 0 and {rank} must be the same. They differ {what}: seed all ranks alike before "
-                "the model is made, load one checkpoint on all, or broadcast the parameters."
+                f"The parameters of all ranks must be the same. Those of ranks 0 and {rank} differ {what}: seed the ranks "
+                "alike before the model is made, load one checkpoint on all, or broadcast the parameters."
             )
 
 
-def sum_over_ranks(parts: Sequence[Tensor], group: ProcessGroup, *, failed: bool = False) -> list[Tensor]:
-    """Sum 1-dim tensors over all ranks by one all-reduce, in which every rank also says whether it failed.
-
-    The buffer holds the parts one after the other, and a flag for every rank.
+def over_ranks(
+    compute: Callable[[], tuple[list[Tensor], T]], zeros: Callable[[], list[Tensor]], group: ProcessGroup
+) -> tuple[list[Tensor], T]:
+    """Compute on every rank, and sum over the ranks by one all-reduce, to which a rank that fails comes too.
 
     Args:
-        parts: Of the same sizes and dtypes on every rank, on one device. A rank that failed passes zeros.
+        compute: This rank's part: 1-dim tensors, of the same sizes and dtypes on every rank, the last of which counts
+            tasks in its last entry; and what stays with this rank.
+        zeros: Tensors like those, for a rank that fails.
         group: The ranks.
-        failed: Whether this rank failed; it then raises its own error after the call.
 
     Returns:
-        The sums, on a rank that did not fail: views of one buffer in the widest of the dtypes.
+        The sums, views of one buffer in the widest of the dtypes, and what stayed.
 
     Raises:
-        NonFiniteError: Another rank failed.
+        NonFiniteError: Another rank failed; the error of a rank that fails is raised there.
+        ValueError: No rank has a task.
     """
-    flags = parts[0].new_zeros(group.size())
+    try:
+        parts, own = compute()
+    except Exception:
+        _all_reduce(zeros(), group, failed=True)
+        raise
+    sums, failed = _all_reduce(parts, group, failed=False)
+    if failed:
+        raise NonFiniteError(
+            f"Rank {failed[0]} could not compute its tasks, so there is no mean over all ranks. Its own error says why."
+        )
+    if sums[-1][-1] == 0:
+        raise ValueError("Expected at least one task on some rank. Got none on any.")
+    return sums, own
+
+
+def _all_reduce(parts: Sequence[Tensor], group: ProcessGroup, *, failed: bool) -> tuple[list[Tensor], list[int]]:
+    """The sums, and which ranks failed: the buffer ends with one flag for each."""
+    flags = parts[-1].new_zeros(group.size())
     flags[group.rank()] = failed
     buffer = torch.cat([*parts, flags])
     dist.all_reduce(buffer, group=group)
     *sums, flags = buffer.split([*(len(part) for part in parts), len(flags)])
-    others = [rank for rank, flag in enumerate(flags.tolist()) if flag and rank != group.rank()]
-    if others and not failed:
-        raise NonFiniteError(
-            f"Rank {others[0]} failed to compute its tasks, so there is no mean over all ranks. Its own error says why."
-        )
-    return sums
+    return sums, flags.nonzero().flatten().tolist()

@@ -143,6 +143,11 @@ class Objective:
         """`loss(output, target)`, or `loss(params, batch)` for an objective made from a function."""
         return self._program.loss
 
+    @property
+    def metric(self) -> Callable[..., Tensor] | None:
+        """`metric(output, target)`, or `metric(params, batch)` for an objective made from a function; None without."""
+        return self._program.metric
+
     def double(self) -> Objective:
         """A deep copy in float64, independent of the user's model.
 

@@ -36,6 +36,13 @@ class Outcome:
     """A bound on the relative error of each task's meta-gradient, `(tasks,)`, from the stationarity and the residual:
     see `ImplicitMAML`, which may be told to leave it out. inf: nothing can be said."""
 
+    @classmethod
+    def of_no_task(cls, context: Context, steps: int) -> Outcome:
+        """That of a rank without a task, its tensors of length 0."""
+        none = context.theta.new_zeros(0)
+        metric = None if context.objective.metric is None else none
+        return Outcome(query_loss=none, support_loss=none.expand(steps, 0), metric=metric)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Outcome):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,8 +13,10 @@ from torch.utils._pytree import tree_map
 
 from imaml._chunk import QUERY, SUPPORT, ChunkLoss, outside_inference
 from imaml._context import Context
+from imaml._distributed import check_alike, check_group, over_ranks
 from imaml._errors import NonFiniteError
 from imaml._hyper import Hyper, check_hyper
+from imaml._layout import Layout
 from imaml._microbatch import Microbatched
 from imaml._node import attach
 from imaml._numbers import check_integer
@@ -22,8 +24,12 @@ from imaml._objective import Objective
 from imaml._plan import ONE_BY_ONE, Plan, plan
 from imaml._problem import Problem
 from imaml._report import MetaResult, Outcome, Report
-from imaml._tasks import Batch, Task, TaskBatch, check_tensors, group, signature
+from imaml._tasks import Batch, Task, TaskBatch, check_tensors, signature
+from imaml._tasks import group as by_shape
 from imaml.inner import InnerSolver
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass
@@ -73,6 +79,7 @@ class MetaGradient(ABC):
     chunk_size: int | None = None
     microbatch_size: int | None = None
     _plans: dict[Any, Plan] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _alike: set[Any] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check the configuration; raises TypeError or ValueError."""
@@ -85,44 +92,52 @@ class MetaGradient(ABC):
         if self.microbatch_size is not None:
             check_integer("`microbatch_size`, unless None,", self.microbatch_size, least=1)
 
-    def __call__(self, objective: Objective, tasks: TaskBatch | Sequence[Task]) -> MetaResult:
+    def __call__(
+        self, objective: Objective, tasks: TaskBatch | Sequence[Task], *, group: ProcessGroup | None = None
+    ) -> MetaResult:
         """Adapt to every task, and return the mean query loss with the meta-gradient behind it.
 
         Args:
             objective: Model and loss.
             tasks: A `TaskBatch`, or a list of `Task` whose shapes may differ.
+            group: The processes that share the work; None: this one alone. Every rank passes its own tasks, such as
+                `tasks[rank::world_size]`, an empty list where it has none, and takes part in every call; one
+                all-reduce, of the size of the parameters, gives every rank the mean over the tasks of all. (The same
+                tasks on every rank give the right result too, and save nothing.) The parameters must be the same on
+                all ranks: the first call of an engine checks. Random draws are each rank's own.
 
         Returns:
-            The loss and a report.
+            The loss, over the tasks of all ranks, and a report, of this rank's.
 
         Raises:
-            NonFiniteError: A loss or the meta-gradient is NaN or infinite.
+            NonFiniteError: A loss or the meta-gradient is NaN or infinite; or another rank raised whatever error.
             DivergenceError: The inner loop diverged.
             TypeError: An argument of a wrong type.
             ValueError: The loss is not a scalar or depends on no parameter, BatchNorm with running statistics in
-                training mode, a hyper-parameter that does not fit the parameters or steps, or a meta-parameter whose
-                meta-gradient is zero because nothing uses it.
+                training mode, a hyper-parameter that does not fit the parameters or steps, a meta-parameter whose
+                meta-gradient is zero because nothing uses it, no task on any rank, or parameters that differ by rank.
         """
         parameters = objective.parameters() if isinstance(objective, Objective) else {}
         wanted = torch.is_grad_enabled() and any(p.requires_grad for p in parameters.values())
-        loss, gradients, report = self._run(objective, tasks, derivatives=wanted)
+        loss, gradients, report = self._run(objective, tasks, group, derivatives=wanted)
         if wanted:
             loss = attach(loss, list(gradients.values()), list(parameters.values()))
         return MetaResult(loss, report)
 
     def value_and_grad(
-        self, objective: Objective, tasks: TaskBatch | Sequence[Task]
+        self, objective: Objective, tasks: TaskBatch | Sequence[Task], *, group: ProcessGroup | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean query loss and the meta-gradient by parameter name, as detached tensors; `.grad` is not touched.
 
         Args:
             objective: Model and loss.
             tasks: As in a call.
+            group: As in a call.
 
         Returns:
             The 0-dim loss, and one gradient per parameter of `objective.parameters()`, in its shape and dtype.
         """
-        loss, gradients, _ = self._run(objective, tasks, derivatives=True)
+        loss, gradients, _ = self._run(objective, tasks, group, derivatives=True)
         return loss, gradients
 
     def adapt(self, objective: Objective, support: Batch) -> dict[str, Tensor]:
@@ -157,36 +172,74 @@ class MetaGradient(ABC):
         """Raise or warn about an outcome, before it is returned; a strategy that has nothing to object does neither."""
 
     def _run(
-        self, objective: Objective, tasks: TaskBatch | Sequence[Task], *, derivatives: bool
+        self,
+        objective: Objective,
+        tasks: TaskBatch | Sequence[Task],
+        group: ProcessGroup | None,
+        *,
+        derivatives: bool,
     ) -> tuple[Tensor, dict[str, Tensor], Report]:
-        groups = group(tasks)
         with torch.inference_mode(False), torch.no_grad():
             context = self._context(objective)
-            positions: list[int] = []
-            outcomes: list[Outcome] = []
-            sums: list[Tensor] = []
-            try:
-                for where, batch, plan in self._chunks(context, groups):
-                    problem = self._problem(context, where, batch, plan)
-                    if derivatives:
-                        pullback = self._pull_back(problem)
-                        summed = _sum_over_tasks(pullback, where)
-                        sums = [a.add_(b) for a, b in zip(sums, summed, strict=True)] if sums else summed
-                        outcomes.append(pullback.outcome)
-                    else:
-                        outcomes.append(problem.evaluate(problem.adapt()))
-                    positions += where
-            finally:
-                context.replay.restore()
-            if derivatives and context.objective.meta.given:
-                sums[1].add_(self._through_hyperparameters(context))
-            report = Report.of(context, outcomes, positions)
-            self._look_at(report)
-            layouts = (context.layout, context.fixed_layout)
+            layouts = [layout for layout in (context.layout, context.fixed_layout) if derivatives and layout.names]
+            if group is None:
+                sums, report = self._sums(context, by_shape(tasks), derivatives=derivatives)
+            else:
+                sums, report = self._sums_over_ranks(context, layouts, tasks, group)
+            *gradients, (loss, count) = sums
             named: dict[str, Tensor] = {}
-            for layout, total in zip(layouts, sums, strict=False):
-                named |= layout.named(total.div_(len(positions)))
-            return report.query_loss.mean(), named, report
+            for layout, total in zip(layouts, gradients, strict=True):
+                named |= layout.named(total.div_(count))
+            return (loss / count).to(report.query_loss.dtype), named, report
+
+    def _sums(
+        self, context: Context, groups: list[tuple[list[int], TaskBatch]], *, derivatives: bool
+    ) -> tuple[list[Tensor], Report]:
+        """Sums over tasks: the gradients for theta and for any fixed parameters, then query loss and 1, `(2,)`."""
+        positions: list[int] = []
+        outcomes: list[Outcome] = []
+        sums: list[Tensor] = []
+        try:
+            for where, batch, plan in self._chunks(context, groups):
+                problem = self._problem(context, where, batch, plan)
+                if derivatives:
+                    pullback = self._pull_back(problem)
+                    summed = _sum_over_tasks(pullback, where)
+                    sums = [a.add_(b) for a, b in zip(sums, summed, strict=True)] if sums else summed
+                    outcomes.append(pullback.outcome)
+                else:
+                    outcomes.append(problem.evaluate(problem.adapt()))
+                positions += where
+        finally:
+            context.replay.restore()
+        if derivatives and context.objective.meta.given:
+            sums[1].add_(self._through_hyperparameters(context))
+        report = Report.of(context, outcomes, positions)
+        self._look_at(report)
+        losses = report.query_loss.to(torch.promote_types(report.query_loss.dtype, torch.float32))
+        return [*sums, torch.stack([losses.sum(), losses.new_tensor(len(losses))])], report
+
+    def _sums_over_ranks(
+        self, context: Context, layouts: list[Layout], tasks: TaskBatch | Sequence[Task], group: ProcessGroup
+    ) -> tuple[list[Tensor], Report]:
+        """`_sums` over the tasks of all ranks, with the report of this rank's, which may have none."""
+        check_group(group)
+        key = (context.layout, context.fixed_layout, group.group_name)
+        if key not in self._alike:
+            check_alike(context, group)
+            self._alike.add(key)
+
+        def zeros() -> list[Tensor]:
+            return [layout.gather([None] * len(layout.names), context.theta) for layout in layouts]
+
+        def compute() -> tuple[list[Tensor], Report]:
+            if isinstance(tasks, Sequence) and not tasks:
+                nothing = Outcome.of_no_task(context, self.inner.steps)
+                return [*zeros(), context.theta.new_zeros(2)], Report.of(context, [nothing], [])
+            (*sums, totals), report = self._sums(context, by_shape(tasks), derivatives=bool(layouts))
+            return [*sums, totals.to(context.theta)], report
+
+        return over_ranks(compute, lambda: [*zeros(), context.theta.new_zeros(2)], group)
 
     def _context(self, objective: Objective) -> Context:
         given = {name: (hyper, self.inner.steps) for name, hyper in self.inner.hyperparameters.items()}

@@ -48,6 +48,10 @@ def encoder():
     return nn.TransformerEncoderLayer(4, 2, 6, 0.0, batch_first=True)
 
 
+def flat(layer):
+    return nn.Sequential(nn.Flatten(), layer, nn.Tanh(), nn.Linear(3, WORDS))
+
+
 MODELS = {
     "lstm": lambda: Recurrent(nn.LSTM(4, 4, batch_first=True)),
     "gru": lambda: Recurrent(nn.GRU(4, 2, batch_first=True, bidirectional=True)),
@@ -55,6 +59,12 @@ MODELS = {
     "padding": lambda: Text(padding_idx=1),
     "padding from the end": lambda: Text(padding_idx=-1),
     "sparse": lambda: Text(sparse=True),
+    **{
+        f"orthogonal, {kind}": lambda kind=kind: flat(
+            parametrizations.orthogonal(nn.Linear(20, 3), orthogonal_map=kind)
+        )
+        for kind in ("cayley", "matrix_exp")
+    },
     "fast path": lambda: Text(encoder()).eval(),
 }
 
@@ -68,11 +78,9 @@ def problem(name):
 
 
 WEIGHT_NORM = {
-    f"weight norm, dim={dim}": lambda dim=dim: nn.Sequential(
-        nn.Flatten(), parametrizations.weight_norm(nn.Linear(20, 3), dim=dim), nn.Tanh(), nn.Linear(3, WORDS)
-    )
+    f"weight norm, dim={dim}": lambda dim=dim: flat(parametrizations.weight_norm(nn.Linear(20, 3), dim=dim))
     for dim in (0, 1, -1)
-}
+} | {"weight norm by a hook": lambda: flat(nn.utils.weight_norm(nn.Linear(20, 3)))}
 
 
 @pytest.mark.parametrize("chunk_size", [None, 2, 1])
@@ -91,6 +99,7 @@ def test_layers(name, strategy, chunk_size) -> None:
     assert relative_error(engine.value_and_grad(objective, tasks)[1], expected) <= 1e-9
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
 @pytest.mark.parametrize("chunk_size", [None, 1])
 @pytest.mark.parametrize("name", WEIGHT_NORM)
 def test_weight_norm_whose_second_derivative_torch_gets_wrong(name, chunk_size) -> None:

@@ -50,8 +50,8 @@ def check_alike(context: Context, group: ProcessGroup) -> None:
         if row != first:
             what = "in value" if row[0] == first[0] else "by name, shape, dtype, or in which of them adapt"
             raise ValueError(
-                f"The parameters of all ranks must be the same. Those of ranks 0 and {rank} differ {what}: seed the ranks "
-                "alike before the model is made, load one checkpoint on all, or broadcast the parameters."
+                f"The parameters of all ranks must be the same. Those of ranks 0 and {rank} differ {what}: seed the "
+                "ranks alike before the model is made, load one checkpoint on all, or broadcast the parameters."
             )
 
 

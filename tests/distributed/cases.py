@@ -1,0 +1,168 @@
+"""Problems whose tasks are shared out, for one process and for every rank alike."""
+
+from functools import partial
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, Objective, Task
+
+INNER = GradientDescent(lr=0.1, steps=3)
+ENGINES = {
+    "MAML": MAML(inner=INNER, regularization=0.5),
+    "FOMAML": FOMAML(inner=INNER),
+    "ImplicitMAML": ImplicitMAML(inner=INNER, regularization=2.0, solver=CG(max_steps=50)),
+}
+TASKS = {"even": 4, "uneven": 5, "one rank without": 1}
+
+
+def place(group):
+    return (0, 1) if group is None else (group.rank(), group.size())
+
+
+def make_model(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+def make_tasks(number):
+    """The second half has other shapes than the first."""
+    generator = torch.Generator().manual_seed(1)
+    draw = partial(torch.randn, generator=generator, dtype=torch.float64)
+    sizes = [4 if i < number / 2 else 6 for i in range(number)]
+    return [Task(support=(draw(n, 3), draw(n, 2)), query=(draw(5, 3), draw(5, 2))) for n in sizes]
+
+
+def shard(tasks, group):
+    rank, size = place(group)
+    return tasks[rank::size]
+
+
+def objectives():
+    """All parameters adapt; the head alone does; step sizes and example weights are learned too."""
+    model = make_model()
+    yield "all", Objective(model, F.mse_loss)
+    yield "head", Objective(model, F.mse_loss, adapt=["2"])
+    yield "meta", Objective(model, F.mse_loss, meta={"log_lr": torch.tensor(-2.0, dtype=torch.float64)})
+
+
+def gradients(engine_name, kind, tasks, group):
+    objective, engine = dict(objectives())[kind], ENGINES[engine_name]
+    if kind == "meta":
+        engine = MAML(inner=GradientDescent(lr=lambda meta: meta["log_lr"].exp(), steps=3))
+    loss, found = engine.value_and_grad(objective, shard(make_tasks(tasks), group), group=group)
+    return {"loss": loss, **found}
+
+
+EQUAL = {
+    f"{engine}, {kind}, {shards}": partial(gradients, engine, kind, tasks)
+    for engine in ENGINES
+    for kind in ("all", "head", "meta")
+    for shards, tasks in TASKS.items()
+    if kind != "meta" or engine == "MAML"
+}
+"""The same result on every rank as in one process."""
+
+
+def backward(group):
+    """`.grad` after backward; the report is this rank's, the loss that of all."""
+    model = make_model()
+    objective = Objective(model, F.mse_loss, metric=F.l1_loss)
+    result = ENGINES["MAML"](objective, shard(make_tasks(5), group), group=group)
+    (2 * result.loss).backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    return found, result.loss.detach(), result.report.query_loss, result.report.metric
+
+
+def without_a_task(group):
+    objective = Objective(make_model(), F.mse_loss, metric=F.l1_loss)
+    report = ENGINES["MAML"](objective, shard(make_tasks(1), group), group=group).report
+    return [len(entry) for entry in (report.query_loss, report.metric)], list(report.support_loss.shape), str(report)
+
+
+def evaluated(group):
+    with torch.no_grad():
+        return ENGINES["MAML"](Objective(make_model(), F.mse_loss), shard(make_tasks(5), group), group=group).loss
+
+
+def the_same_tasks_everywhere(group):
+    return ENGINES["MAML"].value_and_grad(Objective(make_model(), F.mse_loss), make_tasks(3), group=group)[1]
+
+
+def mixed_dtypes(group):
+    """The body does not adapt and is float64, the head is float32, and so is the loss."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4).double(), nn.Tanh(), ToFloat(), nn.Linear(4, 2))
+    tasks = [
+        Task(support=(t.support[0], t.support[1].float()), query=(t.query[0], t.query[1].float()))
+        for t in make_tasks(1)
+    ]
+    loss, found = ENGINES["MAML"].value_and_grad(
+        Objective(model, F.mse_loss, adapt=["3"]), shard(tasks, group), group=group
+    )
+    return {"loss": loss, **found}
+
+
+class ToFloat(nn.Module):
+    def forward(self, x):
+        return x.float()
+
+
+def a_rank_with_nan(group):
+    tasks = make_tasks(4)
+    tasks[3].query[1].fill_(torch.nan)
+    return ENGINES["MAML"](Objective(make_model(), F.mse_loss), shard(tasks, group), group=group).loss
+
+
+def a_rank_with_a_wrong_argument(group):
+    tasks = make_tasks(4) if place(group)[0] == 0 else ["task"]
+    return ENGINES["MAML"](Objective(make_model(), F.mse_loss), tasks, group=group).loss
+
+
+def no_task(group):
+    return ENGINES["MAML"](Objective(make_model(), F.mse_loss), [], group=group).loss
+
+
+def other_values(group):
+    engine, tasks = FOMAML(inner=INNER), shard(make_tasks(4), group)
+    return engine(Objective(make_model(seed=place(group)[0]), F.mse_loss), tasks, group=group).loss
+
+
+def other_names(group):
+    engine, tasks = FOMAML(inner=INNER), shard(make_tasks(4), group)
+    adapt = ["2"] if place(group)[0] else None
+    return engine(Objective(make_model(), F.mse_loss, adapt=adapt), tasks, group=group).loss
+
+
+def collectives(group):
+    """The sizes of what each of three calls of one engine reduces, and the number of all-gathers."""
+    objective, engine, tasks = Objective(make_model(), F.mse_loss, adapt=["2"]), MAML(inner=INNER), make_tasks(4)
+    reduced, gathered, all_reduce, all_gather = [], [], dist.all_reduce, dist.all_gather
+    dist.all_reduce = lambda buffer, **options: [reduced.append(len(buffer)), all_reduce(buffer, **options)]
+    dist.all_gather = lambda parts, mine, **options: [gathered.append(len(mine)), all_gather(parts, mine, **options)]
+    try:
+        for _ in range(3):
+            engine.value_and_grad(objective, shard(tasks, group), group=group)
+    finally:
+        dist.all_reduce, dist.all_gather = all_reduce, all_gather
+    return reduced, gathered
+
+
+OTHERS = {
+    function.__name__: function
+    for function in (
+        backward,
+        without_a_task,
+        evaluated,
+        the_same_tasks_everywhere,
+        mixed_dtypes,
+        a_rank_with_nan,
+        a_rank_with_a_wrong_argument,
+        no_task,
+        other_values,
+        other_names,
+        collectives,
+    )
+}

@@ -1,0 +1,84 @@
+"""Inner optimisers and solvers at their edges."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from imaml import CG, FOMAML, NewtonCG, Objective, TorchOptimizer
+from tests.inner import cases
+
+
+def test_an_optimizer_that_takes_matrices_alone():
+    """Muon refuses parameters of other shapes, on which it is not tried."""
+    model, task = nn.Linear(3, 2, bias=False).double(), cases.make_tasks()[0]
+    inner = TorchOptimizer(torch.optim.Muon, steps=3, lr=0.1)
+    adapted = FOMAML(inner=inner).adapt(Objective(model, F.mse_loss), task.support)
+    optimizer = torch.optim.Muon(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.mse_loss(model(task.support[0]), task.support[1]).backward()
+        optimizer.step()
+    torch.testing.assert_close(adapted["weight"], model.weight.detach())
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: TorchOptimizer(list, steps=1),
+            TypeError,
+            r"^`optimizer` must make a torch\.optim\.Optimizer\. Got list\.$",
+        ),
+        (lambda: NewtonCG(steps=2, stationarity="small"), TypeError, "^`stationarity` must be a number. Got 'small'"),
+        (lambda: NewtonCG(steps=2, stationarity=float("nan")), ValueError, "^`stationarity` must be finite"),
+        (lambda: NewtonCG(steps=1.5), TypeError, "^`steps` must be an integer. Got 1.5"),
+    ],
+)
+def test_configuration(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def quadratic(params, batch):
+    """With eigenvalues 1 and 10 and the minimum at the batch."""
+    return (torch.tensor([1.0, 10.0], dtype=torch.float64) * (params["w"] - batch) ** 2).sum() / 2
+
+
+TARGET = torch.tensor([3.0, -2.0], dtype=torch.float64)
+START = {"w": torch.zeros(2, dtype=torch.float64)}
+
+
+def adapt(solver, loss=quadratic, **settings):
+    return FOMAML(inner=solver, **settings).adapt(Objective.from_function(loss, START), TARGET)["w"]
+
+
+def test_one_newton_step_minimises_a_quadratic():
+    exact = NewtonCG(steps=1, solver=CG(max_steps=2, rtol=1e-14))
+    torch.testing.assert_close(adapt(exact), TARGET, rtol=1e-10, atol=0)
+    curvature = torch.tensor([1.0, 10.0], dtype=torch.float64)
+    with_proximal_term = curvature * TARGET / (curvature + 0.5)
+    torch.testing.assert_close(adapt(exact, regularization=0.5), with_proximal_term, rtol=1e-10, atol=0)
+
+
+def test_no_newton_step_leaves_the_parameters():
+    assert torch.equal(adapt(NewtonCG(steps=0)), START["w"])
+    assert torch.equal(adapt(NewtonCG(steps=5, stationarity=1e3)), START["w"])
+
+
+def test_a_newton_step_is_halved_until_the_loss_decreases_enough():
+    """sqrt(1 + w^2) about a far minimum: the full step overshoots beyond bound, by 1 + w^2 times the distance."""
+
+    def loss(params, batch):
+        return (1 + (params["w"] - batch) ** 2).sqrt().sum()
+
+    solver = CG(max_steps=2, rtol=1e-14)
+    w = adapt(NewtonCG(steps=1, solver=solver), loss)
+    before, slope = (1 + TARGET**2).sqrt().sum(), -TARGET / (1 + TARGET**2).sqrt()
+    direction = TARGET * (1 + TARGET**2)
+    length = 1.0
+    while (1 + (length * direction - TARGET) ** 2).sqrt().sum() > before + 1e-4 * length * (slope * direction).sum():
+        length /= 2
+    assert length < 1
+    torch.testing.assert_close(w, length * direction, rtol=1e-8, atol=0)
+    torch.testing.assert_close(adapt(NewtonCG(steps=30, solver=solver), loss), TARGET, rtol=1e-8, atol=1e-8)

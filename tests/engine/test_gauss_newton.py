@@ -165,6 +165,18 @@ def test_the_report_says_it():
     assert report.hvps == 3 * 2 and report.gradients == 3 * (4 + 1 + 1)
 
 
+@pytest.mark.parametrize(
+    ("hvp", "exact"), [("auto", True), ("forward-over-reverse", True), ("finite-difference", False)]
+)
+def test_the_derivative_of_what_does_not_adapt_has_the_mode_of_hvp(hvp, exact):
+    model, objective, tasks = problem(mlp, adapt=["2"])
+    result = engine(hvp=hvp)(objective, tasks)
+    result.loss.backward()
+    expected = implicit(oracle_setting(engine(), model, objective, tasks))[1]
+    assert relative_error({n: p.grad for n, p in model.named_parameters()}, expected) <= (1e-10 if exact else 1e-6)
+    assert (result.report.hvp_error is None) == exact
+
+
 class Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

@@ -43,10 +43,9 @@ class Jacobi(Preconditioner):
     def build(self, op: LinearOperator, like: Tensor) -> LinearOperator:
         """See `Preconditioner`."""
         diagonal = self._diagonal(op, like).abs()
-        diagonal = diagonal.masked_fill(~torch.isfinite(largest_entry(diagonal)).unsqueeze(-1), 1)
         largest = largest_entry(diagonal).unsqueeze(-1)
         inverse = largest / diagonal.where(diagonal > 0, largest)  # the scale of M is of no account
-        inverse = inverse.where(largest > 0, 1)
+        inverse = inverse.where((largest > 0) & torch.isfinite(largest), 1)
         return LinearOperator(lambda r: inverse * r)
 
     def _diagonal(self, op: LinearOperator, like: Tensor) -> Tensor:

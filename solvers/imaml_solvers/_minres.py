@@ -94,7 +94,6 @@ class _Run(Iteration):
         # called when no other system runs
         z = self._precondition(self._r)
         beta = self._size(self._r, z)
-        self._end(systems & (self._status == RUNNING) & (beta == 0), Status.BREAKDOWN)
         going = (self._status == RUNNING).unsqueeze(-1)
         self._y, self._z = self._r.where(going, 0), z.where(going, 0)
         self._before = self._w = self._w_before = torch.zeros_like(self._r)

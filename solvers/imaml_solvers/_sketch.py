@@ -13,8 +13,6 @@ from imaml_solvers._start import largest_entry, power_of_two
 
 _ROUNDING = 10.0
 """What rounding makes of a sum, in units of eps."""
-_FAR = 10.0
-"""Times the eigenvalue that the leading direction shows, another one is not believed."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +39,9 @@ def sketch(op: LinearOperator, like: Tensor, rank: int, shift: float | None, see
 
         A - mu I is about Y (Omega'Y)^+ Y',  Y = (A - mu I) Omega,  Omega random with orthonormal columns
 
-    The paper shifts Omega'Y a little for its Cholesky factorisation. Here its eigenvectors w, with eigenvalues s, stand
-    in, as A - mu I may be indefinite: those are left out whose s is rounding or negative, or whose |Y w|^2 / s, which
-    for a positive semi-definite matrix is not above its largest eigenvalue, is far above that of the largest s.
+    The paper shifts Omega'Y a little for its Cholesky factorisation. Here its eigenvectors stand in, as A - mu I may be
+    indefinite: those whose eigenvalue is negative or rounding are left out. The estimated mu makes the least one zero,
+    which would show an eigenvalue of A as large as rounding lets it be.
 
     Args:
         op: Symmetric A.
@@ -67,9 +65,8 @@ def sketch(op: LinearOperator, like: Tensor, rank: int, shift: float | None, see
     y -= mu[..., None, None] * omega
     s, w = torch.linalg.eigh(core - torch.diag_embed(mu.unsqueeze(-1).expand_as(core[..., 0])))
     y = y @ w
-    shown = y.square().sum(-2)
     floor = _ROUNDING * torch.finfo(y.dtype).eps * core.abs().amax((-2, -1)).unsqueeze(-1)
-    believed = (s > floor) & (shown <= _FAR * s * (shown[..., -1:] / s[..., -1:]))
+    believed = s > floor
     y = y * (believed / s.where(believed, 1).sqrt()).unsqueeze(-2)
     basis, roots, _ = torch.linalg.svd(y, full_matrices=False)
     seen = torch.arange(roots.shape[-1], device=y.device) < believed.sum(-1, keepdim=True)

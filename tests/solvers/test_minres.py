@@ -65,18 +65,14 @@ def test_products_of_a_tolerance_are_the_steps_and_one_check_for_the_batch():
     assert len(op.seen) == 5
 
 
-def test_a_finished_system_is_frozen_bit_for_bit_and_its_products_stay_finite():
+def test_a_finished_system_is_frozen_bit_for_bit():
     scale = torch.stack([torch.tensor([1.0, -1.0] * 15, dtype=F64), torch.cat([spread(15, 1e3), -spread(15, 1e2)])])
-    b, seen = noise(2, 30), []
-
-    def mv(x):
-        seen.append(x)
-        return scale * x
-
-    together = MINRES(rtol=1e-9, max_steps=300).solve(mv, b)
+    b = noise(2, 30)
+    together = MINRES(rtol=1e-9, max_steps=300).solve(lambda x: scale * x, b)
     alone = MINRES(rtol=1e-9, max_steps=300).solve(lambda x: scale[0] * x, b[0])
-    assert together.num_steps[1] > 10 * together.num_steps[0] and torch.isfinite(torch.stack(seen)).all()
+    assert together.num_steps[1] > 10 * together.num_steps[0]
     assert torch.equal(together.x[0], alone.x) and torch.equal(together.residual_norm[0], alone.residual_norm)
+    torch.testing.assert_close(together.smallest_eigenvalue[0], alone.smallest_eigenvalue)
 
 
 @pytest.mark.parametrize("spectrum", [spread(20, 20), torch.cat([spread(12, 20), -spread(8, 5)])])
@@ -187,3 +183,18 @@ def test_the_smallest_eigenvalue_of_a_definite_matrix_is_that_of_cg():
     for steps in (1, 4, 12):
         found, expected = (kind(max_steps=steps).solve(matrix, b).smallest_eigenvalue for kind in (MINRES, CG))
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+    matrix[0] = torch.eye(21)
+    assert MINRES(rtol=1e-9).solve(matrix, b).smallest_eigenvalue[0] == pytest.approx(1)
+
+
+def test_a_system_that_failed_is_asked_for_no_product_of_what_is_not_finite():
+    matrix, seen = torch.stack([rotated(INDEFINITE, seed) for seed in range(2)]), []
+
+    def mv(x):
+        seen.append(x)
+        y = (matrix @ x.unsqueeze(-1)).squeeze(-1)
+        return y if len(seen) != 3 else y * torch.tensor([[torch.inf], [1.0]], dtype=F64)
+
+    solution = MINRES(rtol=1e-9).solve(mv, noise(2, 21))
+    assert solution.status.tolist() == [Status.NONFINITE, Status.CONVERGED] and solution.num_steps[0] == 2
+    assert torch.isfinite(torch.stack(seen)).all()

@@ -1,10 +1,11 @@
 """Peak memory and time of exact MAML with Adam inside, against one graph of the whole inner loop.
 
-    python -m benchmarks.inner_adam [--steps 32] [--small] [--out FOLDER]
+    python -m benchmarks.inner_adam [--steps 32] [--threads 1] [--small] [--out FOLDER]
 
-The transformer of `benchmarks.memory`, one task, float32. The unrolled loop is Adam written out and differentiated by
-autograd through all steps. Memory is that of the allocator above what the call found; time that of the same call, once,
-in turn. Writes `inner_adam.jsonl`.
+The transformer of `benchmarks.memory`, one task, float32, each method in a fresh process after a call with one step.
+The unrolled loop is Adam written out and differentiated by autograd through all steps. Memory is the growth of the
+process's peak resident set, coarse but right for peaks of gigabytes (the allocator's events of so long a call take more
+memory than the call); time is that of the same call. Writes `inner_adam.jsonl`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import torch
 from rich.console import Console
@@ -23,10 +26,11 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.memory import MIB, Transformer
+from benchmarks.memory import Transformer
 from imaml import MAML, Adam, Objective, TaskBatch
-from imaml.measure import peak_memory
 
+METHODS = {"unrolled loop": None, "MAML": None, "MAML, checkpoints=6": 6}
+"""By name, with the checkpoints of the engine."""
 LR, EPS, BETAS = 1e-3, 1e-8, (0.9, 0.999)
 
 
@@ -48,38 +52,47 @@ def unrolled(model: nn.Module, tasks: TaskBatch, steps: int) -> list[Tensor]:
         return list(torch.autograd.grad(loss, list(theta.values())))
 
 
+def problem(small: bool) -> tuple[nn.Module, TaskBatch]:
+    torch.manual_seed(0)
+    model = Transformer(vocabulary=1000, width=64 if small else 256, layers=2 if small else 4)
+    shape = (1, 4, 32) if small else (1, 8, 128)
+    support, query = [(torch.randint(1000, shape), torch.randint(5, shape[:2])) for _ in range(2)]
+    return model, TaskBatch(support=support, query=query)
+
+
+def call(method: str, model: nn.Module, tasks: TaskBatch, steps: int) -> list[Tensor]:
+    if method == "unrolled loop":
+        return unrolled(model, tasks, steps)
+    engine = MAML(inner=Adam(lr=LR, steps=steps, betas=BETAS, eps=EPS), checkpoints=METHODS[method])
+    return list(engine.value_and_grad(Objective(model, F.cross_entropy), tasks)[1].values())
+
+
+def measure(method: str, steps: int, small: bool, threads: int) -> dict[str, float]:
+    torch.set_num_threads(threads)
+    model, tasks = problem(small)
+    call(method, model, tasks, 1)
+    before, started = getrusage(RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    gradients = call(method, model, tasks, steps)
+    seconds, after = time.perf_counter() - started, getrusage(RUSAGE_SELF).ru_maxrss
+    norm = torch.stack([g.norm() for g in gradients]).norm().item()
+    return {"peak_mib": (after - before) / 1024, "seconds": seconds, "gradient_norm": norm}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--small", action="store_true", help="a small transformer")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/inner_adam"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "inner_adam")
     options = parser.parse_args()
-    torch.manual_seed(0)
-    model = Transformer(vocabulary=1000, width=64 if options.small else 256, layers=2 if options.small else 4)
-    shape = (1, 4, 32) if options.small else (1, 8, 128)
-    batches = [(torch.randint(1000, shape), torch.randint(5, shape[:2])) for _ in range(2)]
-    tasks, objective = TaskBatch(support=batches[0], query=batches[1]), Objective(model, F.cross_entropy)
-    inner = Adam(lr=LR, steps=options.steps, betas=BETAS, eps=EPS)
-
-    def engine(**settings: int) -> Callable[[], list[Tensor]]:
-        return lambda: list(MAML(inner=inner, **settings).value_and_grad(objective, tasks)[1].values())
-
-    calls: dict[str, Callable[[], list[Tensor]]] = {
-        "unrolled loop": lambda: unrolled(model, tasks, options.steps),
-        "MAML": engine(),
-        "MAML, checkpoints=6": engine(checkpoints=6),
-    }
-    table = Table("method", "peak MiB", "seconds", "memory / loop", "time / loop", title=f"Adam, K = {options.steps}")
     rows: list[dict[str, object]] = []
-    for name, call in calls.items():
-        peak = peak_memory(call)
-        started = time.perf_counter()
-        call()
-        seconds = time.perf_counter() - started
-        rows.append({"method": name, "steps": options.steps, "peak_bytes": peak, "seconds": seconds})
-        loop_peak, loop_seconds = rows[0]["peak_bytes"], rows[0]["seconds"]
-        ratios = (f"{peak / loop_peak:.3f}", f"{seconds / loop_seconds:.2f}")  # type: ignore[operator]
-        table.add_row(name, f"{peak / MIB:.0f}", f"{seconds:.1f}", *ratios)
+    table = Table("method", "peak MiB", "seconds", "memory / loop", "time / loop", title=f"Adam, K = {options.steps}")
+    for method in METHODS:
+        with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+            found = pool.submit(measure, method, options.steps, options.small, options.threads).result()
+        rows.append({"method": method, "steps": options.steps, "threads": options.threads, **found})
+        ratios = [found[key] / float(str(rows[0][key])) for key in ("peak_mib", "seconds")]
+        table.add_row(method, f"{found['peak_mib']:.0f}", f"{found['seconds']:.1f}", *(f"{r:.3f}" for r in ratios))
     Console().print(table)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "inner_adam.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from imaml import Objective, TaskBatch
+from imaml import Adam, GradientDescent, InnerOptimizer, Objective, RMSprop, TaskBatch
 from imaml.cli._options import STRATEGIES, EngineOptions, Strategy
 from imaml.models import MLP, Conv4
 
@@ -81,8 +81,27 @@ BUILT_IN: dict[str, BuiltIn] = {
 }
 
 
-def problem(name: str, seed: int) -> tuple[Objective, TaskBatch]:
-    """A model of `BUILT_IN` with random parameters, and random tasks for it; the global generator stays as it is."""
+INNER: dict[str, InnerOptimizer] = {
+    "momentum, learned lr": GradientDescent(lr=lambda meta: meta["log_lr"].exp(), steps=3, momentum=0.9),
+    "Adam, learned lr": Adam(lr=lambda meta: meta["log_lr"].exp(), steps=3),
+    "RMSprop, learned lr": RMSprop(lr=lambda meta: meta["log_lr"].exp(), steps=3),
+}
+"""Inner optimisers with a step size for each step, all learned, from `LOG_LR`."""
+LOG_LR = (-3.0, -3.5, -4.0)
+
+
+def problem(name: str, seed: int, *, log_lr: Sequence[float] | None = None) -> tuple[Objective, TaskBatch]:
+    """A model of `BUILT_IN` with random parameters, and random tasks for it; the global generator stays as it is.
+
+    Args:
+        name: Of the model.
+        seed: Of parameters and tasks.
+        log_lr: A meta-parameter with these values, if any.
+
+    Returns:
+        The objective and the tasks.
+    """
+    meta = None if log_lr is None else {"log_lr": torch.tensor(log_lr, requires_grad=True)}
     kind = BUILT_IN[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -91,4 +110,4 @@ def problem(name: str, seed: int) -> tuple[Objective, TaskBatch]:
         def batch() -> tuple[Tensor, Tensor]:
             return torch.randn(TASKS, EXAMPLES, *kind.shape), torch.randint(CLASSES, (TASKS, EXAMPLES))
 
-        return Objective(model, F.cross_entropy), TaskBatch(support=batch(), query=batch())
+        return Objective(model, F.cross_entropy, meta=meta), TaskBatch(support=batch(), query=batch())

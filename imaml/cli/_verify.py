@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 import imaml.verify
-from imaml import GradientDescent, MetaGradient
-from imaml.cli._built_in import BUILT_IN, ENGINES, problem
+from imaml import MAML, GradientDescent, MetaGradient
+from imaml.cli._built_in import BUILT_IN, ENGINES, INNER, LOG_LR, problem
 from imaml.cli._factory import Made, make
 from imaml.cli._options import STRATEGIES, Strategy, Verify
 from imaml.cli._outcome import NAMES
@@ -85,6 +85,11 @@ def _built_in(options: Verify) -> Iterator[Check]:
                 engine = build_engine(strategy, ENGINES[strategy])
                 label = f"{name}: {NAMES[strategy]}"
                 yield label, partial(imaml.verify.meta_gradient, engine, objective, tasks, **settings)
+    if "maml" in _chosen(options):
+        for name, inner in INNER.items():
+            objective, tasks = problem("MLP, tanh", options.seed, log_lr=LOG_LR)
+            engine = MAML(inner=inner)
+            yield f"{name}: MAML", partial(imaml.verify.meta_gradient, engine, objective, tasks, **settings)
 
 
 def _own(made: Made, options: Verify) -> Iterator[Check]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from imaml import MetaGradient, Objective, Report, TaskBatch
+from imaml import MetaGradient, Objective, Report, Task, TaskBatch
 from imaml.data import Split
+from imaml.training._ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _CHUNK = 20  # fixed, so that the tasks of an evaluation do not depend on an option
 
@@ -16,8 +20,8 @@ _CHUNK = 20  # fixed, so that the tasks of an evaluation do not depend on an opt
 class Episodes(Protocol):
     """A source of tasks."""
 
-    def batch(self, split: Split, index: int, tasks: int) -> TaskBatch:
-        """Batch `index` of "train", "val" or "test": a function of these arguments and the seed alone."""
+    def batch(self, split: Split, index: int, tasks: int, rows: range | None = None) -> TaskBatch:
+        """Rows of batch `index` of "train", "val" or "test", all by default: a function of these and the seed alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,7 @@ def evaluate(
     *,
     tasks: int,
     device: torch.device | str = "cpu",
+    group: ProcessGroup | None = None,
 ) -> Evaluation:
     """Adapt to the first `tasks` tasks of a split and average the metric of `objective` on their query sets.
 
@@ -56,21 +61,30 @@ def evaluate(
         split: "val" or "test" as a rule.
         tasks: How many.
         device: Where the model lives.
+        group: The processes that share the tasks out, each of which must make the same call; None: this one alone.
 
     Returns:
-        Mean and interval.
+        Mean and interval, the same on every rank.
 
     Raises:
         ValueError: The objective has no metric.
     """
+    ranks = Ranks(group, device)
     values: list[torch.Tensor] = []
     for index, start in enumerate(range(0, tasks, _CHUNK)):
-        batch = episodes.batch(split, index, _CHUNK)[: tasks - start].to(device=device)
+        size = min(_CHUNK, tasks - start)
+        own = draw(episodes, split, index, size, ranks)
         with torch.no_grad():
-            values.append(task_metrics(engine(objective, batch).report))
-    metrics = torch.cat(values).double()
+            values.append(ranks.gather(task_metrics(engine(objective, own, group=group).report), size))
+    metrics = torch.cat(values)
     spread = metrics.std().item() if tasks > 1 else float("inf")
     return Evaluation(mean=metrics.mean().item(), interval=1.96 * spread / tasks**0.5, tasks=tasks)
+
+
+def draw(episodes: Episodes, split: Split, index: int, tasks: int, ranks: Ranks) -> TaskBatch | list[Task]:
+    """This rank's tasks of batch `index`, on its device."""
+    rows = ranks.rows(tasks)
+    return episodes.batch(split, index, tasks, rows).to(ranks.device) if rows else []
 
 
 def task_metrics(report: Report) -> torch.Tensor:

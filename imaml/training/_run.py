@@ -70,7 +70,13 @@ class RunFolder:
         save_checkpoint(self.path / "checkpoint.pt", {"config": self.config, **trainer.state_dict()})
 
     def restore(self, trainer: Trainer, config: dict[str, Any], *, free: Collection[str] = ()) -> None:
-        """Put a trainer where the checkpoint is, and cut the metrics that come after it.
+        """Put a trainer where the checkpoint is, and cut the metrics that come after it; see `read`."""
+        self.read(trainer, config, free=free)
+        lines = [line for line in self._lines() if json.loads(line)["step"] <= trainer.step]
+        replace_file(self.path / "metrics.jsonl", lambda stream: stream.write("".join(lines).encode()))
+
+    def read(self, trainer: Trainer, config: dict[str, Any], *, free: Collection[str] = ()) -> None:
+        """Put a trainer where the checkpoint is, and leave the folder as it is.
 
         Args:
             trainer: Made from `config`.
@@ -96,8 +102,6 @@ class RunFolder:
                 "Leave them out to resume, or train in another folder."
             )
         trainer.load_state_dict(state)
-        lines = [line for line in self._lines() if json.loads(line)["step"] <= trainer.step]
-        replace_file(self.path / "metrics.jsonl", lambda stream: stream.write("".join(lines).encode()))
 
     def log(self, record: StepRecord) -> None:
         """Append a line to `metrics.jsonl`."""

@@ -6,15 +6,19 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from imaml import MetaGradient, Objective, Report, Status
 from imaml.data import Split
-from imaml.training._evaluation import Episodes, Evaluation, evaluate, task_metrics
+from imaml.training._evaluation import Episodes, Evaluation, draw, evaluate, task_metrics
 from imaml.training._plan import Plan
+from imaml.training._ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +54,10 @@ class Trainer:
     """Meta-trains the initialisation of one model with Adam, step by step.
 
     Batch i of the tasks is a function of the seed and i alone, so a trainer that loads the state of another
-    continues it bit for bit (same machine, same number of threads).
+    continues it bit for bit (same machine, same numbers of threads and processes).
+
+    The ranks of a group share the tasks of every batch out, training and evaluation alike, and take the same steps:
+    each has its own trainer, made alike, and calls the same methods. Loss, metrics and the clock are the same on all.
 
     Args:
         model: The model of `objective`; its parameters are updated in place.
@@ -58,10 +65,18 @@ class Trainer:
         engine: The strategy.
         episodes: Where tasks come from.
         plan: How long and how fast.
+        group: The processes that train together; None: this one alone.
     """
 
     def __init__(
-        self, *, model: nn.Module, objective: Objective, engine: MetaGradient, episodes: Episodes, plan: Plan
+        self,
+        *,
+        model: nn.Module,
+        objective: Objective,
+        engine: MetaGradient,
+        episodes: Episodes,
+        plan: Plan,
+        group: ProcessGroup | None = None,
     ) -> None:
         self.model = model
         self.objective = objective
@@ -70,6 +85,7 @@ class Trainer:
         self.plan = plan
         self.optimizer = torch.optim.Adam(model.parameters(), lr=plan.meta_lr)
         self.device = next(model.parameters()).device
+        self.ranks = Ranks(group, self.device)
         self.step = 0
         self.seconds = 0.0
 
@@ -88,7 +104,9 @@ class Trainer:
         engine = self.engine
         if self.plan.eval_inner_steps is not None:
             engine = replace(engine, inner=replace(engine.inner, steps=self.plan.eval_inner_steps))
-        return evaluate(engine, self.objective, self.episodes, split, tasks=tasks, device=self.device)
+        return evaluate(
+            engine, self.objective, self.episodes, split, tasks=tasks, device=self.device, group=self.ranks.group
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a continued run depends on."""
@@ -113,36 +131,42 @@ class Trainer:
         learning_rate = self.plan.learning_rate(self.progress)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        tasks = self.episodes.batch("train", self.step, self.plan.meta_batch).to(device=self.device)
+        tasks = draw(self.episodes, "train", self.step, self.plan.meta_batch, self.ranks)
         self.optimizer.zero_grad()
-        result = self.engine(self.objective, tasks)
+        result = self.engine(self.objective, tasks, group=self.ranks.group)
         result.loss.backward()
         self.optimizer.step()
         loss = result.loss.item()
-        elapsed = perf_counter() - start
+        metrics, *solves = self.ranks.gather(_rows(result.report), self.plan.meta_batch).T
+        elapsed = self.ranks.first(perf_counter() - start)
         self.step += 1
         self.seconds += elapsed
         val = None
         if self.step % self.plan.eval_every == 0 or self.progress >= 1:
             val = self.evaluate("val", tasks=self.plan.val_tasks)
-            self.seconds += perf_counter() - start - elapsed
+            self.seconds += self.ranks.first(perf_counter() - start - elapsed)
         return StepRecord(
             step=self.step,
             loss=loss,
-            metric=task_metrics(result.report).mean().item(),
+            metric=metrics.mean().item(),
             learning_rate=learning_rate,
             milliseconds=1000 * elapsed,
             seconds=self.seconds,
-            solver=_solver_outcome(result.report),
+            solver=None if result.report.solver_status is None else _solver_outcome(*solves),
             val=val,
         )
 
 
-def _solver_outcome(report: Report) -> dict[str, Any] | None:
-    if report.solver_status is None or report.solver_steps is None or report.solver_residual is None:
-        return None
+def _rows(report: Report) -> Tensor:
+    """Metric, solver status, steps and residual of every task, `(tasks, 4)`; zeros where no system was solved."""
+    metric = task_metrics(report).double()
+    solves = (report.solver_status, report.solver_steps, report.solver_residual)
+    return torch.stack([metric, *(torch.zeros_like(metric) if s is None else s.to(metric) for s in solves)], dim=1)
+
+
+def _solver_outcome(status: Tensor, steps: Tensor, residual: Tensor) -> dict[str, Any]:
     return {
-        "status": dict(Counter(Status(code).name.lower() for code in report.solver_status.tolist())),
-        "steps": report.solver_steps.double().mean().item(),
-        "residual": report.solver_residual.max().item(),
+        "status": dict(Counter(Status(int(code)).name.lower() for code in status.tolist())),
+        "steps": steps.mean().item(),
+        "residual": residual.max().item(),
     }

@@ -1,0 +1,40 @@
+"""Started alone, or by torchrun."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[ProcessGroup | None]:
+    """Within the block, all processes that torchrun started: gloo on a CPU, nccl on GPUs, of which each takes its own.
+
+    Args:
+        device: Where they compute.
+
+    Yields:
+        The group; None for a process that torchrun did not start.
+
+    Raises:
+        ValueError: There are fewer GPUs than processes.
+    """
+    if not dist.is_available() or not dist.is_torchelastic_launched():
+        yield None
+        return
+    kind = torch.device(device)
+    if kind.type == "cuda":
+        own = int(os.environ["LOCAL_RANK"])
+        if own >= torch.cuda.device_count():
+            raise ValueError(f"Process {own} of this machine needs a GPU of its own. Got {torch.cuda.device_count()}.")
+        torch.cuda.set_device(own)
+    dist.init_process_group(dist.get_default_backend_for_device(kind))
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()

@@ -71,6 +71,17 @@ def test_the_seed_alone_decides_and_the_global_state_is_left_alone(preconditione
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize(
+    ("preconditioner", "digits"), [(Jacobi(), 40), (Jacobi(probes=50), 100), (Nystrom(rank=6), 100)], ids=repr
+)
+def test_the_scale_of_the_matrix_does_not_matter(preconditioner, digits):
+    # in float32 the square of 2^-100 is zero and that of 2^100 infinite
+    matrix = damped(8).float()
+    for scale in (2.0**-digits, 2.0**digits):
+        scaled = dense(preconditioner, scale * matrix, torch.float32)
+        torch.testing.assert_close(scaled, dense(preconditioner, matrix, torch.float32))
+
+
 @pytest.mark.parametrize("make", [lambda seed: Jacobi(seed=seed), lambda seed: Nystrom(rank=6, seed=seed)])
 def test_another_seed_is_another_draw(make):
     assert not torch.equal(dense(make(0), damped(30)), dense(make(1), damped(30)))
@@ -164,7 +175,7 @@ def test_jacobi_is_exact_with_enough_products_and_for_a_diagonal_matrix():
 
 
 def test_jacobi_takes_negative_entries_by_their_size():
-    inverse = dense(Jacobi(probes=2), torch.diag(torch.tensor([1.0, -4.0], dtype=F64)))
+    inverse = dense(Jacobi(probes=2), torch.diag(torch.tensor([-1.0, 4.0], dtype=F64)))
     torch.testing.assert_close(inverse, torch.diag(torch.tensor([4.0, 1.0], dtype=F64)))
 
 

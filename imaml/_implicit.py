@@ -99,6 +99,10 @@ class ImplicitMAML(MetaGradient):
             raise TypeError(f"`solver` must be a LinearSolver such as CG(max_steps=5). Got {self.solver!r}.")
         if self.curvature not in ("hessian", "ggn"):
             raise ValueError(f"`curvature` must be 'hessian' or 'ggn'. Got {self.curvature!r}.")
+        if self.warm_start and not self.solver._uses_x0:
+            raise ValueError(
+                f"warm_start=True needs a solver that can use a start, such as CG. Got {type(self.solver).__name__}."
+            )
         if self.solver_dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"`solver_dtype` must be torch.float32 or torch.float64. Got {self.solver_dtype}.")
         if self.on_failure not in ("raise", "warn", "ignore"):

@@ -106,14 +106,16 @@ class InnerOptimizer(InnerSolver):
         """All steps, keeping nothing but the last state."""
         state = self.start(problem.theta)
         for step in range(self.steps):
+            if self.stationarity is None:
+                state = problem.step(state, step)
+                continue
             gradient = problem.gradient(state[0], step)
+            moving = gradient.norm(dim=-1, keepdim=True) > self.stationarity
+            if not moving.any():
+                break
             following = problem.update(state, gradient, step)
-            if self.stationarity is not None:
-                moving = gradient.norm(dim=-1, keepdim=True) > self.stationarity
-                if not moving.any():
-                    break
-                following = tuple(torch.where(moving, t, s) for t, s in zip(following, state, strict=True))
-            state = following
+            state = tuple(torch.where(moving, t, s) for t, s in zip(following, state, strict=True))
+            del gradient, following
         return state[0]
 
     @torch.enable_grad()

@@ -6,12 +6,6 @@ import torch.nn.functional as F
 
 from imaml import Objective
 from tests.distributed import cases
-from tests.distributed.launch import on_two_ranks
-
-
-@pytest.fixture(scope="module")
-def found():
-    return on_two_ranks(cases.EQUAL | cases.OTHERS)
 
 
 def assert_equal(ours, theirs, **tolerance):

@@ -111,3 +111,8 @@ def test_warm_starts_save_products_when_a_task_recurs():
     for tasks in (TASKS, [*other, *TASKS]):
         found, expected = (e.value_and_grad(objective, tasks)[1]["log_l2"] for e in (warm, cold))
         assert found.item() == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_warm_starts_need_a_solver_that_can_use_them():
+    with pytest.raises(ValueError, match="warm_start=True needs a solver that can use a start, such as CG. Got Dense"):
+        ImplicitMAML(inner=LIMIT, solver=Dense(), warm_start=True)

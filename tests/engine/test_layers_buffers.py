@@ -161,6 +161,20 @@ def test_other_policies_return_no_buffers(policy) -> None:
     assert set(FOMAML(inner=INNER).adapt(objective, tasks[0].support)) == set(objective.adapted)
 
 
+def test_without_a_policy_the_refusal_names_the_ways_out() -> None:
+    ways_out = (
+        r"Objective\(\.\.\., buffers='batch'\), 'frozen' or 'update'; "
+        r"or build it with track_running_stats=False \(batch statistics\), or call \.eval\(\) on it "
+        r"\(fixed statistics\)\.$"
+    )
+    model, tasks = normalised(), classification((4,))
+    for layer, name in ((1, "BatchNorm1d '1'"), (4, "InstanceNorm1d '4'")):
+        with pytest.raises(ValueError, match=f"^{name} updates running statistics.* Say .* {ways_out}"):
+            MAML(inner=INNER)(Objective(model, F.cross_entropy), tasks)
+        model[layer].eval()
+    MAML(inner=INNER)(Objective(model, F.cross_entropy), tasks)
+
+
 def test_an_unknown_policy() -> None:
     with pytest.raises(ValueError, match="'batch', 'frozen' or 'update'. Got 'keep'"):
         Objective(normalised(), F.cross_entropy, buffers="keep")
@@ -187,7 +201,8 @@ def around(layer):
 def test_spectral_norm(name, hvp, chunk_size) -> None:
     model, tasks = around(HOOKED[name]()), classification((4,))
     engine = MAML(inner=INNER, hvp=hvp, chunk_size=chunk_size)
-    with pytest.raises(ValueError, match="spectral_norm of '2' updates its vectors.*buffers='batch'.*eval"):
+    ways_out = r"Fix .* Objective\(\.\.\., buffers='batch'\) or 'frozen', or call \.eval\(\) on it\.$"
+    with pytest.raises(ValueError, match=f"^spectral_norm of '2' updates its vectors.*{ways_out}"):
         engine(Objective(model, F.cross_entropy), tasks)
     for policy in POLICIES:
         before = {n: b.clone() for n, b in model.named_buffers()}

@@ -425,3 +425,17 @@ def test_an_error_of_the_loss_is_no_reason_to_try_task_by_task():
     with pytest.raises(RuntimeError, match="^my own mistake$"):
         FOMAML(inner=INNER, chunk_size=3)(Objective(mlp(), loss), classification((4,)))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("form", "got"),
+    [(lambda x, y: {"x": x, "y": y}, "dict"), (lambda x, y: (x, y, y), "tuple of 3")],
+    ids=["dict", "3"],
+)
+def test_a_batch_of_another_form_is_refused(form, got):
+    batch = form(*classification((4,)).support)
+    message = (
+        rf"^A model's batch must be \(input, target\)\. Got {got}: for other batches use Objective\.from_function\.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        FOMAML(inner=INNER)(Objective(mlp(), F.cross_entropy), TaskBatch(support=batch, query=batch))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from imaml import CG, FOMAML, NewtonCG, Objective, TorchOptimizer
+from imaml import CG, FOMAML, NewtonCG, Objective, TaskBatch, TorchOptimizer
 from tests.inner import cases
 
 
@@ -66,19 +66,39 @@ def test_no_newton_step_leaves_the_parameters():
     assert torch.equal(adapt(NewtonCG(steps=5, stationarity=1e3)), START["w"])
 
 
-def test_a_newton_step_is_halved_until_the_loss_decreases_enough():
-    """sqrt(1 + w^2) about a far minimum: the full step overshoots beyond bound, by 1 + w^2 times the distance."""
+def distance(params, batch):
+    """Smoothed: about a far minimum a full Newton step overshoots by the square of the way."""
+    return (1 + (params["w"] - batch) ** 2).sqrt().sum()
 
-    def loss(params, batch):
-        return (1 + (params["w"] - batch) ** 2).sqrt().sum()
 
+@pytest.mark.parametrize("target", [TARGET, 300 * TARGET], ids=["near", "far"])
+def test_a_newton_step_is_halved_until_the_loss_decreases_enough(target):
     solver = CG(max_steps=2, rtol=1e-14)
-    w = adapt(NewtonCG(steps=1, solver=solver), loss)
-    before, slope = (1 + TARGET**2).sqrt().sum(), -TARGET / (1 + TARGET**2).sqrt()
-    direction = TARGET * (1 + TARGET**2)
+    objective = Objective.from_function(distance, START)
+    w = FOMAML(inner=NewtonCG(steps=1, solver=solver)).adapt(objective, target)["w"]
+    root = (1 + target**2).sqrt()
+    direction, slope = target * root**2, -target / root
     length = 1.0
-    while (1 + (length * direction - TARGET) ** 2).sqrt().sum() > before + 1e-4 * length * (slope * direction).sum():
+    while distance({"w": length * direction}, target) > root.sum() + 1e-4 * length * (slope * direction).sum():
         length /= 2
     assert length < 1
     torch.testing.assert_close(w, length * direction, rtol=1e-8, atol=0)
-    torch.testing.assert_close(adapt(NewtonCG(steps=30, solver=solver), loss), TARGET, rtol=1e-8, atol=1e-8)
+
+
+def test_newton_finds_the_minimum_that_full_steps_run_away_from():
+    w = adapt(NewtonCG(steps=30, solver=CG(max_steps=2, rtol=1e-14)), distance)
+    torch.testing.assert_close(w, TARGET, rtol=1e-8, atol=1e-8)
+
+
+def test_the_tasks_of_a_chunk_do_not_see_each_other():
+    """Their losses and slopes differ by factors of a million."""
+
+    def loss(params, batch):
+        return batch[0] * (distance(params, batch[1:]) + (params["w"] - 1).square().sum() / 10)
+
+    batch = torch.cat([torch.tensor([[1e-3], [1e3], [1.0]], dtype=torch.float64), torch.randn(3, 2).double() * 3], 1)
+    objective, tasks = Objective.from_function(loss, START), TaskBatch(support=batch, query=batch)
+    engine = FOMAML(inner=NewtonCG(steps=3, stationarity=1e-6))
+    losses = engine(objective, tasks).report.query_loss
+    for i, task in enumerate(tasks):
+        torch.testing.assert_close(engine(objective, [task]).report.query_loss[0], losses[i], rtol=1e-9, atol=0)

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from imaml import CG, FOMAML, NewtonCG, Objective, TaskBatch, TorchOptimizer
-from tests.inner import cases
+from imaml import CG, FOMAML, MAML, GradientDescent, NewtonCG, Objective, RMSprop, Task, TaskBatch, TorchOptimizer
+from tests.inner import cases, unrolled
 
 
 def test_an_optimizer_that_takes_matrices_alone():
@@ -102,3 +102,54 @@ def test_the_tasks_of_a_chunk_do_not_see_each_other():
     losses = engine(objective, tasks).report.query_loss
     for i, task in enumerate(tasks):
         torch.testing.assert_close(engine(objective, [task]).report.query_loss[0], losses[i], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("solver", [NewtonCG, lambda **options: GradientDescent(lr=0.1, **options)])
+def test_a_task_stops_at_its_own_gradient(solver):
+    """The first is stationary enough from the start, the second far from it, the third nearly so."""
+    batch = torch.tensor([[0.1, 0.01], [3.0, -2.0], [0.0, 0.05]], dtype=torch.float64)
+    objective, tasks = Objective.from_function(quadratic, START), TaskBatch(support=batch, query=batch)
+    report = FOMAML(inner=solver(steps=400, stationarity=0.2))(objective, tasks).report
+    at_start = torch.stack([quadratic(START, b) for b in batch])
+    assert report.query_loss[0] == at_start[0]
+    assert (report.query_loss[1:] < at_start[1:]).all()
+
+
+def test_the_report_has_the_loss_before_every_newton_step():
+    objective, task = Objective.from_function(distance, START), Task(support=TARGET, query=TARGET)
+    report = FOMAML(inner=NewtonCG(steps=3))(objective, [task]).report
+    before = [FOMAML(inner=NewtonCG(steps=k)).adapt(objective, TARGET) for k in range(3)]
+    expected = torch.stack([distance(w, TARGET) for w in before])
+    torch.testing.assert_close(report.support_loss[:, 0], expected, rtol=1e-12, atol=0)
+
+
+def test_a_line_search_sees_the_draws_of_its_step():
+    """A full step minimises the loss of one mask: an entry arrives or, where the mask is zero, stays."""
+
+    def masked(params, batch):
+        return (F.dropout(torch.ones(3, dtype=torch.float64), 0.5) * (params["w"] - batch) ** 2).sum()
+
+    objective = Objective.from_function(masked, {"w": torch.zeros(3, dtype=torch.float64)})
+    engine = FOMAML(inner=NewtonCG(steps=1, solver=CG(max_steps=5, rtol=1e-14)))
+    for seed in range(20):
+        torch.manual_seed(seed)
+        w = engine.adapt(objective, torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64))["w"]
+        torch.manual_seed(seed)
+        kept = F.dropout(torch.ones(3, dtype=torch.float64), 0.5) > 0
+        torch.testing.assert_close(w, kept * torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("settings", [{"momentum": 0.5}, {"weight_decay": 0.3}, {"momentum": 0.5, "weight_decay": 0.3}])
+@pytest.mark.parametrize("kind", ["gradient descent", "rmsprop"])
+def test_momentum_and_weight_decay_one_without_the_other(kind, settings):
+    ours, by_hand = {"gradient descent": (GradientDescent, unrolled.sgd), "rmsprop": (RMSprop, unrolled.rmsprop)}[kind]
+    model, tasks = cases.make_model(), cases.make_tasks()
+    loss, update = (
+        cases.plain_loss(model),
+        by_hand(momentum=settings.get("momentum", 0.0), decay=settings.get("weight_decay", 0.0)),
+    )
+    expected = unrolled.meta_gradient(
+        loss, loss, dict(model.named_parameters()), {}, tasks, update, 3, lr=lambda meta, name, k: 0.1
+    )
+    engine = MAML(inner=ours(lr=0.1, steps=3, **settings))
+    cases.close(engine.value_and_grad(Objective(model, F.mse_loss), tasks)[1], expected)

@@ -92,22 +92,24 @@ def the_same_tasks_everywhere(group):
 
 
 def mixed_dtypes(group):
-    """The body does not adapt and is float64, the head is float32, and so is the loss."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4).double(), nn.Tanh(), ToFloat(), nn.Linear(4, 2))
-    tasks = [
-        Task(support=(t.support[0], t.support[1].float()), query=(t.query[0], t.query[1].float()))
-        for t in make_tasks(1)
-    ]
-    loss, found = ENGINES["MAML"].value_and_grad(
-        Objective(model, F.mse_loss, adapt=["3"]), shard(tasks, group), group=group
-    )
-    return {"loss": loss, **found}
+    """The head is float32, the body, which does not adapt, float64 or float32, and the loss float64."""
+    results = []
+    for body in (torch.float64, torch.float32):
+        torch.manual_seed(0)
+        model = nn.Sequential(Cast(body), nn.Linear(3, 4).to(body), Cast(torch.float32), nn.Tanh(), nn.Linear(4, 2))
+        objective = Objective(model, lambda output, target: F.mse_loss(output.double(), target), adapt=["4"])
+        loss, found = ENGINES["MAML"].value_and_grad(objective, shard(make_tasks(1), group), group=group)
+        results.append((loss.item(), found))
+    return results
 
 
-class ToFloat(nn.Module):
+class Cast(nn.Module):
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
     def forward(self, x):
-        return x.float()
+        return x.to(self.dtype)
 
 
 def a_rank_with_nan(group):

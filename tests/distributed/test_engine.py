@@ -43,10 +43,10 @@ def test_evaluation_and_the_same_tasks_on_every_rank(found, name):
 
 
 def test_dtypes_are_those_of_the_parameters_on_a_rank_without_a_task_too(found):
-    expected = cases.mixed_dtypes(None)
-    assert {value.dtype for value in expected.values()} == {torch.float32, torch.float64}
-    for ours in found["mixed_dtypes"]:
-        assert_equal(ours, expected, rtol=1e-6, atol=1e-7)
+    for results in found["mixed_dtypes"]:
+        for (loss, ours), (expected_loss, expected) in zip(results, cases.mixed_dtypes(None), strict=True):
+            assert loss == pytest.approx(expected_loss, rel=1e-6)
+            assert_equal(ours, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_a_failing_rank_raises_its_own_error_and_the_other_says_so(found):

@@ -5,7 +5,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from imaml import CG, FOMAML, MAML, GradientDescent, NewtonCG, Objective, RMSprop, Task, TaskBatch, TorchOptimizer
+from imaml import (
+    CG,
+    FOMAML,
+    MAML,
+    Adam,
+    AdamW,
+    GradientDescent,
+    NewtonCG,
+    Objective,
+    RMSprop,
+    Task,
+    TaskBatch,
+    TorchOptimizer,
+)
 from tests.inner import cases, unrolled
 
 
@@ -32,6 +45,10 @@ def test_an_optimizer_that_takes_matrices_alone():
         ),
         (lambda: NewtonCG(steps=2, stationarity="small"), TypeError, "^`stationarity` must be a number. Got 'small'"),
         (lambda: NewtonCG(steps=2, stationarity=float("nan")), ValueError, "^`stationarity` must be finite"),
+        (lambda: Adam(lr=1.0, steps=2, stationarity="a"), TypeError, "^`stationarity` must be a number. Got 'a'"),
+        (lambda: Adam(lr=1.0, steps=2, betas=(0.9, "a")), TypeError, "^Each of `betas` must be a number. Got 'a'"),
+        (lambda: RMSprop(lr=1.0, steps=2, alpha="a"), TypeError, "^`alpha` must be a number. Got 'a'"),
+        (lambda: RMSprop(lr=1.0, steps=2, eps="a"), TypeError, "^`eps` must be a number. Got 'a'"),
         (lambda: NewtonCG(steps=1.5), TypeError, "^`steps` must be an integer. Got 1.5"),
     ],
 )
@@ -153,3 +170,18 @@ def test_momentum_and_weight_decay_one_without_the_other(kind, settings):
     )
     engine = MAML(inner=ours(lr=0.1, steps=3, **settings))
     cases.close(engine.value_and_grad(Objective(model, F.mse_loss), tasks)[1], expected)
+
+
+@pytest.mark.parametrize("kind", [Adam, AdamW, RMSprop])
+def test_the_derivative_of_an_adaptive_step_at_a_gradient_of_zero(kind):
+    """g / (c |g| + eps) has the derivative 1 / eps at 0, whatever c."""
+    start = {"w": torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)}
+    objective = Objective.from_function(
+        lambda params, batch: ((params["w"] - batch) ** 2).sum() / 2,
+        start,
+        outer_loss=lambda params, batch: (params["w"] * batch).sum(),
+    )
+    target = start["w"].detach()
+    inner = kind(lr=0.1, steps=1, eps=0.5, weight_decay=0.0)
+    found = MAML(inner=inner).value_and_grad(objective, [Task(support=target, query=target)])[1]["w"]
+    torch.testing.assert_close(found, (1 - 0.1 / 0.5) * target, rtol=1e-12, atol=0)

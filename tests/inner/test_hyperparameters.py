@@ -86,6 +86,30 @@ def test_two_hyperparameters_may_share_a_meta_parameter_and_have_one_alone():
         close(engine.value_and_grad(Objective(model, F.mse_loss, meta=meta), tasks)[1], expected)
 
 
+@pytest.mark.parametrize("by_name", [False, True], ids=["for all", "by name"])
+def test_a_list_of_learned_tensors_is_one_per_step(by_name):
+    model, tasks = cases.make_model(), cases.make_tasks()
+    meta = {n: cases.random(shift=shift) for n, shift in (("first", -3.0), ("second", -2.0))}
+    loss = cases.plain_loss(model)
+    expected = unrolled.meta_gradient(
+        loss,
+        loss,
+        dict(model.named_parameters()),
+        meta,
+        tasks,
+        unrolled.sgd(),
+        2,
+        lr=lambda meta, name, k: meta[("first", "second")[k]].exp(),
+    )
+
+    def lr(meta):
+        per_step = [meta["first"].exp(), meta["second"].exp()]
+        return dict.fromkeys(NAMES, per_step) if by_name else per_step
+
+    engine = MAML(inner=GradientDescent(lr=lr, steps=2))
+    close(engine.value_and_grad(Objective(model, F.mse_loss, meta=meta), tasks)[1], expected)
+
+
 @pytest.mark.parametrize(
     ("given", "off"),
     [(0, True), (0.0, True), (None, True), (0.1, False), ([0.0], False), (lambda meta: 0.0, False)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from imaml._layout import Layout
-from imaml._meta import MetaParameters
+from imaml._meta import MetaParameters, foreign_leaf
 from imaml._numbers import check_number
 
 Hyper = float | Sequence[float] | Mapping[str, Any] | Callable[[dict[str, Any]], Any]
@@ -50,22 +51,53 @@ def check_hyper(name: str, given: object, *, must: str, where: str = "") -> None
             )
         for value in (given.min().item(), given.max().item()) if given.numel() else ():
             check_hyper(name, value, must=must, where=where)
-    elif not callable(given):
+    elif where or not callable(given):
         value = check_number(f"`{name}`", given)
         if value < 0 or value == 0 and not must.startswith(">= 0"):
             raise ValueError(f"`{name}` must be {must}. Got {value}{where}.")
 
 
 @dataclass
+class _Value:
+    """One hyper-parameter for one call."""
+
+    parts: list[Tensor]
+    """For each parameter, or for all at once, `(1 or steps, 1 or size)`; small, and expanded step by step."""
+    sizes: tuple[int, ...] | None
+    """Entries of each parameter; None for one part for all."""
+    cotangents: list[Tensor] = field(default_factory=list)
+
+    @property
+    def is_learned(self) -> bool:
+        return any(part.requires_grad for part in self.parts)
+
+    def at(self, step: int) -> Tensor:
+        """The values of one step, `(1,)` or `(n,)`."""
+        rows = [row.detach() for row in _rows(self.parts, step)]
+        return (
+            rows[0] if self.sizes is None else torch.cat([r.expand(s) for r, s in zip(rows, self.sizes, strict=True)])
+        )
+
+    def add(self, cotangent: Tensor, step: int) -> None:
+        """Add the derivative by the values of one step, of a shape that summed is theirs."""
+        self.cotangents = self.cotangents or [torch.zeros_like(part) for part in self.parts]
+        pieces = [cotangent] if self.sizes is None else cotangent.split(self.sizes, dim=-1)
+        for row, piece in zip(_rows(self.cotangents, step), pieces, strict=True):
+            row += piece.sum_to_size(row.shape)
+
+
+def _rows(parts: Sequence[Tensor], step: int) -> list[Tensor]:
+    return [part[min(step, len(part) - 1)] for part in parts]
+
+
+@dataclass
 class Hyperparameters:
     """The values for one call, and the derivative of the meta-gradient's loss by each that is learned."""
 
-    values: dict[str, float | Tensor]
-    """A number, or `(1 or steps, 1 or n)`."""
     leaves: dict[str, Tensor]
     """The meta-parameters."""
-    _learned: dict[str, Tensor] = field(default_factory=dict)
-    _cotangents: dict[str, Tensor] = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
+    _values: dict[str, _Value] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -83,48 +115,53 @@ class Hyperparameters:
             The values, all finite.
 
         Raises:
-            ValueError: A shape that fits neither the steps nor the parameter, or a value that is not finite.
+            TypeError: A value that is neither a number nor a tensor.
+            ValueError: A shape that fits neither the steps nor the parameter, a value that is not finite, or one that
+                depends on a tensor which requires grad and is no meta-parameter.
         """
-        self = cls({}, {n: t.detach().requires_grad_() for n, t in meta.flat().items()})
+        self = cls({n: t.detach().requires_grad_() for n, t in meta.learned().items()})
         for name, (what, steps) in given.items():
+            found = _evaluate(name, what, meta, self.leaves)
+            if isinstance(found, Real):
+                if not math.isfinite(found):
+                    raise ValueError(f"`{name}` must be finite. Got {found}.")
+                self.numbers[name] = float(found)
+                continue
             with torch.enable_grad():
-                try:
-                    found = what(meta.like_given(self.leaves)) if callable(what) else what
-                except KeyError as error:
-                    raise ValueError(
-                        f"`{name}` asks for the meta-parameter {error}. Got {sorted(meta.given) or 'none'}: name it in "
-                        "Objective(..., meta={...})."
-                    ) from error
-                if isinstance(found, Real):
-                    self.values[name] = float(found)
-                    continue
-                value = _as_matrix(name, found, layout, steps, like)
-            if not bool(value.isfinite().all()):
-                raise ValueError(f"`{name}` must be finite. Got {value.detach()}.")
-            self.values[name] = value.detach()
-            if value.requires_grad:
-                self._learned[name] = value
+                value = _value(name, found, layout, steps, like)
+            if foreign_leaf(value.parts, self.leaves.values()):
+                raise ValueError(
+                    f"`{name}` depends on a tensor that requires grad and is not in the dictionary that its function "
+                    "gets, so it would not be learned. Name it in Objective(..., meta={...}), or detach it."
+                )
+            for part in value.parts:
+                if not bool(part.isfinite().all()):
+                    raise ValueError(f"`{name}` must be finite. Got {part.detach()}.")
+            self._values[name] = value
         return self
 
     @property
     def learned(self) -> frozenset[str]:
         """Names of those that depend on a meta-parameter."""
-        return frozenset(self._learned)
+        return frozenset(n for n, v in self._values.items() if v.is_learned)
 
     def at(self, step: int) -> dict[str, float | Tensor]:
         """Those of one step, each a number or `(1 or n,)`."""
-        return {n: v[min(step, len(v) - 1)] if isinstance(v, Tensor) else v for n, v in self.values.items()}
+        return self.numbers | {name: value.at(step) for name, value in self._values.items()}
 
     def add(self, cotangents: Mapping[str, Tensor], step: int) -> None:
         """Add to the derivatives those by the values of one step, of shapes that summed are theirs."""
         for name, cotangent in cotangents.items():
-            total = self._cotangents.setdefault(name, torch.zeros_like(self._learned[name]))
-            row = total[min(step, len(total) - 1)]
-            row += cotangent.sum_to_size(row.shape)
+            self._values[name].add(cotangent, step)
 
     def gradients(self) -> dict[str, Tensor]:
         """The derivatives by the meta-parameters that act through hyper-parameters, as far as any was added."""
-        pairs = [(self._learned[n], c) for n, c in self._cotangents.items()]
+        pairs = [
+            (part, cotangent)
+            for value in self._values.values()
+            for part, cotangent in zip(value.parts, value.cotangents, strict=False)
+            if part.requires_grad
+        ]
         if not pairs:
             return {}
         values, cotangents = zip(*pairs, strict=True)
@@ -132,45 +169,67 @@ class Hyperparameters:
         return {n: g for n, g in zip(self.leaves, found, strict=True) if g is not None}
 
 
-def _as_matrix(name: str, found: Any, layout: Layout, steps: int, like: Tensor) -> Tensor:
-    """`(1 or steps, 1 or n)` in dtype and on the device of `like`."""
-
-    def tensor(value: Any) -> Tensor:
-        return value.to(like) if isinstance(value, Tensor) else like.new_tensor(value)
-
-    if not isinstance(found, Mapping):
-        value = torch.stack([tensor(v) for v in found]) if isinstance(found, (list, tuple)) else tensor(found)
-        if value.ndim > 1 or value.ndim == 1 and len(value) not in (1, steps):
-            raise ValueError(
-                f"`{name}` must be a number, or one per inner step, shape ({steps},). Got {tuple(value.shape)}: for "
-                "one per parameter return a dictionary by parameter name."
-            )
-        return value.reshape(-1, 1)
-    if set(found) != set(layout.names):
+def _evaluate(name: str, what: Hyper, meta: MetaParameters, leaves: Mapping[str, Tensor]) -> Any:
+    if not callable(what):
+        return what
+    try:
+        with torch.enable_grad():
+            return what(meta.like_given(leaves))
+    except KeyError as error:
+        if error.args and error.args[0] in meta.given:
+            raise
         raise ValueError(
-            f"`{name}` must name every adapted parameter and no other. "
-            f"Missing: {sorted(set(layout.names) - set(found)) or 'none'}; "
-            f"unknown: {sorted(set(found) - set(layout.names)) or 'none'}."
+            f"`{name}` asks for the meta-parameter {error}. Got {sorted(meta.given) or 'none'}: name it in "
+            "Objective(..., meta={...})."
+        ) from error
+
+
+def _value(name: str, found: Any, layout: Layout, steps: int, like: Tensor) -> _Value:
+    if isinstance(found, Mapping):
+        if set(found) != set(layout.names):
+            raise ValueError(
+                f"`{name}` must name every adapted parameter and no other. "
+                f"Missing: {sorted(set(layout.names) - set(found)) or 'none'}; "
+                f"unknown: {sorted(set(found) - set(layout.names)) or 'none'}."
+            )
+        columns = zip(layout.names, layout.shapes, strict=True)
+        return _Value([_column(f"{name}[{n!r}]", found[n], s, steps, like) for n, s in columns], layout.sizes)
+    if isinstance(found, (list, tuple)) and found:
+        value = torch.stack([_tensor(name, v, like) for v in found])
+    else:
+        value = _tensor(name, found, like)
+    if value.ndim > 1 or value.ndim == 1 and len(value) not in (1, steps):
+        raise ValueError(
+            f"`{name}` must be a number, or one per inner step, shape ({steps},). Got {tuple(value.shape)}: for one "
+            "per parameter return a dictionary by parameter name."
         )
-    columns = [
-        _column(f"{name}[{n!r}]", found[n], shape, steps, like)
-        for n, shape in zip(layout.names, layout.shapes, strict=True)
-    ]
-    rows = max(len(c) for c in columns)
-    return torch.cat([c.expand(rows, -1) for c in columns], dim=1)
+    return _Value([value.reshape(-1, 1)], None)
 
 
 def _column(name: str, value: Any, shape: torch.Size, steps: int, like: Tensor) -> Tensor:
-    """One parameter's part, `(1 or steps, size)`."""
-    if isinstance(value, (list, tuple)) and len(value) in (1, steps):
-        return torch.cat([_column(name, each, shape, 1, like) for each in value])
-    tensor = value.to(like) if isinstance(value, Tensor) else like.new_tensor(value)
+    """One parameter's part, `(1 or steps, 1 or size)`."""
+    if isinstance(value, (list, tuple)):
+        if len(value) not in (1, steps):
+            raise ValueError(f"`{name}` must be a sequence of {steps} values, one per inner step. Got {len(value)}.")
+        rows = [_column(name, each, shape, 1, like) for each in value]
+        width = max(row.shape[1] for row in rows)
+        return torch.cat([row.expand(1, width) for row in rows])
+    tensor = _tensor(name, value, like)
     if tensor.ndim == 0 or tensor.shape == shape:
-        return tensor.expand(shape).reshape(1, -1)
+        return tensor.reshape(1, -1)
     per_step = (steps, *shape)
     if tensor.ndim == len(per_step) and all(a in (1, b) for a, b in zip(tensor.shape, per_step, strict=True)):
-        return tensor.expand(per_step).reshape(steps, -1)
+        full = tensor if tensor[0].numel() == 1 else tensor.expand(len(tensor), *shape)
+        return full.reshape(len(full), -1)
     raise ValueError(
         f"`{name}` must be a number, of the parameter's shape {tuple(shape)}, or of shape {per_step}, where dimensions "
         f"may be 1, for each inner step. Got {tuple(tensor.shape)}."
     )
+
+
+def _tensor(name: str, value: Any, like: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.to(like)
+    if isinstance(value, Real):
+        return like.new_tensor(float(value))
+    raise TypeError(f"`{name}` must be numbers or tensors. Got {value!r}.")

@@ -64,8 +64,9 @@ class ImplicitMAML(MetaGradient):
         solver_dtype: Of the solver's vectors and sums, such as torch.float64 for a model in float32; products are
             computed in the model's. None: that of the parameters, at least float32.
         warm_start: Start a solve from the task's solution in an earlier call, where its support set is the same, as in
-            bilevel problems or with few tasks that recur: fewer products when `theta` has moved little. Keeps a vector
-            `(n,)` of every task that the engine has seen; costs one product. Never worse than a start from zero.
+            bilevel problems or with few tasks that recur: fewer products where little has changed since. Keeps a vector
+            `(n,)` of every task that the engine has solved; costs two products. The solve starts at zero all the same
+            where the residual there is the smaller one.
         on_failure: What a solve that failed leads to: "raise" a `SolverError`, "warn" once per engine, or "ignore". The
             last good iterate is used, and the report has every task's status either way.
         error_bound: Fill `report.error_bound`, for one displaced evaluation. Not with "ggn", whose own error it could
@@ -159,9 +160,11 @@ class ImplicitMAML(MetaGradient):
         if not self.warm_start:
             return _cast(self.solver.solve(op, rhs.to(dtype)), rhs.dtype)
         start = self._solutions.of(problem.support.batch, rhs)
-        x0 = None if start is None else start.to(dtype)
-        solution = _cast(self.solver.solve(op, rhs.to(dtype), x0=x0), rhs.dtype)
-        self._solutions.keep(problem.support.batch, solution.x)
+        if start is not None:
+            worse = (rhs - op.mv(start)).norm(dim=-1, keepdim=True) > rhs.norm(dim=-1, keepdim=True)
+            start = start.masked_fill(worse, 0).to(dtype)
+        solution = _cast(self.solver.solve(op, rhs.to(dtype), x0=start), rhs.dtype)
+        self._solutions.keep(problem.support.batch, solution)
         return solution
 
     def _check(self, problem: Problem) -> None:
@@ -170,6 +173,11 @@ class ImplicitMAML(MetaGradient):
             raise ValueError(
                 "curvature='ggn' needs to know the model's output. Expected Objective(model, loss). Got an objective "
                 "from a function: use curvature='hessian'."
+            )
+        if problem.damping is None and self.regularization is not None:
+            raise ValueError(
+                "`regularization` must be > 0 for implicit differentiation. Got 0 from its function: return a positive "
+                "value, or pass regularization=None for no proximal term."
             )
         if problem.damping is None and len(objective.parameters()) == len(objective.adapted):
             raise ValueError(
@@ -203,7 +211,12 @@ class ImplicitMAML(MetaGradient):
         first = statuses[failed[0]]
         message = (
             f"{len(failed)} of {len(statuses)} linear solves failed, the first that of task {failed[0]}: {first.name}. "
-            f"{first.message} A larger `regularization` raises the smallest eigenvalue of I + H / lambda."
+            f"{first.message} "
+            + (
+                "Without a proximal term the system is H itself, which must be positive definite."
+                if self.regularization is None
+                else "A larger `regularization` raises the smallest eigenvalue of I + H / lambda."
+            )
         )
         if self.on_failure == "raise":
             raise SolverError(message)

@@ -19,41 +19,80 @@ class MetaParameters:
 
     given: Given
 
+    def groups(self) -> dict[str, dict[str, Tensor]]:
+        """Those under each key that was given: by name, `key.name` for those of groups."""
+        return {
+            key: {f"{key}.{n}": t for n, t in value.items()} if isinstance(value, Mapping) else {key: value}
+            for key, value in self.given.items()
+        }
+
     def flat(self) -> dict[str, Tensor]:
-        """All by name, `group.name` for those of groups."""
-        found: dict[str, Tensor] = {}
-        for key, value in self.given.items():
-            found |= {f"{key}.{n}": t for n, t in value.items()} if isinstance(value, Mapping) else {key: value}
-        return found
+        """All by name."""
+        return {name: tensor for group in self.groups().values() for name, tensor in group.items()}
+
+    def learned(self) -> dict[str, Tensor]:
+        """Those that require grad, by name; the others are constants."""
+        return {name: tensor for name, tensor in self.flat().items() if tensor.requires_grad}
 
     def like_given(self, values: Mapping[str, Tensor]) -> dict[str, Any]:
         """Values by name in the groups that were given; those without a value as they were given."""
-
-        def one(name: str, value: Tensor) -> Tensor:
-            return values.get(name, value)
-
         return {
-            key: {n: one(f"{key}.{n}", t) for n, t in value.items()} if isinstance(value, Mapping) else one(key, value)
+            key: {n: values.get(f"{key}.{n}", t) for n, t in value.items()}
+            if isinstance(value, Mapping)
+            else values.get(key, value)
             for key, value in self.given.items()
         }
 
     def check(self, taken: Iterable[str]) -> None:
-        """Raise where one is no floating-point tensor, or its name is that of a parameter."""
+        """Raise where one is no floating-point tensor, or its name is taken."""
+        if not isinstance(self.given, Mapping):
+            raise TypeError(f"`meta` must be a dictionary of tensors by name. Got {type(self.given).__name__}.")
         for name, value in self.flat().items():
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                raise TypeError(f"Meta-parameter {name!r} must be a floating-point tensor. Got {got}.")
-        both = sorted(set(self.flat()) & set(taken))
+                raise TypeError(
+                    f"Meta-parameter {name!r} must be a floating-point tensor, or a dictionary of them such as "
+                    f"dict(network.named_parameters()). Got {got}."
+                )
+        names = [name for group in self.groups().values() for name in group]
+        both = sorted(set(names) & set(taken) | {name for name in names if names.count(name) > 1})
         if both:
             raise ValueError(
-                f"The names {both} in `meta` are those of parameters or buffers already: rename them, or put them in a "
-                'group, such as meta={"loss": {...}}.'
+                f"The names {both} in `meta` are those of parameters, buffers or other entries already: rename them, "
+                'or put them in a group, such as meta={"loss": {...}}.'
             )
 
     def double(self) -> MetaParameters:
         """Copies in float64."""
-        copies = {n: t.detach().clone().double().requires_grad_() for n, t in self.flat().items()}
+        copies = {n: t.detach().clone().double().requires_grad_(t.requires_grad) for n, t in self.flat().items()}
         return MetaParameters(self.like_given(copies))
+
+
+def foreign_leaf(values: Iterable[Tensor], leaves: Iterable[Tensor]) -> bool:
+    """Whether a value depends on a leaf that requires grad and is not among these."""
+    known = {id(leaf) for leaf in leaves}
+    found = {id(value) for value in values if value.requires_grad and value.grad_fn is None}
+    pending, seen = [v.grad_fn for v in values if v.grad_fn is not None], set()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)  # of a node that accumulates into a leaf
+        if variable is not None:
+            found.add(id(variable))
+        pending += [following for following, _ in node.next_functions if following is not None]
+    return not found <= known
+
+
+@dataclass(frozen=True)
+class _WithoutMeta:
+    """A function that does not take the meta-parameters."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, *args: Any, meta: Mapping[str, Any]) -> Any:
+        return self.function(*args)
 
 
 def with_meta(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,4 +102,4 @@ def with_meta(function: Callable[..., Any]) -> Callable[..., Any]:
         takes = "meta" in inspect.signature(target).parameters
     except ValueError:  # some built-in functions have no signature
         takes = False
-    return function if takes else lambda *args, meta: function(*args)
+    return function if takes else _WithoutMeta(function)

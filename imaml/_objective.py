@@ -35,9 +35,10 @@ class Objective:
             `["*.bias"]`). None: every parameter that requires grad.
         outer_loss: That of the query set, where it is another than `loss`: of the same form.
         meta: Named tensors to learn besides the parameters: whatever the losses use (example weights, the parameters of
-            a learned loss) or the inner optimiser (learned step sizes). They receive meta-gradients like parameters. A
-            tensor that another network produced passes its gradient on. A value may be a dictionary of tensors itself,
-            such as `dict(network.named_parameters())`; their gradients have the names `key.name`.
+            a learned loss) or the inner optimiser (learned step sizes). They receive meta-gradients like parameters;
+            one that does not require grad is a constant. A tensor that another network produced passes its gradient on,
+            and needs a new objective whenever it is produced anew. A value may be a dictionary of tensors itself, such
+            as `dict(network.named_parameters())`; their gradients have the names `key.name`.
         metric: `(output, target) -> 0-dim tensor`, evaluated on the query set from the same forward pass and returned
             in `report.metric`; never differentiated. For example an accuracy.
         buffers: What becomes of buffers that the model updates in training mode. None: such a model is refused.
@@ -163,14 +164,14 @@ class Objective:
         return copied
 
     def parameters(self) -> dict[str, Tensor]:
-        """What receives meta-gradients, as the user holds it: the adapted parameters, the fixed, and `meta`."""
+        """What receives meta-gradients, as the user holds it: adapted parameters, fixed ones, and those of `meta`."""
         named = self._program.parameters()
         fixed = {
             n: p
             for n, p in named.items()
             if n not in self.adapted and p.is_floating_point() and self._program.trainable(p)
         }
-        return {n: named[n] for n in self.adapted} | fixed | self.meta.flat()
+        return {n: named[n] for n in self.adapted} | fixed | self.meta.learned()
 
     def check(self) -> None:
         """Raise where the model's present state cannot be adapted without changing it."""

@@ -39,6 +39,8 @@ class Problem:
     """L_support `(tasks,)` before each inner step."""
     statistics: dict[str, Tensor] = field(default_factory=dict)
     """Running statistics of each task so far, where they follow the inner loop."""
+    stopped: Tensor | None = None
+    """Which tasks have stopped early, `(tasks,)`; None for none."""
 
     def gradient(self, phi: Tensor, step: int, support: Gradient | None = None) -> Tensor:
         """The gradient of the inner objective, proximal term included, `(tasks, n)`; from `support` if it is known."""
@@ -85,7 +87,15 @@ class Problem:
             self.statistics = {n: b.expand(len(phi), *b.shape) for n, b in before.items()}
         if self.statistics:
             for _, part in self.support.parts:
-                self.statistics = part.statistics(phi, step, self.statistics)
+                self.statistics = self._of_moving(part.statistics(phi, step, self.statistics))
+
+    def _of_moving(self, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.stopped is None:
+            return statistics
+        return {
+            name: torch.where(self.stopped.view(-1, *(1,) * (new.ndim - 1)), self.statistics[name], new)
+            for name, new in statistics.items()
+        }
 
     def add_proximal(self, gradient: Tensor, phi: Tensor) -> Tensor:
         """Add Lambda (phi - theta) to a gradient of the support loss."""
@@ -96,8 +106,29 @@ class Problem:
         return self.update(state, self.gradient(state[0], step), step)
 
     def update(self, state: State, gradient: Tensor, step: int) -> State:
-        """The step for a gradient that is known."""
-        return self.optimizer.update(state, gradient, step, self.support.context.hyper.at(step))
+        """The step for a gradient that is known.
+
+        Args:
+            state: That before it.
+            gradient: Of the inner objective there.
+            step: Its number.
+
+        Returns:
+            The next state.
+
+        Raises:
+            TypeError: The optimiser's update does not return a state.
+            ValueError: It changes its arguments.
+        """
+        versions = [t._version for t in (*state, gradient)]
+        following = self.optimizer.update(state, gradient, step, self.support.context.hyper.at(step))
+        name, size = f"{type(self.inner).__name__}.update", 1 + self.optimizer.buffers
+        if not isinstance(following, tuple) or len(following) != size:
+            got = f"{len(following)} tensors" if isinstance(following, tuple) else type(following).__name__
+            raise TypeError(f"{name} must return a tuple of phi and its {size - 1} `buffers`. Got {got}.")
+        if versions != [t._version for t in (*state, gradient)]:
+            raise ValueError(f"{name} changes its arguments in place. Expected new tensors: use a + b for a.add_(b).")
+        return following
 
     @property
     def optimizer(self) -> InnerOptimizer:

@@ -72,7 +72,7 @@ class MetaGradient(ABC):
             independent examples (the first two slices are compared the first time; not with dropout). None: all.
     """
 
-    _without_path: ClassVar[str] = "neither a loss nor the inner optimiser uses it"
+    _without_path: ClassVar[str] = "no derivative leads to it from a loss or from an inner step that is differentiated"
 
     inner: InnerSolver
     regularization: Hyper | None = 0.0
@@ -84,7 +84,15 @@ class MetaGradient(ABC):
     def __post_init__(self) -> None:
         """Check the configuration; raises TypeError or ValueError."""
         if not isinstance(self.inner, InnerSolver):
-            raise TypeError(f"`inner` must be an inner optimiser such as GradientDescent. Got {self.inner!r}.")
+            raise TypeError(
+                f"`inner` must be an inner optimiser such as GradientDescent. Got {self.inner!r}."
+                + (_WRAP if _of_torch(self.inner) else "")
+            )
+        if isinstance(self.regularization, (list, tuple)):
+            raise TypeError(
+                "`regularization` is one for all steps. Expected a number, or one per parameter by name. Got "
+                f"{self.regularization!r}."
+            )
         if self.regularization is not None:
             check_hyper("regularization", self.regularization, must=">= 0")
         if self.chunk_size is not None:
@@ -212,7 +220,7 @@ class MetaGradient(ABC):
                 positions += where
         finally:
             context.replay.restore()
-        if derivatives and context.objective.meta.given:
+        if derivatives and context.objective.meta.learned():
             sums[1].add_(self._through_hyperparameters(context))
         report = Report.of(context, outcomes, positions)
         self._look_at(report)
@@ -249,12 +257,19 @@ class MetaGradient(ABC):
 
     def _through_hyperparameters(self, context: Context) -> Tensor:
         """The part of the summed meta-gradient `(m,)` that passes through learned hyper-parameters."""
-        found = context.hyper.gradients()
-        for name in context.objective.meta.flat():
-            if name not in found and name not in context.used_fixed:
+        found, learned = context.hyper.gradients(), context.objective.meta.learned()
+        for key, group in context.objective.meta.groups().items():
+            names = learned.keys() & group.keys()
+            if names and not names & (found.keys() | context.used_fixed):
                 raise ValueError(
-                    f"The meta-gradient for the meta-parameter {name!r} is zero: {self._without_path}. Leave it out of "
-                    "`meta`, or use it where it counts."
+                    f"The meta-gradient for the meta-parameter {key!r} is zero: {self._without_path}. Leave it out of "
+                    "`meta`, detach it, or use it where it counts."
+                )
+        for name, gradient in found.items():
+            if not bool(gradient.isfinite().all()):
+                raise NonFiniteError(
+                    f"The meta-gradient for the meta-parameter {name!r} is not finite: look for an infinite derivative "
+                    "in the function of the hyper-parameter that it serves, such as sqrt at 0."
                 )
         return context.fixed_layout.gather([found.get(n) for n in context.fixed_layout.names], context.theta)
 
@@ -298,10 +313,28 @@ class MetaGradient(ABC):
 
     def _damping(self, context: Context) -> Tensor | None:
         """Lambda: 0-dim, or `(n,)` where given by name; None for no proximal term."""
-        value = context.hyper.values.get("regularization", 0.0)
+        value = context.hyper.at(0).get("regularization", 0.0)
+        least = torch.as_tensor(value).min().item()
+        if least < 0:
+            raise ValueError(
+                f"`regularization` must be >= 0. Got {least:g} from its function: return a positive value, such as exp "
+                "of a meta-parameter."
+            )
         if isinstance(value, Tensor):
-            return value.squeeze(0) if value.shape[1] > 1 else value.reshape(())
+            return value if len(value) > 1 else value.reshape(())
         return context.theta.new_tensor(value) if value else None
+
+
+_WRAP = (
+    " MAML differentiates imaml's GradientDescent, Adam, AdamW and RMSprop; ImplicitMAML and FOMAML also take an "
+    "optimiser of torch.optim as TorchOptimizer(torch.optim.LBFGS, steps=...)."
+)
+
+
+def _of_torch(given: object) -> bool:
+    return isinstance(given, torch.optim.Optimizer) or (
+        isinstance(given, type) and issubclass(given, torch.optim.Optimizer)
+    )
 
 
 def _sum_over_tasks(pullback: Pullback, positions: list[int]) -> list[Tensor]:

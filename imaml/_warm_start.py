@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from imaml._tasks import Batch
+from imaml_solvers import Solution, Status
 
 
 @dataclass
@@ -25,9 +26,10 @@ class WarmStart:
             return None
         return torch.stack([torch.zeros_like(like[0]) if x is None else x for x in found])
 
-    def keep(self, batch: Batch, solutions: Tensor) -> None:
-        """Remember these."""
-        self.known |= zip(_keys(batch, solutions), solutions.detach().clone(), strict=True)
+    def keep(self, batch: Batch, solution: Solution) -> None:
+        """Remember those of solves that did not fail."""
+        rows = zip(_keys(batch, solution.x), solution.x.detach().clone(), solution.status.tolist(), strict=True)
+        self.known |= {key: x for key, x, status in rows if status in (Status.CONVERGED, Status.BUDGET_SPENT)}
 
 
 def _keys(batch: Batch, like: Tensor) -> list[Hashable]:

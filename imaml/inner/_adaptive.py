@@ -59,7 +59,7 @@ class Adam(InnerOptimizer):
     def __post_init__(self) -> None:
         """Check the configuration; raises TypeError or ValueError."""
         super().__post_init__()
-        if len(self.betas) != 2:
+        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
             raise ValueError(f"`betas` must be two numbers. Got {self.betas}.")
         for beta in self.betas:
             _check_fraction("Each of `betas`", beta)

@@ -53,7 +53,7 @@ class InnerOptimizer(InnerSolver):
     A new one needs `update`, and `buffers` and `nonnegative` where it has any; its derivatives are taken of `update`.
 
     Args:
-        lr: Step size, > 0. It and the other hyper-parameters are each a number; a sequence of `steps` numbers, one a
+        lr: Step size, > 0. It, `momentum` and `weight_decay` are each a number; a sequence of `steps` numbers, one a
             step; a mapping from the name of every adapted parameter to a number, to a tensor of the parameter's shape,
             to a sequence of these, or to a tensor `(steps, *shape)` whose dimensions may be 1; or a function of the
             objective's meta-parameters, by name, that returns any of these as tensors:
@@ -96,7 +96,7 @@ class InnerOptimizer(InnerSolver):
 
     @abstractmethod
     def update(self, state: State, gradient: Tensor, step: int, at: Rates) -> State:
-        """The next state U(s, g), for steps counted from 0; pure, and differentiable by autograd."""
+        """The next state U(s, g), for steps counted from 0, as new tensors; differentiable by autograd."""
 
     def start(self, phi: Tensor) -> State:
         """The state before the first step."""
@@ -113,6 +113,7 @@ class InnerOptimizer(InnerSolver):
             moving = gradient.norm(dim=-1, keepdim=True) > self.stationarity
             if not moving.any():
                 break
+            problem.stopped = ~moving.squeeze(-1)
             following = problem.update(state, gradient, step)
             state = tuple(torch.where(moving, t, s) for t, s in zip(following, state, strict=True))
             del gradient, following
@@ -127,6 +128,8 @@ class InnerOptimizer(InnerSolver):
         mine = learned & set(self.hyperparameters)
         rates = {n: v.detach().requires_grad_() for n, v in at.items() if n in mine and isinstance(v, Tensor)}
         following = self.update(tuple(points[:-1]), points[-1], step, dict(at) | rates)
-        found = torch.autograd.grad(following, [*points, *rates.values()], cotangents, materialize_grads=True)
+        smooth = [(t, c) for t, c in zip(following, cotangents, strict=True) if t.requires_grad]
+        outputs, weights = zip(*smooth, strict=True)
+        found = torch.autograd.grad(outputs, [*points, *rates.values()], weights, materialize_grads=True)
         size = len(state)
         return found[:size], found[size], dict(zip(rates, found[size + 1 :], strict=True))

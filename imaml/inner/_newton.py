@@ -16,7 +16,7 @@ from imaml_solvers import CG, LinearOperator, LinearSolver
 if TYPE_CHECKING:
     from imaml._problem import Problem
 
-_SUFFICIENT, _HALVINGS = 1e-4, 30
+_SUFFICIENT, _HALVINGS, _ROUNDINGS = 1e-4, 30, 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,9 @@ class NewtonCG(InnerSolver):
     of 1, 1/2, 1/4, ... that decreases the inner objective by 1e-4 t |g'd| (Armijo). Where CG meets a direction of
     negative curvature d is what it had before, or -g. All tasks of a chunk at once, each with its own t.
 
-    A task stops once |g| <= `stationarity`, or where no t decreases its objective (at the level of rounding).
+    A task stops once |g| <= `stationarity`, where no t decreases its objective, or where a step whose decrease is lost
+    in rounding does not decrease |g| either. A minimum on a kink (ReLU, max pooling) is not found: see
+    `report.stationarity`.
 
     Cost per step and task: one gradient, the solver's Hessian-vector products, one forward pass for each t tried.
 
@@ -57,18 +59,24 @@ class NewtonCG(InnerSolver):
 
     def run(self, problem: Problem) -> Tensor:
         """See `InnerSolver`."""
-        phi = problem.theta
+        phi, before = problem.theta, problem.theta
         moving = torch.ones_like(phi[:, :1], dtype=torch.bool)
+        unchecked, size_before = torch.zeros_like(moving), torch.full_like(phi[:, :1], torch.inf)
         for step in range(self.steps):
             curvature = Curvature(problem.support, phi, step, mode=self.hvp, graph="keep")
             value, gradient = problem.value_and_gradient(phi, step, curvature.take_gradient())
-            moving = moving & (gradient.norm(dim=-1, keepdim=True) > self.stationarity)
+            size = gradient.norm(dim=-1, keepdim=True)
+            in_vain = unchecked & (size >= size_before)
+            phi = torch.where(in_vain, before, phi)
+            moving = moving & ~in_vain & (size > self.stationarity)
             if not moving.any():
                 break
+            problem.stopped = ~moving.squeeze(-1)
             direction = self._direction(problem, curvature, gradient)
             del curvature
-            length = _line_search(problem, phi, step, direction, value, _dot(gradient, direction))
+            length, unchecked = _line_search(problem, phi, step, direction, value, _dot(gradient, direction))
             moving = moving & (length > 0)
+            unchecked, before, size_before = unchecked & moving, phi, size
             phi = torch.where(moving, phi + length * direction, phi)
         return phi
 
@@ -86,13 +94,21 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1)
 
 
-def _line_search(problem: Problem, phi: Tensor, step: int, direction: Tensor, before: Tensor, slope: Tensor) -> Tensor:
-    """The length for each task, `(tasks, 1)`; 0 where none decreases its objective."""
-    length, accepted = torch.ones_like(before), torch.zeros_like(before, dtype=torch.bool)
+def _line_search(
+    problem: Problem, phi: Tensor, step: int, direction: Tensor, before: Tensor, slope: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The largest length that decreases each task's objective.
+
+    Returns:
+        The lengths `(tasks, 1)`, 0 where none does; and whether one is 1 unchecked, since the decrease is lost in
+        rounding.
+    """
+    unchecked = slope.abs() <= _ROUNDINGS * torch.finfo(before.dtype).eps * before.abs()
+    length, accepted = torch.ones_like(before), unchecked
     for _ in range(_HALVINGS):
-        value = problem.value(phi + length.unsqueeze(-1) * direction, step)
-        accepted = accepted | (value <= before + _SUFFICIENT * length * slope) & (value < before)
         if accepted.all():
             break
+        value = problem.value(phi + length.unsqueeze(-1) * direction, step)
+        accepted = accepted | (value <= before + _SUFFICIENT * length * slope) & (value < before)
         length = torch.where(accepted, length, length / 2)
-    return torch.where(accepted, length, 0).unsqueeze(-1)
+    return torch.where(accepted, length, 0).unsqueeze(-1), unchecked.unsqueeze(-1)

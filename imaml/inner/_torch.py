@@ -26,7 +26,7 @@ class TorchOptimizer(InnerSolver):
     Args:
         optimizer: The class.
         steps: Calls of its `step` with a closure; LBFGS takes up to `max_iter` iterations in each.
-        options: Its keyword arguments.
+        options: Its keyword arguments, as a dictionary or spelt out.
 
     Raises:
         TypeError: `optimizer` is no optimiser class, or does not know an option.
@@ -36,7 +36,15 @@ class TorchOptimizer(InnerSolver):
     optimizer: Callable[..., torch.optim.Optimizer]
     options: Mapping[str, Any]
 
-    def __init__(self, optimizer: Callable[..., torch.optim.Optimizer], *, steps: int, **options: Any) -> None:
+    def __init__(
+        self,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        *,
+        steps: int,
+        options: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> None:
+        options = dict(options or {}) | more
         for name, value in (("optimizer", optimizer), ("steps", steps), ("options", options)):
             object.__setattr__(self, name, value)
         if not callable(optimizer):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal, get_args
+from numbers import Real
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def damping_of(
         regularization = getattr(subject, "regularization", None if claim == "implicit" else 0.0)
         if regularization is None and isinstance(subject, MetaGradient):
             return dict.fromkeys(adapted, 0.0)
-    if callable(regularization):
+    if as_function(regularization) is not None:
         return dict.fromkeys(adapted, 0.0)
     if regularization is None:
         raise ValueError(
@@ -79,6 +80,15 @@ def damping_of(
     if min(damping.values()) < 0 or (claim == "implicit" and min(damping.values()) == 0):
         raise ValueError(f"`regularization` must be {'>' if claim == 'implicit' else '>='} 0. Got {regularization}.")
     return damping
+
+
+def as_function(regularization: Hyper | None) -> Callable[[dict[str, Any]], Any] | None:
+    """One that is learned, or has tensors in it, as a function of the meta-parameters; None for numbers."""
+    if callable(regularization):
+        return regularization
+    if isinstance(regularization, Mapping) and not all(isinstance(v, Real) for v in regularization.values()):
+        return lambda meta: regularization
+    return None
 
 
 def along(reference: Reference, claim: Claim, seed: int) -> Callable[[Values], Callable[[float], float]]:

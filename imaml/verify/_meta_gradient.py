@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from imaml._objective import Objective
 from imaml._strategy import MetaGradient
 from imaml.inner import InnerSolver
 from imaml.verify._argmin import NoMinimum
-from imaml.verify._claims import along, claim_of, damping_of, inner_of, name_of
+from imaml.verify._claims import along, as_function, claim_of, damping_of, inner_of, name_of
 from imaml.verify._comparison import compare
 from imaml.verify._reference import Reference, Values, draws, moved
 from imaml.verify._subject import Subject, Tasks, call, in_double, is_random, snapshot, why_calls_differ
@@ -78,9 +79,9 @@ def meta_gradient(
     copied, tasks = objective.double(), in_double(tasks)
     damping = damping_of(engine_or_function, regularization, copied.adapted, claim)
     given = regularization if regularization is not None else getattr(engine_or_function, "regularization", None)
-    reference = Reference(copied, list(tasks), used, damping, given if callable(given) else None)
+    reference = Reference(copied, list(tasks), used, damping, as_function(given))
     values = reference.values()
-    random = is_random(copied, reference.tasks[0], lambda batch: reference.loss(values, batch), seed)
+    random = is_random(copied, reference.tasks[0], partial(reference.loss, values), seed)
 
     own = objective.double()
     before = snapshot(own)

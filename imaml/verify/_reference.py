@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from imaml._hyper import Hyperparameters
+from imaml._hyper import Hyperparameters, is_off
 from imaml._layout import Layout
 from imaml._meta import MetaParameters
 from imaml._objective import Objective
@@ -61,8 +61,10 @@ class Reference:
     @property
     def is_plain(self) -> bool:
         """Whether known mistakes can be looked for: the inner loop is plain gradient descent, nothing in it learned."""
-        plain = isinstance(self.inner.lr, Real) and self.inner == GradientDescent(lr=self.inner.lr, steps=self.steps)
-        return plain and self.learned_damping is None
+        inner = self.inner
+        if not isinstance(inner, GradientDescent) or not isinstance(inner.lr, Real) or inner.stationarity is not None:
+            return False
+        return is_off(inner.momentum) and is_off(inner.weight_decay) and self.learned_damping is None
 
     def values(self) -> Values:
         """The parameters that receive meta-gradients, detached."""

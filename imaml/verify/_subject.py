@@ -83,7 +83,7 @@ def _flat(result: Any, like: Mapping[str, Tensor], name: str) -> Tensor:
     return flat({key: result[key] for key in like})
 
 
-def is_random(objective: Objective, task: Task, loss: Callable[[Any], Tensor], seed: int) -> bool:
+def is_random(objective: Objective, task: Task, loss: Callable[..., Tensor], seed: int) -> bool:
     """Whether the support or query loss draws random numbers.
 
     Returns:
@@ -96,7 +96,7 @@ def is_random(objective: Objective, task: Task, loss: Callable[[Any], Tensor], s
 
     def both(s: int) -> list[float]:
         with draws(s), torch.no_grad():
-            return [loss(task.support).item(), loss(task.query).item()]
+            return [loss(task.support).item(), loss(task.query, outer=True).item()]
 
     try:
         both(seed)

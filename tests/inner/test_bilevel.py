@@ -60,7 +60,7 @@ def test_ridge_regression(inner, solver, shape):
 
 
 def test_unrolled_steps_approach_the_implicit_gradient_and_truncated_ones_too():
-    log_l2 = torch.tensor(-1.0, dtype=torch.float64)
+    log_l2 = torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)
     objective, expected = make(torch.zeros(4, dtype=torch.float64), log_l2), closed_form(log_l2)[2]
     errors = []
     for settings in ({"truncate": 5}, {"truncate": 40}, {}):
@@ -70,7 +70,7 @@ def test_unrolled_steps_approach_the_implicit_gradient_and_truncated_ones_too():
 
 
 def test_verification_knows_bilevel_problems():
-    objective = make(torch.zeros(4, dtype=torch.float64), torch.tensor(-1.0, dtype=torch.float64))
+    objective = make(torch.zeros(4, dtype=torch.float64), torch.tensor(-1.0, dtype=torch.float64, requires_grad=True))
     right = ImplicitMAML(inner=LIMIT, regularization=None, solver=EXACT)
     assert verify.meta_gradient(right, objective, TASKS).status == "passed"
     wrong = ImplicitMAML(inner=LIMIT, regularization=None, solver=CG(max_steps=1))
@@ -78,7 +78,7 @@ def test_verification_knows_bilevel_problems():
 
 
 def test_the_direct_part_alone_is_first_order():
-    log_l2 = torch.tensor(-1.0, dtype=torch.float64)
+    log_l2 = torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)
     objective = bilevel(ridge, ridge, inner={"w": torch.zeros(4).double()}, meta={"log_l2": log_l2})
     engine = FOMAML(inner=LIMIT)
     w = engine.adapt(objective, TRAIN)["w"]

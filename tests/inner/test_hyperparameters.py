@@ -178,7 +178,10 @@ def test_the_ends_of_the_ranges_are_allowed(make):
             r"^`lr\['0\.bias'\]` must be a number, of the parameter's shape \(4,\), or of shape \(3, 4\), where "
             r"dimensions may be 1, for each inner step\. Got \(3, 2\)\.$",
         ),
-        (lambda meta: dict.fromkeys(NAMES, 0.1) | {"0.bias": [0.1, 0.2]}, r"`lr\['0\.bias'\]`.*Got \(2,\)\.$"),
+        (
+            lambda meta: dict.fromkeys(NAMES, 0.1) | {"0.bias": [0.1, 0.2]},
+            r"`lr\['0\.bias'\]`.*sequence of 3.*Got 2\.$",
+        ),
         (lambda meta: meta["none"], r"^`lr` asks for the meta-parameter 'none'\. Got none: name it in Objective"),
         (lambda meta: [0.1, float("inf"), 0.1], r"^`lr` must be finite\. Got tensor\("),
     ],
@@ -190,7 +193,8 @@ def test_values_that_do_not_fit(lr, message):
 
 
 def test_a_float64_copy_has_meta_parameters_of_its_own():
-    meta = {"a": torch.tensor(0.5), "group": {"b": torch.ones(2), "c": torch.zeros(1, requires_grad=True)}}
+    grad = {"requires_grad": True}
+    meta = {"a": torch.tensor(0.5, **grad), "group": {"b": torch.ones(2, **grad), "c": torch.zeros(1, **grad)}}
     copied = Objective(cases.make_model(), F.mse_loss, meta=meta).double()
     found = copied.parameters()
     for name, given in (("a", meta["a"]), ("group.b", meta["group"]["b"]), ("group.c", meta["group"]["c"])):

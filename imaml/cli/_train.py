@@ -64,7 +64,7 @@ def _follow(options: Train, trainer: Trainer) -> int:
             if trainer.ranks.any(interrupted()):
                 break
         if trainer.ranks.any(interrupted()):
-            return 130
+            return 0  # not 130: torchrun would kill the first process, which has yet to write
     trainer.evaluate("test", tasks=options.plan.eval_tasks)
     return 0
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, Objective, Task
+from tests.pages import python, read
 
 INNER = GradientDescent(lr=0.1, steps=3)
 ENGINES = {
@@ -152,6 +153,19 @@ def collectives(group):
     return reduced, gathered
 
 
+def the_page(group):
+    """The parameters after the loop of the page, within the group that is there already."""
+    begin, end = dist.init_process_group, dist.destroy_process_group
+    dist.init_process_group = dist.destroy_process_group = lambda *args: None
+    namespace = {}
+    try:
+        (loop,) = python(read("docs/distributed.md"))
+        exec(compile(loop, "docs/distributed.md", "exec"), namespace)
+    finally:
+        dist.init_process_group, dist.destroy_process_group = begin, end
+    return [p.detach() for p in namespace["model"].parameters()]
+
+
 OTHERS = {
     function.__name__: function
     for function in (
@@ -166,5 +180,6 @@ OTHERS = {
         other_values,
         other_names,
         collectives,
+        the_page,
     )
 }

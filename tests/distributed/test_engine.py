@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from imaml import Objective
+from imaml import MAML, GradientDescent, Objective
+from imaml.data import Sinusoid
+from imaml.models import MLP
 from tests.distributed import cases
 
 
@@ -79,6 +81,21 @@ def test_a_call_is_one_all_reduce_and_only_the_first_compares_the_parameters(fou
     for reduced, gathered in found["collectives"]:
         assert reduced == [size] * 3
         assert gathered == [3]
+
+
+def test_the_loop_of_the_page_is_that_of_one_process(found):
+    torch.manual_seed(0)
+    model = MLP()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    objective, engine = Objective(model, F.mse_loss), MAML(inner=GradientDescent(lr=0.01, steps=5))
+    for step in range(10):
+        optimizer.zero_grad()
+        engine(objective, Sinusoid().batch("train", step, 25)).loss.backward()
+        optimizer.step()
+    first, second = found["the_page"]
+    assert_equal(first, [p.detach() for p in model.parameters()], rtol=1e-4, atol=1e-5)
+    for mine, others in zip(first, second, strict=True):
+        assert torch.equal(mine, others)
 
 
 @pytest.mark.parametrize("group", [0, "WORLD"])

@@ -1,9 +1,24 @@
 """Bilevel problems without an initialisation to learn, against closed forms."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from imaml import CG, FOMAML, MAML, Dense, GradientDescent, ImplicitMAML, NewtonCG, Objective, Task, bilevel, verify
+from imaml import (
+    CG,
+    FOMAML,
+    MAML,
+    Dense,
+    GradientDescent,
+    ImplicitMAML,
+    NewtonCG,
+    Objective,
+    Status,
+    Task,
+    bilevel,
+    verify,
+)
 
 EXACT = CG(max_steps=50, rtol=1e-14)
 LIMIT = GradientDescent(lr=0.15, steps=3000, stationarity=1e-14)
@@ -116,3 +131,43 @@ def test_warm_starts_save_products_when_a_task_recurs():
 def test_warm_starts_need_a_solver_that_can_use_them():
     with pytest.raises(ValueError, match="warm_start=True needs a solver that can use a start, such as CG. Got Dense"):
         ImplicitMAML(inner=LIMIT, solver=Dense(), warm_start=True)
+
+
+def test_failed_solves_are_not_started_from_again():
+    """Without the start that they left behind, each call would be off by a larger factor than the one before."""
+    matrix = torch.diag(torch.tensor([3.0, 1.0, -2.0], dtype=torch.float64))
+    objective = Objective.from_function(
+        lambda params, batch: params["w"] @ matrix @ params["w"] / 2 + batch @ params["w"],
+        {"w": torch.tensor([1.0, -0.5, 0.1], dtype=torch.float64, requires_grad=True)},
+    )
+    task = Task(support=torch.ones(3, dtype=torch.float64), query=torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+    settings = {"inner": GradientDescent(lr=0.01, steps=1), "regularization": 1.0, "on_failure": "ignore"}
+    cold = ImplicitMAML(**settings).value_and_grad(objective, [task])[1]["w"]
+    warm = ImplicitMAML(**settings, warm_start=True)
+    for _ in range(3):
+        assert torch.equal(warm.value_and_grad(objective, [task])[1]["w"], cold)
+        assert warm(objective, [task]).report.solver_status.tolist() == [Status.BREAKDOWN]
+
+
+def test_a_start_with_the_larger_residual_is_not_used():
+    log_l2 = torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)
+    objective = make(torch.zeros(4, dtype=torch.float64), log_l2)
+    opposite = [Task(support=TRAIN, query=(VALID[0], VALID[1] + 100.0))]  # its v is many times as large
+    settings = {"inner": LIMIT, "regularization": None, "solver": CG(max_steps=2, rtol=0.0)}
+    warm, cold = ImplicitMAML(**settings, warm_start=True), ImplicitMAML(**settings)
+    warm(objective, opposite)
+    found, expected = (engine.value_and_grad(objective, TASKS)[1]["log_l2"] for engine in (warm, cold))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_verification_of_an_inner_loss_with_a_weight_for_each_of_its_examples():
+    weights = torch.linspace(-1, 1, len(TRAIN[0]), dtype=torch.float64, requires_grad=True)
+
+    def weighted(inner, meta, batch):
+        x, y = batch
+        return (meta["weights"].exp() * (x @ inner["w"] - y) ** 2).mean() + (inner["w"] ** 2).sum()
+
+    objective = bilevel(weighted, error, inner={"w": torch.zeros(4).double()}, meta={"weights": weights})
+    for engine in (MAML(inner=GradientDescent(lr=0.05, steps=4)), ImplicitMAML(inner=LIMIT, regularization=None)):
+        settings = {"solver": EXACT} if isinstance(engine, ImplicitMAML) else {}
+        assert verify.meta_gradient(replace(engine, **settings), objective, TASKS).status == "passed"

@@ -1,11 +1,29 @@
 """Hyper-parameters of the inner loop: which forms are taken, what each means, and what is said of the others."""
 
+import pickle
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from imaml import FOMAML, MAML, Adam, GradientDescent, ImplicitMAML, Objective, RMSprop
+from imaml import (
+    FOMAML,
+    MAML,
+    Adam,
+    GradientDescent,
+    ImplicitMAML,
+    InnerOptimizer,
+    NewtonCG,
+    NonFiniteError,
+    Objective,
+    RMSprop,
+    TaskBatch,
+    TorchOptimizer,
+)
 from imaml._hyper import is_off
+from imaml.measure import peak_memory
 from tests.inner import cases, unrolled
 from tests.inner.cases import close
 
@@ -203,3 +221,188 @@ def test_a_float64_copy_has_meta_parameters_of_its_own():
         with torch.no_grad():
             found[name].add_(1)
         assert not torch.equal(found[name].detach().float(), given)
+
+
+@pytest.mark.parametrize("of", ["lr", "regularization"])
+def test_a_tensor_that_would_not_be_learned_is_refused(of):
+    captured = torch.tensor(-2.0, dtype=torch.float64, requires_grad=True)
+    meta = {"a": torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)}
+    for function in (lambda meta: captured.exp(), lambda meta: captured.exp() * meta["a"].exp(), lambda meta: captured):
+        given = {"lr": 0.1, "regularization": 0.1} | {of: function}
+        engine = MAML(inner=GradientDescent(lr=given["lr"], steps=2), regularization=given["regularization"])
+        with pytest.raises(ValueError, match=f"`{of}` depends on a tensor that requires grad and is not in the"):
+            engine(Objective(cases.make_model(), F.mse_loss, meta=meta), cases.make_tasks())
+    detached = GradientDescent(lr=lambda meta: captured.detach().exp() * meta["a"].exp(), steps=2)
+    MAML(inner=detached)(Objective(cases.make_model(), F.mse_loss, meta=meta), cases.make_tasks())
+
+
+def test_an_infinite_derivative_of_a_hyperparameter_is_an_error():
+    meta = {"a": torch.tensor(0.0, dtype=torch.float64, requires_grad=True)}
+    objective, tasks = Objective(cases.make_model(), F.mse_loss, meta=meta), cases.make_tasks()
+    for engine in (
+        MAML(inner=GradientDescent(lr=lambda meta: 0.1 + meta["a"].sqrt(), steps=2)),
+        ImplicitMAML(inner=GradientDescent(lr=0.1, steps=2), regularization=lambda meta: 1 + meta["a"].sqrt()),
+    ):
+        with pytest.raises(NonFiniteError, match="meta-parameter 'a' is not finite.*sqrt at 0"):
+            engine(objective, tasks)
+
+
+def test_step_sizes_are_expanded_one_step_at_a_time():
+    """A rate for every layer and step takes no vector `(n,)` for every step."""
+    model = nn.Sequential(nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, 200))
+    names, steps = [n for n, _ in model.named_parameters()], 12
+    meta = {"log_lr": torch.full((len(names), steps), -4.0, requires_grad=True)}
+    x = torch.randn(1, 4, 200)
+    tasks = TaskBatch(support=(x, x), query=(x, x))
+
+    def rates(meta):
+        return {n: list(row.exp()) for n, row in zip(names, meta["log_lr"], strict=True)}
+
+    peaks = []
+    for lr, given in ((0.01, None), (rates, meta)):
+        engine = MAML(inner=GradientDescent(lr=lr, steps=steps), checkpoints=2)
+        objective = Objective(model, F.mse_loss, meta=given)
+        engine(objective, tasks)
+        peaks.append(peak_memory(lambda engine=engine, objective=objective: engine(objective, tasks)))
+    theta = 4 * sum(p.numel() for p in model.parameters())
+    assert peaks[1] - peaks[0] < 5 * theta
+
+
+@pytest.mark.parametrize("what", [torch.optim.Adam, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)])
+def test_optimisers_of_torch_are_named_with_their_wrapper(what):
+    with pytest.raises(TypeError, match=r"Adam, AdamW and RMSprop.*TorchOptimizer\(torch.optim.LBFGS, steps="):
+        MAML(inner=what)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: MAML(inner=GradientDescent(lr=0.1, steps=1), regularization=[1.0]), TypeError, "one for all steps"),
+        (lambda: GradientDescent(lr={"a": lambda meta: 1.0}, steps=1), TypeError, "`lr` must be a number. Got <func"),
+        (lambda: Adam(lr=0.1, steps=1, betas=0.9), ValueError, "`betas` must be two numbers. Got 0.9"),
+        (lambda: Objective(cases.make_model(), F.mse_loss, meta=[1]), TypeError, "`meta` must be a dictionary"),
+        (
+            lambda: Objective(cases.make_model(), F.mse_loss, meta={"net": nn.Linear(1, 1)}),
+            TypeError,
+            r"'net'.*dict\(network.named_parameters\(\)\). Got Linear",
+        ),
+        (
+            lambda: Objective(cases.make_model(), F.mse_loss, meta={"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}),
+            ValueError,
+            r"names \['a.b'\] in `meta`",
+        ),
+    ],
+)
+def test_what_is_said_of_bad_settings(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (None, TypeError, "`lr` must be numbers or tensors. Got None"),
+        ("a", TypeError, "`lr` must be numbers or tensors. Got 'a'"),
+        (float("nan"), ValueError, "`lr` must be finite. Got nan"),
+        ([], TypeError, r"`lr` must be numbers or tensors. Got \[\]"),
+    ],
+)
+def test_what_is_said_of_bad_values(value, error, message):
+    with pytest.raises(error, match=message):
+        FOMAML(inner=GradientDescent(lr=lambda meta: value, steps=1))(
+            Objective(cases.make_model(), F.mse_loss), cases.make_tasks()
+        )
+
+
+def test_the_implicit_gradient_refuses_a_lambda_of_zero_from_a_function():
+    meta = {"a": torch.tensor(1.0, dtype=torch.float64, requires_grad=True)}
+    engine = ImplicitMAML(inner=GradientDescent(lr=0.1, steps=1), regularization=lambda meta: 0.0)
+    with pytest.raises(ValueError, match="Got 0 from its function.*regularization=None"):
+        engine(Objective(cases.make_model(), F.mse_loss, meta=meta), cases.make_tasks())
+
+
+def test_constants_among_the_meta_parameters_receive_no_gradient():
+    frozen = torch.tensor(-3.0, dtype=torch.float64)
+    group = {"a": torch.tensor(0.1, dtype=torch.float64, requires_grad=True), "b": torch.ones(1, dtype=torch.float64)}
+    loss = lambda output, target, meta: (meta["group"]["a"] * F.mse_loss(output, target)) + 0 * meta["group"]["b"].sum()  # noqa: E731
+    objective = Objective(cases.make_model(), loss, meta={"log_lr": frozen, "group": group})
+    for strategy in (MAML, FOMAML, ImplicitMAML):
+        engine = strategy(inner=GradientDescent(lr=lambda meta: meta["log_lr"].exp(), steps=2))
+        assert set(engine.value_and_grad(objective, cases.make_tasks())[1]) == {*NAMES, "group.a"}
+
+
+def test_a_group_may_have_members_without_gradient():
+    group = {"a": cases.random(), "unused": torch.ones(1, dtype=torch.float64, requires_grad=True)}
+    engine = MAML(inner=GradientDescent(lr=lambda meta: meta["rates"]["a"].exp(), steps=2))
+    found = engine.value_and_grad(Objective(cases.make_model(), F.mse_loss, meta={"rates": group}), cases.make_tasks())
+    assert found[1]["rates.a"] != 0 and found[1]["rates.unused"] == 0
+
+
+def test_configurations_and_objectives_can_be_copied():
+    wrapped = TorchOptimizer(torch.optim.SGD, steps=2, lr=0.1)
+    more = replace(wrapped, steps=5)
+    assert more.steps == 5 and more.options == {"lr": 0.1} and more == TorchOptimizer(torch.optim.SGD, steps=5, lr=0.1)
+    objective = Objective(cases.make_model(), F.mse_loss, meta={"a": torch.ones(1, requires_grad=True)})
+    copied = pickle.loads(pickle.dumps(objective))
+    assert set(copied.parameters()) == {*NAMES, "a"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signs(InnerOptimizer):
+    """Gradient descent that remembers signs, which have no derivative; `wrong` says what else it does."""
+
+    wrong: str = ""
+
+    @property
+    def buffers(self):
+        return 1
+
+    def update(self, state, gradient, step, at):
+        phi, _ = state
+        if self.wrong == "in place":
+            phi = phi.sub_(at["lr"] * gradient)
+        following = phi - at["lr"] * gradient
+        return following if self.wrong == "no tuple" else (following, gradient.sign().detach())
+
+
+def test_an_update_may_have_buffers_without_derivative():
+    objective, tasks = Objective(cases.make_model(), F.mse_loss), cases.make_tasks()
+    found = MAML(inner=Signs(lr=0.1, steps=3)).value_and_grad(objective, tasks)[1]
+    close(found, MAML(inner=GradientDescent(lr=0.1, steps=3)).value_and_grad(objective, tasks)[1])
+
+
+@pytest.mark.parametrize("chunk_size", [1, None])
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [("in place", ValueError, "Signs.update changes its arguments in place"), ("no tuple", TypeError, "Got Tensor")],
+)
+def test_an_update_must_return_a_new_state(wrong, error, message, chunk_size):
+    engine = FOMAML(inner=Signs(lr=0.1, steps=2, wrong=wrong), chunk_size=chunk_size)
+    with pytest.raises((error, RuntimeError) if chunk_size is None and wrong == "in place" else error) as caught:
+        engine(Objective(cases.make_model(), F.mse_loss), cases.make_tasks())
+    assert chunk_size is None or message.split()[-1] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "inner", [GradientDescent(lr=0.3, steps=60, stationarity=0.05), NewtonCG(steps=9, stationarity=0.02)]
+)
+def test_running_statistics_stop_with_their_task(inner):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2)).double()
+    tasks = cases.make_tasks(3, examples=8)
+    found = []
+    for chunk_size in (None, 1):
+        objective = Objective(model, F.mse_loss, buffers="update")
+        found.append(FOMAML(inner=inner, regularization=0.5, chunk_size=chunk_size)(objective, tasks).report)
+    assert len({int(n) for n in found[1].support_loss.isfinite().sum(0)}) > 1  # they stop at different steps
+    for name, buffer in found[0].buffers.items():
+        assert torch.allclose(buffer, found[1].buffers[name], rtol=1e-4), name
+
+
+@pytest.mark.parametrize(("dtype", "reached"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+def test_newton_gets_to_rounding(dtype, reached):
+    objective = Objective(cases.make_model().to(dtype), F.mse_loss)
+    engine = ImplicitMAML(inner=NewtonCG(steps=40), regularization=1.0)
+    report = engine(objective, cases.make_tasks(3).to(dtype=dtype)).report
+    assert report.stationarity.max() < reached
+    assert report.support_loss.isnan().any()  # it notices that there is nothing left to gain

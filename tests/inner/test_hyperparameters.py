@@ -1,7 +1,7 @@
 """Hyper-parameters of the inner loop: which forms are taken, what each means, and what is said of the others."""
 
 import pickle
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +14,6 @@ from imaml import (
     Adam,
     GradientDescent,
     ImplicitMAML,
-    InnerOptimizer,
-    NewtonCG,
     NonFiniteError,
     Objective,
     RMSprop,
@@ -345,64 +343,3 @@ def test_configurations_and_objectives_can_be_copied():
     objective = Objective(cases.make_model(), F.mse_loss, meta={"a": torch.ones(1, requires_grad=True)})
     copied = pickle.loads(pickle.dumps(objective))
     assert set(copied.parameters()) == {*NAMES, "a"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Signs(InnerOptimizer):
-    """Gradient descent that remembers signs, which have no derivative; `wrong` says what else it does."""
-
-    wrong: str = ""
-
-    @property
-    def buffers(self):
-        return 1
-
-    def update(self, state, gradient, step, at):
-        phi, _ = state
-        if self.wrong == "in place":
-            phi = phi.sub_(at["lr"] * gradient)
-        following = phi - at["lr"] * gradient
-        return following if self.wrong == "no tuple" else (following, gradient.sign().detach())
-
-
-def test_an_update_may_have_buffers_without_derivative():
-    objective, tasks = Objective(cases.make_model(), F.mse_loss), cases.make_tasks()
-    found = MAML(inner=Signs(lr=0.1, steps=3)).value_and_grad(objective, tasks)[1]
-    close(found, MAML(inner=GradientDescent(lr=0.1, steps=3)).value_and_grad(objective, tasks)[1])
-
-
-@pytest.mark.parametrize("chunk_size", [1, None])
-@pytest.mark.parametrize(
-    ("wrong", "error", "message"),
-    [("in place", ValueError, "Signs.update changes its arguments in place"), ("no tuple", TypeError, "Got Tensor")],
-)
-def test_an_update_must_return_a_new_state(wrong, error, message, chunk_size):
-    engine = FOMAML(inner=Signs(lr=0.1, steps=2, wrong=wrong), chunk_size=chunk_size)
-    with pytest.raises((error, RuntimeError) if chunk_size is None and wrong == "in place" else error) as caught:
-        engine(Objective(cases.make_model(), F.mse_loss), cases.make_tasks())
-    assert chunk_size is None or message.split()[-1] in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "inner", [GradientDescent(lr=0.3, steps=60, stationarity=0.05), NewtonCG(steps=9, stationarity=0.02)]
-)
-def test_running_statistics_stop_with_their_task(inner):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2)).double()
-    tasks = cases.make_tasks(3, examples=8)
-    found = []
-    for chunk_size in (None, 1):
-        objective = Objective(model, F.mse_loss, buffers="update")
-        found.append(FOMAML(inner=inner, regularization=0.5, chunk_size=chunk_size)(objective, tasks).report)
-    assert len({int(n) for n in found[1].support_loss.isfinite().sum(0)}) > 1  # they stop at different steps
-    for name, buffer in found[0].buffers.items():
-        assert torch.allclose(buffer, found[1].buffers[name], rtol=1e-4), name
-
-
-@pytest.mark.parametrize(("dtype", "reached"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
-def test_newton_gets_to_rounding(dtype, reached):
-    objective = Objective(cases.make_model().to(dtype), F.mse_loss)
-    engine = ImplicitMAML(inner=NewtonCG(steps=40), regularization=1.0)
-    report = engine(objective, cases.make_tasks(3).to(dtype=dtype)).report
-    assert report.stationarity.max() < reached
-    assert report.support_loss.isnan().any()  # it notices that there is nothing left to gain

@@ -1,13 +1,11 @@
 """Inner optimisers: forward like torch.optim, backward like an unrolled loop and like finite differences."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from imaml import FOMAML, MAML, Adam, AdamW, GradientDescent, ImplicitMAML, InnerOptimizer, Objective, RMSprop, verify
+from imaml import FOMAML, MAML, Adam, AdamW, GradientDescent, ImplicitMAML, Objective, RMSprop, verify
 from tests.inner import cases, unrolled
 from tests.inner.cases import OPTIMIZERS, RATES, STEPS, close
 
@@ -82,37 +80,6 @@ def test_truncated_sweeps_differentiate_the_last_steps(name, checkpoints, trunca
     result = engine(objective := Objective(model, F.mse_loss, meta=meta), tasks)
     close(engine.value_and_grad(objective, tasks)[1], by_hand(model, tasks, name, meta, rates, truncate=truncate))
     assert result.report.hvps == min(truncate, STEPS) * len(tasks)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Adagrad(InnerOptimizer):
-    """What a user writes."""
-
-    @property
-    def buffers(self):
-        return 1
-
-    def update(self, state, gradient, step, at):
-        phi, total = state
-        total = total + gradient**2
-        return phi - at["lr"] * gradient / (total + 1e-3).sqrt(), total
-
-
-def test_a_new_optimizer_needs_its_update_alone():
-    model, tasks = cases.make_model(), cases.make_tasks()
-    make_meta, lr, rates = RATES["per layer and step"]
-
-    def adagrad(p, g, memory, k, lr):
-        memory["total"] = memory.get("total", 0) + g**2
-        return p - lr * g / (memory["total"] + 1e-3) ** 0.5
-
-    loss, meta, theta = cases.plain_loss(model), make_meta(model), dict(model.named_parameters())
-    expected = unrolled.meta_gradient(loss, loss, theta, meta, tasks, adagrad, STEPS, lr=rates)
-    objective = Objective(model, F.mse_loss, meta=meta)
-    for checkpoints in (None, 1):
-        engine = MAML(inner=Adagrad(lr=lr, steps=STEPS), checkpoints=checkpoints)
-        close(engine.value_and_grad(objective, tasks)[1], expected)
-    assert verify.meta_gradient(engine, objective, tasks).status == "passed"
 
 
 def test_momentum_may_be_learned_too():

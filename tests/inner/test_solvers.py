@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, NewtonCG, Objective, Task, TorchOptimizer, verify
 from tests.inner import cases
@@ -108,3 +109,28 @@ def test_newton_stops_each_task_by_itself_at_rounding():
 def test_configuration(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "inner", [GradientDescent(lr=0.3, steps=60, stationarity=0.05), NewtonCG(steps=9, stationarity=0.02)]
+)
+def test_running_statistics_stop_with_their_task(inner):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2)).double()
+    tasks = cases.make_tasks(3, examples=8)
+    found = []
+    for chunk_size in (None, 1):
+        objective = Objective(model, F.mse_loss, buffers="update")
+        found.append(FOMAML(inner=inner, regularization=0.5, chunk_size=chunk_size)(objective, tasks).report)
+    assert len({int(n) for n in found[1].support_loss.isfinite().sum(0)}) > 1  # they stop at different steps
+    for name, buffer in found[0].buffers.items():
+        assert torch.allclose(buffer, found[1].buffers[name], rtol=1e-4), name
+
+
+@pytest.mark.parametrize(("dtype", "reached"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+def test_newton_gets_to_rounding(dtype, reached):
+    objective = Objective(cases.make_model().to(dtype), F.mse_loss)
+    engine = ImplicitMAML(inner=NewtonCG(steps=40), regularization=1.0)
+    report = engine(objective, cases.make_tasks(3).to(dtype=dtype)).report
+    assert report.stationarity.max() < reached
+    assert report.support_loss.isnan().any()  # it notices that there is nothing left to gain

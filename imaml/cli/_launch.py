@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,14 +28,15 @@ def process_group(device: str) -> Iterator[ProcessGroup | None]:
     if not dist.is_available() or not dist.is_torchelastic_launched():
         yield None
         return
-    kind = torch.device(device)
-    if kind.type == "cuda":
+    on_gpu = device.partition(":")[0] == "cuda"
+    if on_gpu:
         own = int(os.environ["LOCAL_RANK"])
         if own >= torch.cuda.device_count():
             raise ValueError(f"Process {own} of this machine needs a GPU of its own. Got {torch.cuda.device_count()}.")
         torch.cuda.set_device(own)
-    dist.init_process_group(dist.get_default_backend_for_device(kind))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
         yield dist.group.WORLD
     finally:
         dist.destroy_process_group()
+        gc.collect()  # importing parts of torch leaves frames in cycles, which keep the group's threads past the exit

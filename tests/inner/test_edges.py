@@ -18,6 +18,7 @@ from imaml import (
     Task,
     TaskBatch,
     TorchOptimizer,
+    bilevel,
 )
 from tests.inner import cases, unrolled
 
@@ -49,6 +50,7 @@ def test_an_optimizer_that_takes_matrices_alone():
         (lambda: Adam(lr=1.0, steps=2, betas=(0.9, "a")), TypeError, "^Each of `betas` must be a number. Got 'a'"),
         (lambda: RMSprop(lr=1.0, steps=2, alpha="a"), TypeError, "^`alpha` must be a number. Got 'a'"),
         (lambda: RMSprop(lr=1.0, steps=2, eps="a"), TypeError, "^`eps` must be a number. Got 'a'"),
+        (lambda: bilevel(0.5, distance, inner=START, meta={}), TypeError, "^`inner_loss` must be callable. Got float"),
         (lambda: NewtonCG(steps=1.5), TypeError, "^`steps` must be an integer. Got 1.5"),
     ],
 )

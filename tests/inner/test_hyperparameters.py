@@ -343,3 +343,15 @@ def test_configurations_and_objectives_can_be_copied():
     objective = Objective(cases.make_model(), F.mse_loss, meta={"a": torch.ones(1, requires_grad=True)})
     copied = pickle.loads(pickle.dumps(objective))
     assert set(copied.parameters()) == {*NAMES, "a"}
+
+
+def test_an_objective_evaluates_at_its_own_values_where_none_are_given():
+    scale = torch.tensor([0.5], dtype=torch.float64)
+
+    def scaled(output, target, meta):
+        return meta["a"] * meta["group"]["scale"].sum() * F.mse_loss(output, target)
+
+    model, (x, y) = cases.make_model(), cases.make_tasks()[0].support
+    objective = Objective(model, scaled, meta={"a": 3 * scale[0], "group": {"scale": scale}})
+    for values, factor in (({}, 0.75), ({"a": scale[0]}, 0.25), ({"group.scale": 2 * scale}, 1.5)):
+        assert objective.evaluate(values, (x, y))[0].item() == pytest.approx(factor * F.mse_loss(model(x), y).item())

@@ -187,3 +187,16 @@ def test_the_derivative_of_an_adaptive_step_at_a_gradient_of_zero(kind):
     inner = kind(lr=0.1, steps=1, eps=0.5, weight_decay=0.0)
     found = MAML(inner=inner).value_and_grad(objective, [Task(support=target, query=target)])[1]["w"]
     torch.testing.assert_close(found, (1 - 0.1 / 0.5) * target, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_torch_descent_is_gradient_descent_in_all_that_a_report_says(chunk_size):
+    """Statistics of BatchNorm and dropout masks included; those of a chunk are drawn for all its tasks at once."""
+    dropout = nn.Dropout(0.5) if chunk_size == 1 else nn.Identity()
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), dropout, nn.Linear(4, 2)).double()
+    objective, tasks, reports = Objective(model, F.mse_loss, buffers="update"), cases.make_tasks(3), []
+    for inner in (GradientDescent(lr=0.1, steps=4), TorchOptimizer(torch.optim.SGD, steps=4, lr=0.1)):
+        torch.manual_seed(0)
+        reports.append(FOMAML(inner=inner, regularization=0.2, chunk_size=chunk_size)(objective, tasks).report)
+    for name in ("query_loss", "support_loss", "gradients", "buffers"):
+        torch.testing.assert_close(*(getattr(report, name) for report in reports), rtol=1e-10, atol=0)

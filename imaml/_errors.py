@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 
 class NonFiniteError(FloatingPointError):
     """A loss or a meta-gradient is NaN or infinite; the message names the task and the inner step."""
@@ -17,3 +20,11 @@ class SolverError(RuntimeError):
 
 class SolverWarning(UserWarning):
     """A linear solve failed and `on_failure="warn"`; given once per engine, every count is in the report."""
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn at the line that called the library."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] == "imaml":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from imaml._curvature import Curvature, HvpMode, check_mode
 from imaml._error_bound import careful_eigenvalue, relative_bound, solution_error
-from imaml._errors import SolverError, SolverWarning
+from imaml._errors import SolverError, SolverWarning, warn
 from imaml._gauss_newton import GaussNewton
 from imaml._hvp import Graph
 from imaml._hyper import Hyper, check_hyper
@@ -222,7 +221,7 @@ class ImplicitMAML(MetaGradient):
             raise SolverError(message)
         if not self._warned:
             self._warned.append(message)
-            warnings.warn(f"{message} This is said once; see report.solver_status.", SolverWarning, stacklevel=4)
+            warn(f"{message} This is said once; see report.solver_status.", SolverWarning)
 
 
 def _system(curvature: Curvature | GaussNewton, root: Tensor, shift: float) -> LinearOperator:

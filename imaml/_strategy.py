@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,20 +11,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from imaml._chunk import QUERY, SUPPORT, ChunkLoss, outside_inference
-from imaml._context import Context
-from imaml._distributed import check_alike, check_group, over_ranks
-from imaml._errors import NonFiniteError
 from imaml._hyper import Hyper, check_hyper
-from imaml._layout import Layout
-from imaml._microbatch import Microbatched
 from imaml._node import attach
 from imaml._numbers import check_integer
 from imaml._objective import Objective
-from imaml._plan import ONE_BY_ONE, Plan, plan
+from imaml._plan import ONE_BY_ONE, Plan
 from imaml._problem import Problem
 from imaml._report import MetaResult, Outcome, Report
-from imaml._tasks import Batch, Task, TaskBatch, check_tensors, signature
+from imaml._run import Run
+from imaml._tasks import Batch, Task, TaskBatch, check_tensors
 from imaml._tasks import group as by_shape
 from imaml.inner import InnerSolver
 
@@ -162,9 +157,10 @@ class MetaGradient(ABC):
         check_tensors("support", support)
         batch = tree_map(lambda t: t.unsqueeze(0), support)
         with torch.inference_mode(False), torch.no_grad():
-            context = self._context(objective)
+            run = Run.of(self, objective, derivatives=False)
+            context = run.context
             try:
-                problem = self._problem(context, [0], TaskBatch(support=batch, query=batch), ONE_BY_ONE)
+                problem = run.problem([0], TaskBatch(support=batch, query=batch), ONE_BY_ONE)
                 phi = problem.adapt()
                 problem.finish()
             finally:
@@ -188,141 +184,13 @@ class MetaGradient(ABC):
         derivatives: bool,
     ) -> tuple[Tensor, dict[str, Tensor], Report]:
         with torch.inference_mode(False), torch.no_grad():
-            context = self._context(objective)
-            layouts = [layout for layout in (context.layout, context.fixed_layout) if derivatives and layout.names]
-            if group is None:
-                sums, report = self._sums(context, by_shape(tasks), derivatives=derivatives)
-            else:
-                sums, report = self._sums_over_ranks(context, layouts, tasks, group)
+            run = Run.of(self, objective, derivatives=derivatives)
+            sums, report = run.sums(by_shape(tasks)) if group is None else run.sums_over_ranks(tasks, group)
             *gradients, (loss, count) = sums
             named: dict[str, Tensor] = {}
-            for layout, total in zip(layouts, gradients, strict=True):
+            for layout, total in zip(run.layouts, gradients, strict=True):
                 named |= layout.named(total.div_(count))
             return (loss / count).to(report.query_loss.dtype), named, report
-
-    def _sums(
-        self, context: Context, groups: list[tuple[list[int], TaskBatch]], *, derivatives: bool
-    ) -> tuple[list[Tensor], Report]:
-        """Sums over tasks: the gradients for theta and for any fixed parameters, then query loss and 1, `(2,)`."""
-        positions: list[int] = []
-        outcomes: list[Outcome] = []
-        sums: list[Tensor] = []
-        try:
-            for where, batch, plan in self._chunks(context, groups):
-                problem = self._problem(context, where, batch, plan)
-                if derivatives:
-                    pullback = self._pull_back(problem)
-                    summed = _sum_over_tasks(pullback, where)
-                    sums = [a.add_(b) for a, b in zip(sums, summed, strict=True)] if sums else summed
-                    outcomes.append(pullback.outcome)
-                else:
-                    outcomes.append(problem.evaluate(problem.adapt()))
-                positions += where
-        finally:
-            context.replay.restore()
-        if derivatives and context.objective.meta.learned():
-            sums[1].add_(self._through_hyperparameters(context))
-        report = Report.of(context, outcomes, positions)
-        self._look_at(report)
-        losses = report.query_loss.to(torch.promote_types(report.query_loss.dtype, torch.float32))
-        return [*sums, torch.stack([losses.sum(), losses.new_tensor(len(losses))])], report
-
-    def _sums_over_ranks(
-        self, context: Context, layouts: list[Layout], tasks: TaskBatch | Sequence[Task], group: ProcessGroup
-    ) -> tuple[list[Tensor], Report]:
-        """`_sums` over the tasks of all ranks, with the report of this rank's, which may have none."""
-        check_group(group)
-        key = (context.layout, context.fixed_layout, group.group_name)
-        if key not in self._alike:
-            check_alike(context, group)
-            self._alike.add(key)
-
-        def zeros() -> list[Tensor]:
-            return [layout.gather([None] * len(layout.names), context.theta) for layout in layouts]
-
-        def compute() -> tuple[list[Tensor], Report]:
-            if isinstance(tasks, Sequence) and not tasks:
-                nothing = Outcome.of_no_task(context, self.inner.steps)
-                return [*zeros(), context.theta.new_zeros(2)], Report.of(context, [nothing], [])
-            (*sums, totals), report = self._sums(context, by_shape(tasks), derivatives=bool(layouts))
-            return [*sums, totals.to(context.theta)], report
-
-        return over_ranks(compute, lambda: [*zeros(), context.theta.new_zeros(2)], group)
-
-    def _context(self, objective: Objective) -> Context:
-        given = {name: (hyper, self.inner.steps) for name, hyper in self.inner.hyperparameters.items()}
-        if self.regularization is not None:
-            given["regularization"] = (self.regularization, 1)
-        return Context.of(objective, given)
-
-    def _through_hyperparameters(self, context: Context) -> Tensor:
-        """The part of the summed meta-gradient `(m,)` that passes through learned hyper-parameters."""
-        found, learned = context.hyper.gradients(), context.objective.meta.learned()
-        for key, group in context.objective.meta.groups().items():
-            names = learned.keys() & group.keys()
-            if names and not names & (found.keys() | context.used_fixed):
-                raise ValueError(
-                    f"The meta-gradient for the meta-parameter {key!r} is zero: {self._without_path}. Leave it out of "
-                    "`meta`, detach it, or use it where it counts."
-                )
-        for name, gradient in found.items():
-            if not bool(gradient.isfinite().all()):
-                raise NonFiniteError(
-                    f"The meta-gradient for the meta-parameter {name!r} is not finite: look for an infinite derivative "
-                    "in the function of the hyper-parameter that it serves, such as sqrt at 0."
-                )
-        return context.fixed_layout.gather([found.get(n) for n in context.fixed_layout.names], context.theta)
-
-    def _chunks(
-        self, context: Context, groups: list[tuple[list[int], TaskBatch]]
-    ) -> Iterator[tuple[list[int], TaskBatch, Plan]]:
-        for positions, batch in groups:
-            plan = self._plan(context, batch)
-            for start in range(0, len(batch), plan.tasks):
-                yield positions[start : start + plan.tasks], batch[start : start + plan.tasks], plan
-
-    def _plan(self, context: Context, batch: TaskBatch) -> Plan:
-        """How tasks of these shapes run; looked at once per engine."""
-        if self.chunk_size is not None and self.microbatch_size is None:
-            return Plan(self.chunk_size, self.chunk_size, keeps_graphs=False)
-        key = (context.layout, context.fixed_layout, context.theta.device, signature(batch[0]))
-        if key not in self._plans:
-            trial = self._context(context.objective)
-            one = self._problem(trial, [0], batch[:1], ONE_BY_ONE)
-            one.support.check(one.theta)
-            one.query.check(one.theta)
-            found = plan(one.support, one.query, one.theta, self.inner.steps)
-            size = self.chunk_size
-            self._plans[key] = found if size is None else Plan(size, size, keeps_graphs=False)
-            trial.replay.undo()
-        return self._plans[key]
-
-    def _problem(self, context: Context, positions: list[int], batch: TaskBatch, plan: Plan) -> Problem:
-        support = ChunkLoss(context, outside_inference(batch.support), len(batch), positions[0], SUPPORT)
-        query = ChunkLoss(context, outside_inference(batch.query), len(batch), positions[0], QUERY)
-        size = self.microbatch_size
-        return Problem(
-            support=support if size is None else Microbatched(support, size),
-            query=query if size is None else Microbatched(query, size),
-            inner=self.inner,
-            plan=plan,
-            theta=context.theta.expand(len(batch), -1),
-            damping=self._damping(context),
-            positions=positions,
-        )
-
-    def _damping(self, context: Context) -> Tensor | None:
-        """Lambda: 0-dim, or `(n,)` where given by name; None for no proximal term."""
-        value = context.hyper.at(0).get("regularization", 0.0)
-        least = torch.as_tensor(value).min().item()
-        if least < 0:
-            raise ValueError(
-                f"`regularization` must be >= 0. Got {least:g} from its function: return a positive value, such as exp "
-                "of a meta-parameter."
-            )
-        if isinstance(value, Tensor):
-            return value if len(value) > 1 else value.reshape(())
-        return context.theta.new_tensor(value) if value else None
 
 
 _WRAP = (
@@ -335,21 +203,3 @@ def _of_torch(given: object) -> bool:
     return isinstance(given, torch.optim.Optimizer) or (
         isinstance(given, type) and issubclass(given, torch.optim.Optimizer)
     )
-
-
-def _sum_over_tasks(pullback: Pullback, positions: list[int]) -> list[Tensor]:
-    """The summed gradients for theta and for any fixed parameters; raises NonFiniteError, naming the tasks."""
-    bad = ~pullback.theta.isfinite().all(-1)
-    if bad.any():
-        raise NonFiniteError(
-            f"The meta-gradient of task {positions[int(bad.nonzero()[0])]} is not finite although its losses are: look "
-            "for an operation with an infinite second derivative, such as sqrt or norm at 0."
-        )
-    if pullback.fixed is None:
-        return [pullback.theta.sum(0)]
-    if not bool(pullback.fixed.isfinite().all()):
-        raise NonFiniteError(
-            f"The meta-gradient of tasks {positions[0]} to {positions[-1]} for a parameter that does not adapt is not "
-            "finite although their losses are: look for an operation with an infinite derivative, such as sqrt at 0."
-        )
-    return [pullback.theta.sum(0), pullback.fixed]

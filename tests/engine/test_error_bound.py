@@ -37,7 +37,7 @@ def each_task(engine, objective, tasks, monkeypatch):
         return [pullback.theta.sum(0)]
 
     with monkeypatch.context() as patch:
-        patch.setattr("imaml._strategy._sum_over_tasks", sum_over_tasks)
+        patch.setattr("imaml._run._sum_over_tasks", sum_over_tasks)
         report = engine(objective, tasks).report
     return report, torch.cat(seen)
 

@@ -70,7 +70,7 @@ def test_any_plan_gives_the_same_numbers(strategy, adapt, monkeypatch):
     expected = strategy(inner=INNER, chunk_size=1, **options)
     right = expected.value_and_grad(objective, tasks)[1]
     for decided in (_plan.Plan(5, 2, True), _plan.Plan(2, 1, False), _plan.Plan(3, 5, True)):
-        monkeypatch.setattr("imaml._strategy.plan", lambda *_, decided=decided: decided)
+        monkeypatch.setattr("imaml._run.plan", lambda *_, decided=decided: decided)
         engine = strategy(inner=INNER, **options)
         assert relative_error(engine.value_and_grad(objective, tasks)[1], right) <= 1e-10
         report, same = engine(objective, tasks).report, expected(objective, tasks).report
@@ -82,7 +82,7 @@ def test_any_plan_gives_the_same_numbers(strategy, adapt, monkeypatch):
 
 def test_it_is_looked_at_once_for_each_shape(monkeypatch):
     looks = []
-    monkeypatch.setattr("imaml._strategy.plan", lambda *_: looks.append(1) or _plan.ONE_BY_ONE)
+    monkeypatch.setattr("imaml._run.plan", lambda *_: looks.append(1) or _plan.ONE_BY_ONE)
     engine, (objective, tasks) = MAML(inner=INNER), wide()
     for batch in (tasks, tasks[:2], tasks):
         engine(objective, batch)

@@ -355,3 +355,35 @@ def test_an_objective_evaluates_at_its_own_values_where_none_are_given():
     objective = Objective(model, scaled, meta={"a": 3 * scale[0], "group": {"scale": scale}})
     for values, factor in (({}, 0.75), ({"a": scale[0]}, 0.25), ({"group.scale": 2 * scale}, 1.5)):
         assert objective.evaluate(values, (x, y))[0].item() == pytest.approx(factor * F.mse_loss(model(x), y).item())
+
+
+@pytest.mark.parametrize("by_name", [False, True], ids=["one lambda", "by name"])
+def test_a_learned_lambda_of_quadratics_in_closed_form(by_name):
+    """With curvature h and support minimum b, phi = (h b + lambda theta) / (h + lambda) entry by entry."""
+    start = {n: torch.randn(2, dtype=torch.float64, requires_grad=True) for n in ("first", "second")}
+    curvature = {"first": torch.tensor([1.0, 2.0]).double(), "second": torch.tensor([3.0, 0.5]).double()}
+    meta = {f"log {n}": cases.random(shift=shift) for n, shift in (("first", 0.5), ("second", -1.0))}
+
+    def support(params, batch):
+        return sum((curvature[n] * (w - batch) ** 2).sum() / 2 for n, w in params.items())
+
+    def query(params, batch):
+        return sum(((w + batch) ** 3).sum() for w in params.values())
+
+    def weight(meta):
+        rates = {n: meta[f"log {n}"].exp() for n in start}
+        return rates if by_name else rates["first"] + rates["second"]
+
+    batch = torch.randn(2, 2, dtype=torch.float64)
+    losses = []
+    for b in batch:
+        given = weight(meta)
+        rates = given if by_name else dict.fromkeys(start, given)
+        phi = {n: (curvature[n] * b + rates[n] * w) / (curvature[n] + rates[n]) for n, w in start.items()}
+        losses.append(query(phi, b))
+    everything = start | meta
+    expected = torch.autograd.grad(torch.stack(losses).mean(), list(everything.values()))
+    engine = ImplicitMAML(inner=NewtonCG(steps=3, solver=Dense()), regularization=weight, solver=Dense())
+    objective = Objective.from_function(support, start, outer_loss=query, meta=meta)
+    got = engine.value_and_grad(objective, TaskBatch(support=batch, query=batch))[1]
+    close(got, dict(zip(everything, expected, strict=True)), rtol=1e-9)

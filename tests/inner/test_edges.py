@@ -12,9 +12,11 @@ from imaml import (
     Adam,
     AdamW,
     GradientDescent,
+    ImplicitMAML,
     NewtonCG,
     Objective,
     RMSprop,
+    Status,
     Task,
     TaskBatch,
     TorchOptimizer,
@@ -200,3 +202,14 @@ def test_torch_descent_is_gradient_descent_in_all_that_a_report_says(chunk_size)
         reports.append(FOMAML(inner=inner, regularization=0.2, chunk_size=chunk_size)(objective, tasks).report)
     for name in ("query_loss", "support_loss", "gradients", "buffers"):
         torch.testing.assert_close(*(getattr(report, name) for report in reports), rtol=1e-10, atol=0)
+
+
+def test_a_query_loss_without_gradient_leaves_nothing_to_solve():
+    """The first task's query set is fitted already; its relative residual is 0, not 0 / 0."""
+    objective = Objective.from_function(quadratic, {n: t.clone().requires_grad_() for n, t in START.items()})
+    support = torch.zeros(2, 2, dtype=torch.float64)
+    tasks = TaskBatch(support=support, query=torch.stack([support[0], TARGET]))
+    engine = ImplicitMAML(inner=GradientDescent(lr=0.05, steps=3), solver=CG(max_steps=9, rtol=1e-10))
+    report = engine(objective, tasks).report
+    assert report.solver_residual[0] == 0 and report.solver_residual[1] <= 1e-10
+    assert report.query_loss[0] == 0 and (report.solver_status == Status.CONVERGED).all()

@@ -171,7 +171,9 @@ def test_mixed_product_for_fixed_parameters(model, tasks, hvp, linearize):
 
 
 def test_the_inner_step_size_is_no_part_of_a_product():
-    assert GradientDescent(lr=0.5, steps=1).pullback(torch.tensor(2.0)) == (2.0, -1.0)
+    two = torch.tensor(2.0)
+    pulled = GradientDescent(lr=0.5, steps=1).pullback((two,), two, (two,), 0, {"lr": 0.5}, frozenset())
+    assert pulled == ((2.0,), -1.0, {})
 
 
 @pytest.mark.parametrize("hvp", EXACT)

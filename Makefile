@@ -28,7 +28,7 @@ test: env ## run the tests
 	$(BIN)/python -m pytest
 
 # mutmut wants both packages side by side. MUTANTS='*_cg.*' runs a part: patterns of mutants' names.
-mutation: env ## break the numerical core on purpose and count what the tests notice (most of an hour)
+mutation: env ## break the numerical core on purpose and count what the tests notice (hours)
 	$(BIN)/python $(PIP_INSTALL) --editable '.[mutation]'
 	rm -rf build/mutation
 	mkdir -p build/mutation

@@ -44,9 +44,7 @@ class Problem:
 
     def gradient(self, phi: Tensor, step: int, support: Gradient | None = None) -> Tensor:
         """The gradient of the inner objective, proximal term included, `(tasks, n)`; from `support` if it is known."""
-        if support is None:
-            support = self.support.gradient(phi, step)
-            self.support.context.gradients += self.support.tasks
+        support = support or self._support_gradient(phi, step)
         if len(self.support_losses) == step < self.inner.steps:
             self.support_losses.append(support.losses)
             self._carry_statistics(phi, step)
@@ -54,10 +52,12 @@ class Problem:
 
     def value_and_gradient(self, phi: Tensor, step: int, support: Gradient | None = None) -> tuple[Tensor, Tensor]:
         """The inner objective `(tasks,)` and its gradient `(tasks, n)`; from `support` if that is known."""
-        if support is None:
-            support = self.support.gradient(phi, step)
-            self.support.context.gradients += self.support.tasks
+        support = support or self._support_gradient(phi, step)
         return support.losses + self._proximal(phi), self.gradient(phi, step, support)
+
+    def _support_gradient(self, phi: Tensor, step: int) -> Gradient:
+        self.support.context.gradients += self.support.tasks
+        return self.support.gradient(phi, step)
 
     def value(self, phi: Tensor, step: int) -> Tensor:
         """The inner objective `(tasks,)`."""

@@ -72,7 +72,7 @@ def hvp(
     (task,) = in_double([Task(support=batch, query=batch)])
     reference = Reference(copied, [task], GradientDescent(lr=1.0, steps=0), damping={})
     values = reference.values()
-    random = is_random(copied, task, partial(reference.loss, values), seed)
+    random = is_random(task, partial(reference.loss, values), seed)
     adapted = {n: values[n] for n in copied.adapted}
 
     def gradient(phi: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def meta_gradient(
     given = regularization if regularization is not None else getattr(engine_or_function, "regularization", None)
     reference = Reference(copied, list(tasks), used, damping, as_function(given))
     values = reference.values()
-    random = is_random(copied, reference.tasks[0], partial(reference.loss, values), seed)
+    random = is_random(reference.tasks[0], partial(reference.loss, values), seed)
 
     own = objective.double()
     before = snapshot(own)

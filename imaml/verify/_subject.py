@@ -83,7 +83,7 @@ def _flat(result: Any, like: Mapping[str, Tensor], name: str) -> Tensor:
     return flat({key: result[key] for key in like})
 
 
-def is_random(objective: Objective, task: Task, loss: Callable[..., Tensor], seed: int) -> bool:
+def is_random(task: Task, loss: Callable[..., Tensor], seed: int) -> bool:
     """Whether the support or query loss draws random numbers.
 
     Returns:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from imaml_solvers._iteration import Iteration, choose
-from imaml_solvers._operator import LinearOperator
-from imaml_solvers._preconditioner import Preconditioner, check_preconditioner, chosen
-from imaml_solvers._solution import Solution, Status
-from imaml_solvers._solver import LinearSolver
-from imaml_solvers._start import RUNNING, Start, check_stopping, default_stopping, dot, largest_entry, norm, start
+from imaml_solvers._iteration import Iteration, KrylovSolver, choose
+from imaml_solvers._solution import Status
+from imaml_solvers._start import RUNNING, dot, largest_entry, norm
 
 
 @dataclass(frozen=True, kw_only=True)
-class CG(LinearSolver):
+class CG(KrylovSolver):
     """Conjugate gradients (Hestenes & Stiefel 1952) for symmetric positive definite A, with optional preconditioner M.
 
         alpha = r'Mr / p'Ap,  x += alpha p,  r -= alpha A p,  p <- M r + (new r'Mr / old r'Mr) p
@@ -48,42 +44,17 @@ class CG(LinearSolver):
             its place.
     """
 
-    max_steps: int | None = None
-    rtol: float | None = None
-    atol: float = 0.0
-    preconditioner: Preconditioner | None = None
-    _uses_x0: ClassVar[bool] = True
-    _uses_preconditioner: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        """Check the fields; raises TypeError or ValueError."""
-        check_stopping(self.max_steps, self.rtol, self.atol)
-        check_preconditioner(self.preconditioner)
-
-    def _solve(
-        self, op: LinearOperator, b: Tensor, x0: Tensor | None, preconditioner: LinearOperator | None
-    ) -> Solution:
-        max_steps, rtol = default_stopping(self.max_steps, self.rtol, b)
-        begun = start(op, b, x0, rtol, self.atol)
-        inverse = chosen(self.preconditioner, preconditioner, op, begun)
-        return _Run(op, inverse, begun, max_steps, rtol == self.atol == 0).run()
+    @property
+    def _iteration(self) -> type[Iteration]:
+        return _Run
 
 
 class _Run(Iteration):
-    def __init__(
-        self,
-        op: LinearOperator,
-        preconditioner: LinearOperator | None,
-        begun: Start,
-        max_steps: int,
-        is_budget: bool,
-    ) -> None:
-        super().__init__(op, preconditioner, begun, max_steps, is_budget)
-        self._p = torch.zeros_like(begun.r)
+    def _prepare(self) -> None:
+        self._p = torch.zeros_like(self._r)
         self._rho = torch.ones_like(self._residual)
         self._size = torch.zeros_like(self._residual)
         self._carried = torch.zeros_like(self._residual)
-        self._begin(self._fresh)
 
     def _step(self) -> None:
         running = self._status == RUNNING

@@ -1,19 +1,53 @@
-"""What conjugate gradients and MINRES share: many systems that step together and stop one by one."""
+"""What conjugate gradients and MINRES share: fields, and many systems that step together and stop one by one."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from imaml_solvers._lanczos import lower_ritz_value
 from imaml_solvers._operator import LinearOperator
+from imaml_solvers._preconditioner import Preconditioner, check_preconditioner, chosen
 from imaml_solvers._solution import Solution, Status
-from imaml_solvers._start import RUNNING, Start, norm
+from imaml_solvers._solver import LinearSolver
+from imaml_solvers._start import RUNNING, Start, check_stopping, default_stopping, norm, start
 
 _CLAIMED = -2
 """The status of a system whose recursive residual met the tolerance, before b - A x is looked at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KrylovSolver(LinearSolver):
+    """A solver that iterates; see `CG` for its fields."""
+
+    max_steps: int | None = None
+    rtol: float | None = None
+    atol: float = 0.0
+    preconditioner: Preconditioner | None = None
+    _uses_x0: ClassVar[bool] = True
+    _uses_preconditioner: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check the fields; raises TypeError or ValueError."""
+        check_stopping(self.max_steps, self.rtol, self.atol)
+        check_preconditioner(self.preconditioner)
+
+    @property
+    @abstractmethod
+    def _iteration(self) -> type[Iteration]:
+        """The method."""
+
+    def _solve(
+        self, op: LinearOperator, b: Tensor, x0: Tensor | None, preconditioner: LinearOperator | None
+    ) -> Solution:
+        max_steps, rtol = default_stopping(self.max_steps, self.rtol, b)
+        begun = start(op, b, x0, rtol, self.atol)
+        inverse = chosen(self.preconditioner, preconditioner, op, begun)
+        return self._iteration(op, inverse, begun, max_steps, rtol == self.atol == 0).run()
 
 
 class Iteration(ABC):
@@ -51,6 +85,11 @@ class Iteration(ABC):
         self._lowest = torch.full_like(self._residual, torch.inf)
         self._fresh = self._status == RUNNING
         self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._prepare()
+        self._begin(self._fresh)
+
+    def _prepare(self) -> None:  # noqa: B027
+        """Set what a method has besides."""
 
     def run(self) -> Solution:
         """Step until every system has stopped; the outcome in the units of b."""

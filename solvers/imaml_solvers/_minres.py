@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from imaml_solvers._iteration import Iteration
-from imaml_solvers._operator import LinearOperator
-from imaml_solvers._preconditioner import Preconditioner, check_preconditioner, chosen
-from imaml_solvers._solution import Solution, Status
-from imaml_solvers._solver import LinearSolver
-from imaml_solvers._start import RUNNING, Start, check_stopping, default_stopping, dot, largest_entry, norm, start
+from imaml_solvers._iteration import Iteration, KrylovSolver
+from imaml_solvers._solution import Status
+from imaml_solvers._start import RUNNING, dot, largest_entry, norm
 
 _SINGULAR = 0.75
 """A is singular to this power of eps: worse conditioned, its least squares are dominated by rounding."""
@@ -22,7 +18,7 @@ _ROUNDING = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class MINRES(LinearSolver):
+class MINRES(KrylovSolver):
     """The minimum residual method (Paige & Saunders 1975) for symmetric A, definite or not, with optional M.
 
     The k-th iterate has the least |b - A x| of all x0 + z, z in the Krylov space of b - A x0 (with a preconditioner M,
@@ -52,25 +48,9 @@ class MINRES(LinearSolver):
         preconditioner: As for `CG`.
     """
 
-    max_steps: int | None = None
-    rtol: float | None = None
-    atol: float = 0.0
-    preconditioner: Preconditioner | None = None
-    _uses_x0: ClassVar[bool] = True
-    _uses_preconditioner: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        """Check the fields; raises TypeError or ValueError."""
-        check_stopping(self.max_steps, self.rtol, self.atol)
-        check_preconditioner(self.preconditioner)
-
-    def _solve(
-        self, op: LinearOperator, b: Tensor, x0: Tensor | None, preconditioner: LinearOperator | None
-    ) -> Solution:
-        max_steps, rtol = default_stopping(self.max_steps, self.rtol, b)
-        begun = start(op, b, x0, rtol, self.atol)
-        inverse = chosen(self.preconditioner, preconditioner, op, begun)
-        return _Run(op, inverse, begun, max_steps, rtol == self.atol == 0).run()
+    @property
+    def _iteration(self) -> type[Iteration]:
+        return _Run
 
 
 class _Run(Iteration):
@@ -78,17 +58,6 @@ class _Run(Iteration):
 
     y is the next Lanczos vector times beta, z = M y. A and M together act as M^1/2 A M^1/2.
     """
-
-    def __init__(
-        self,
-        op: LinearOperator,
-        preconditioner: LinearOperator | None,
-        begun: Start,
-        max_steps: int,
-        is_budget: bool,
-    ) -> None:
-        super().__init__(op, preconditioner, begun, max_steps, is_budget)
-        self._begin(self._fresh)
 
     def _begin(self, systems: Tensor) -> None:
         # called when no other system runs

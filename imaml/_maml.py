@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from imaml._curvature import HvpMode, check_mode
 from imaml._numbers import check_integer
 from imaml._point import Point
 from imaml._problem import Problem
-from imaml._states import states_backwards
+from imaml._states import most_states, states_backwards
+from imaml._storage import Storage, Store, store
 from imaml._strategy import MetaGradient, Pullback
 from imaml.inner import InnerOptimizer
 
@@ -38,9 +40,14 @@ class MAML(MetaGradient):
             products, and the states of m steps. Biased (Shaban et al. 2019): what the earlier steps would have changed
             is ignored, for step sizes as for theta; 0 is `FOMAML`. None: all steps.
         checkpoints: How many inner states are kept at most besides theta, >= 0; None: all of them.
+        storage: Where the states wait for the sweep, which reads them back bit for bit. "device": where they are.
+            "cpu": in pinned memory, for parameters on a CUDA device, with copies that run beside the computation; the
+            same as "device" elsewhere. "disk": in a file of the temporary folder (TMPDIR) that no name leads to, so
+            that nothing is left behind; an OSError says how much room is missing. The device then holds the state at
+            hand, whatever K.
         linearize: Keep the graph of each inner step, so that its product costs about one gradient less; False evaluates
-            the step anew. None: where `chunk_size` and `checkpoints` are left open and the graphs are small, at most
-            192 MiB. The modes other than reverse-over-reverse always evaluate anew.
+            the step anew. None: where `chunk_size`, `checkpoints` and `storage` are left open and the graphs are
+            small, at most 192 MiB. The modes other than reverse-over-reverse always evaluate anew.
         hvp: How Hessian-vector products are computed. "auto" uses "reverse-over-reverse", or "finite-difference" where
             the model has an operation without second derivatives; the report says which. "forward-over-reverse" is
             exact too. Finite differences are inexact and can be of no use below float64: docs/numerics.md has figures.
@@ -48,6 +55,7 @@ class MAML(MetaGradient):
 
     truncate: int | None = None
     checkpoints: int | None = None
+    storage: Storage = "device"
     linearize: bool | None = None
     hvp: HvpMode = "auto"
 
@@ -67,6 +75,13 @@ class MAML(MetaGradient):
             )
         if self.truncate is not None:
             check_integer("`truncate`, unless None,", self.truncate, least=0)
+        if self.storage not in get_args(Storage):
+            raise ValueError(f"`storage` must be one of {', '.join(get_args(Storage))}. Got {self.storage!r}.")
+        if self.linearize and self.storage != "device":
+            raise ValueError(
+                "linearize=True keeps the graphs of all inner steps on the device. Expected storage='device'. "
+                f"Got {self.storage!r}: use one of the two."
+            )
         if self.linearize and self.microbatch_size is not None:
             raise ValueError(
                 "linearize=True keeps graphs, of which microbatch_size holds one slice at a time. Expected "
@@ -81,7 +96,17 @@ class MAML(MetaGradient):
                 )
 
     def _pull_back(self, problem: Problem) -> Pullback:
-        phi, points = self._adapt(problem)
+        states = most_states(problem.inner.steps - self._first, self.checkpoints)
+        with store(self.storage, problem.theta.device, states) as kept:
+            return self._sweep(problem, kept)
+
+    @property
+    def _first(self) -> int:
+        """The first inner step that is differentiated."""
+        return 0 if self.truncate is None else max(0, self.inner.steps - self.truncate)
+
+    def _sweep(self, problem: Problem, kept: Store) -> Pullback:
+        phi, points = self._adapt(problem, kept)
         query = problem.judge(phi)
         cotangent, fixed, damping, outcome = query.adapted, query.fixed, problem.damping, problem.outcome(query)
         buffers = (torch.zeros_like(cotangent),) * problem.optimizer.buffers
@@ -99,22 +124,21 @@ class MAML(MetaGradient):
                 fixed.add_(mixed)
         return Pullback(cotangent + pulled_by_theta, fixed, outcome)
 
-    def _adapt(self, problem: Problem) -> tuple[Tensor, Iterator[Point]]:
+    def _adapt(self, problem: Problem, kept: Store) -> tuple[Tensor, Iterator[Point]]:
         """phi_K, and the inner steps to differentiate, the last first."""
-        steps = problem.inner.steps
-        first = 0 if self.truncate is None else max(0, steps - self.truncate)
+        steps, first = problem.inner.steps, self._first
         state = problem.optimizer.start(problem.theta)
         for step in range(first):
             state = problem.step(state, step)
         keeps_graphs = problem.plan.keeps_graphs if self.linearize is None else self.linearize
-        if keeps_graphs and self.checkpoints is None:
-            kept = []
+        if keeps_graphs and self.checkpoints is None and self.storage == "device":
+            linearised = []
             for step in range(first, steps):
                 point, gradient = Point.with_gradient(problem, state, step, self.hvp)
-                kept.append(point)
+                linearised.append(point)
                 state = problem.update(state, gradient, step)
-            return state[0], (kept.pop() for _ in range(first, steps))
-        states = states_backwards(problem, state, first, self.checkpoints)
+            return state[0], (linearised.pop() for _ in range(first, steps))
+        states = states_backwards(problem, state, first, self.checkpoints, kept)
         return next(states)[0], (
             Point.at(problem, state, step, self.hvp)
             for step, state in zip(reversed(range(first, steps)), states, strict=True)

@@ -7,10 +7,19 @@ from collections.abc import Iterator
 from checkpoint_schedules import Copy, Forward, Move, MultistageCheckpointSchedule, Reverse
 
 from imaml._problem import Problem
+from imaml._storage import Store
 from imaml.inner._base import State
 
 
-def states_backwards(problem: Problem, state: State, first_step: int, checkpoints: int | None) -> Iterator[State]:
+def most_states(steps: int, checkpoints: int | None) -> int:
+    """How many states are kept at a time for a reverse sweep over `steps` steps, besides the first."""
+    most = max(steps - 1, 0)
+    return most if checkpoints is None else min(checkpoints, most)
+
+
+def states_backwards(
+    problem: Problem, state: State, first_step: int, checkpoints: int | None, kept: Store
+) -> Iterator[State]:
     """Yield the state after the last inner step, then those before each step, the last first, down to a given one.
 
     At most `checkpoints` states are kept besides the given one (None: all), and the steps between them are recomputed
@@ -21,6 +30,7 @@ def states_backwards(problem: Problem, state: State, first_step: int, checkpoint
         state: That before step `first_step`.
         first_step: Steps already taken.
         checkpoints: How many to keep.
+        kept: Where; the given one stays where it is.
 
     Yields:
         The states.
@@ -29,13 +39,11 @@ def states_backwards(problem: Problem, state: State, first_step: int, checkpoint
     if steps == 0:
         yield state
         return
-    slots = steps if checkpoints is None else min(checkpoints + 1, steps)  # the first state fills one, and is there
-    kept: dict[int, State] = {}
-    reversing = False
-    for action in MultistageCheckpointSchedule(steps, slots, 0):
+    given, reversing = state, False
+    for action in MultistageCheckpointSchedule(steps, most_states(steps, checkpoints) + 1, 0):
         match action:
             case Forward(n0=first, n1=last, write_ics=keep, write_adj_deps=to_reverse):
-                if keep:
+                if keep and first > 0:
                     kept[first] = state
                 if not to_reverse:
                     for step in range(first, last):
@@ -44,9 +52,9 @@ def states_backwards(problem: Problem, state: State, first_step: int, checkpoint
                     reversing = True
                     yield problem.step(state, first_step + first)
             case Copy(n=step):
-                state = kept[step]
+                state = kept[step] if step > 0 else given
             case Move(n=step):
-                state = kept.pop(step)
+                state = kept.pop(step) if step > 0 else given
             case Reverse():
                 yield state
                 if action.n0 == 0:

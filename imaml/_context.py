@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -55,6 +55,17 @@ class Context:
         if any(buffer._version for buffer in self.constants.values()):
             self.constants = self.objective.constants()
         return self.constants
+
+    def mark(self) -> Callable[[], None]:
+        """What takes back all that a chunk adds to from here on, but what it cost."""
+        take_back, chunks, error = self.hyper.mark(), len(self.statistics), self.hvp_error
+
+        def undo() -> None:
+            take_back()
+            del self.statistics[chunks:]
+            self.hvp_error = error
+
+        return undo
 
     def mean_statistics(self) -> dict[str, Tensor]:
         """The mean over all tasks of the running statistics after their inner loops, in their dtypes."""

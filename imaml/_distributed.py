@@ -61,8 +61,8 @@ def over_ranks(
     """Compute on every rank, and sum over the ranks by one all-reduce, to which a rank that fails comes too.
 
     Args:
-        compute: This rank's part: 1-dim tensors, of the same sizes and dtypes on every rank, the last of which counts
-            tasks in its last entry; and what stays with this rank.
+        compute: This rank's part: 1-dim tensors, of the same sizes and dtypes on every rank; and what stays with this
+            rank.
         zeros: Tensors like those, for a rank that fails.
         group: The ranks.
 
@@ -71,7 +71,6 @@ def over_ranks(
 
     Raises:
         NonFiniteError: Another rank failed; the error of a rank that fails is raised there.
-        ValueError: No rank has a task.
     """
     try:
         parts, own = compute()
@@ -83,8 +82,6 @@ def over_ranks(
         raise NonFiniteError(
             f"Rank {failed[0]} could not compute its tasks, so there is no mean over all ranks. Its own error says why."
         )
-    if sums[-1][-1] == 0:
-        raise ValueError("Expected at least one task on some rank. Got none on any.")
     return sums, own
 
 

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 
 
-class NonFiniteError(FloatingPointError):
+class _TaskError(FloatingPointError):
+    def __init__(self, message: str = "", tasks: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.tasks = tuple(tasks)
+        """The positions of the tasks in question; empty where it is not of single tasks."""
+
+
+class NonFiniteError(_TaskError):
     """A loss or a meta-gradient is NaN or infinite; the message names the task and the inner step."""
 
 
-class DivergenceError(FloatingPointError):
+class DivergenceError(_TaskError):
     """The inner loop diverged: the support loss was finite at first and exploded, so the step size is too large."""
 
 
@@ -20,6 +28,10 @@ class SolverError(RuntimeError):
 
 class SolverWarning(UserWarning):
     """A linear solve failed and `on_failure="warn"`; given once per engine, every count is in the report."""
+
+
+class CompileWarning(UserWarning):
+    """An engine with `compile=True` goes on uncompiled; the message says why."""
 
 
 def warn(message: str, category: type[Warning]) -> None:

@@ -154,6 +154,21 @@ class Hyperparameters:
         for name, cotangent in cotangents.items():
             self._values[name].add(cotangent, step)
 
+    def mark(self) -> Callable[[], None]:
+        """What takes back the derivatives that are added from here on."""
+        kept = {name: [c.clone() for c in value.cotangents] for name, value in self._values.items()}
+
+        def undo() -> None:
+            for name, value in self._values.items():
+                value.cotangents = kept[name]
+
+        return undo
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all derivatives so far are."""
+        return all(bool(c.isfinite().all()) for value in self._values.values() for c in value.cotangents)
+
     def gradients(self) -> dict[str, Tensor]:
         """The derivatives by the meta-parameters that act through hyper-parameters, as far as any was added."""
         pairs = [

@@ -152,7 +152,8 @@ class ImplicitMAML(MetaGradient):
             solver_residual=solution.residual_norm / norm.where(norm > 0, 1),
             error_bound=bound,
         )
-        return Pullback(solution.x * weight if shift else torch.zeros_like(solution.x), fixed, outcome)
+        theta = solution.x * weight if shift else torch.zeros_like(solution.x)
+        return Pullback(theta, fixed, outcome, solution)
 
     def _solve(self, problem: Problem, op: LinearOperator, rhs: Tensor) -> Solution:
         dtype = self.solver_dtype or rhs.dtype
@@ -162,9 +163,11 @@ class ImplicitMAML(MetaGradient):
         if start is not None:
             worse = (rhs - op.mv(start)).norm(dim=-1, keepdim=True) > rhs.norm(dim=-1, keepdim=True)
             start = start.masked_fill(worse, 0).to(dtype)
-        solution = _cast(self.solver.solve(op, rhs.to(dtype), x0=start), rhs.dtype)
-        self._solutions.keep(problem.support.batch, solution)
-        return solution
+        return _cast(self.solver.solve(op, rhs.to(dtype), x0=start), rhs.dtype)
+
+    def _keep(self, problem: Problem, pullback: Pullback) -> None:
+        if self.warm_start and pullback.solution is not None:
+            self._solutions.keep(problem.support.batch, pullback.solution)
 
     def _check(self, problem: Problem) -> None:
         objective = problem.support.context.objective
@@ -203,8 +206,8 @@ class ImplicitMAML(MetaGradient):
     def _look_at(self, report: Report) -> None:
         if report.solver_status is None or self.on_failure == "ignore":
             return
-        statuses = [Status(code) for code in report.solver_status.tolist()]
-        failed = [i for i, status in enumerate(statuses) if status not in (Status.CONVERGED, Status.BUDGET_SPENT)]
+        statuses = {i: Status(s) for i, s in enumerate(report.solver_status.tolist()) if i not in report.skipped}
+        failed = [i for i, status in statuses.items() if status not in (Status.CONVERGED, Status.BUDGET_SPENT)]
         if not failed:
             return
         first = statuses[failed[0]]

@@ -185,16 +185,19 @@ class Problem:
         if not bad.any():
             return
         step, column = (int(i) for i in bad.nonzero()[0])
+        tasks = self._positions(bad.any(0))
         where, first, loss = f"task {self.positions[column]}", history[0, column].item(), history[step, column].item()
         if step == 0:
             raise NonFiniteError(
                 f"The support loss of {where} is {loss} at inner step 0, before any adaptation: look for NaN or "
-                "infinite values in the task's data or the model's parameters."
+                "infinite values in the task's data or the model's parameters.",
+                tasks,
             )
         raise DivergenceError(
             f"The inner loop of {where} diverged: its support loss went from {first:.4g} at inner step 0 to {loss:.4g} "
             f"at inner step {step}. Use a smaller inner step size{self._than_lr}"
-            + (", below 2 / (largest curvature + regularization)." if self.damping is not None else ".")
+            + (", below 2 / (largest curvature + regularization)." if self.damping is not None else "."),
+            tasks,
         )
 
     def check_query(self, losses: Tensor) -> None:
@@ -205,8 +208,12 @@ class Problem:
             raise NonFiniteError(
                 f"The query loss of task {self.positions[column]} is {losses[column].item()} after {self.inner.steps} "
                 "inner steps: look for NaN or infinite values in its query data, or use a smaller inner step "
-                f"size{self._than_lr}."
+                f"size{self._than_lr}.",
+                self._positions(bad),
             )
+
+    def _positions(self, marked: Tensor) -> list[int]:
+        return [position for position, flag in zip(self.positions, marked.tolist(), strict=True) if flag]
 
     @property
     def _than_lr(self) -> str:

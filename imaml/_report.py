@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -46,7 +47,10 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Outcome):
-    """What happened in one call: the outcome of every task, in the order of the input, and what the call cost."""
+    """What happened in one call: the outcome of every task, in the order of the input, and what the call cost.
+
+    The entries of a task that was skipped are NaN, its `solver_status` is NONFINITE and its `solver_steps` are 0.
+    """
 
     gradients: int
     """Gradients evaluated, summed over tasks; building a linearisation counts as one, gradients within a Hessian-vector
@@ -63,15 +67,19 @@ class Report(Outcome):
     buffers: dict[str, Tensor]
     """With `Objective(..., buffers="update")` the mean over the tasks of the running statistics after the inner loop,
     for `model.load_state_dict(report.buffers, strict=False)`; else empty."""
+    skipped: tuple[int, ...] = ()
+    """Positions of the tasks that `on_nonfinite="skip"` left out of the mean, in ascending order."""
 
     @classmethod
-    def of(cls, context: Context, outcomes: Sequence[Outcome], positions: Sequence[int]) -> Report:
+    def of(
+        cls, context: Context, outcomes: Sequence[Outcome], positions: Sequence[int], skipped: Sequence[int] = ()
+    ) -> Report:
         """Join the outcomes of all chunks, whose tasks have these positions in the input."""
-        order = torch.argsort(torch.tensor(positions, device=context.theta.device))
         joined: dict[str, Any] = {}
         for field in fields(Outcome):
             parts = [getattr(outcome, field.name) for outcome in outcomes]
-            joined[field.name] = None if parts[0] is None else torch.cat(parts, dim=-1)[..., order]
+            missing = _MISSING.get(field.name, math.nan)
+            joined[field.name] = None if parts[0] is None else _place(torch.cat(parts, -1), positions, skipped, missing)
         return cls(
             **joined,
             gradients=context.gradients,
@@ -80,25 +88,29 @@ class Report(Outcome):
             hvp_error=context.hvp_error,
             unused=tuple(n for n in context.layout.names if context.used and n not in context.used),
             buffers=context.mean_statistics(),
+            skipped=tuple(skipped),
         )
 
     def __str__(self) -> str:
         """A few lines to read."""
-        lines = [f"query loss {self.query_loss.mean().item():.6g} (mean of {len(self.query_loss)} tasks)"]
-        if self.metric is not None:
-            lines.append(f"metric {self.metric.mean().item():.6g}")
-        if self.stationarity is not None:
-            lines.append(f"stationarity {self.stationarity.max().item():.3g} (worst task)")
-        if self.solver_status is not None and self.solver_steps is not None and self.solver_residual is not None:
-            codes = self.solver_status.tolist()
+        kept = self._without_skipped()
+        lines = [f"query loss {kept.query_loss.mean().item():.6g} (mean of {len(kept.query_loss)} tasks)"]
+        if self.skipped:
+            lines.append(f"skipped as not finite: tasks {', '.join(map(str, self.skipped))}")
+        if kept.metric is not None:
+            lines.append(f"metric {kept.metric.double().mean().item():.6g}")
+        if kept.stationarity is not None:
+            lines.append(f"stationarity {kept.stationarity.max().item():.3g} (worst task)")
+        if kept.solver_status is not None and kept.solver_steps is not None and kept.solver_residual is not None:
+            codes = kept.solver_status.tolist()
             counts = ", ".join(f"{codes.count(s)} {s.name}" for s in Status if s in codes)
             lines.append(
-                f"solver {counts}; {self.solver_steps.double().mean().item():.3g} steps, relative residual "
-                f"{self.solver_residual.max().item():.3g} (worst task)"
+                f"solver {counts}; {kept.solver_steps.double().mean().item():.3g} steps, relative residual "
+                f"{kept.solver_residual.max().item():.3g} (worst task)"
             )
-        if self.error_bound is not None:
+        if kept.error_bound is not None:
             lines.append(
-                f"relative error of the meta-gradient at most {self.error_bound.max().item():.3g} (worst task)"
+                f"relative error of the meta-gradient at most {kept.error_bound.max().item():.3g} (worst task)"
             )
         cost = f"{self.gradients} gradients, {self.hvps} Hessian-vector products"
         error = "" if self.hvp_error is None else f", relative error about {self.hvp_error:.1g}"
@@ -106,6 +118,24 @@ class Report(Outcome):
         if self.unused:
             lines.append(f"not used by the support loss: {', '.join(self.unused)}")
         return "\n".join(lines)
+
+    def _without_skipped(self) -> Outcome:
+        rows = [i for i in range(len(self.query_loss)) if i not in self.skipped]
+        kept: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(Outcome)}
+        kept |= {name: value[..., rows] for name, value in kept.items() if value is not None}
+        return Outcome(**kept)
+
+
+_MISSING = {"solver_status": int(Status.NONFINITE), "solver_steps": 0}
+
+
+def _place(values: Tensor, positions: Sequence[int], skipped: Sequence[int], missing: float) -> Tensor:
+    """Put the tasks in the order of the input, the missing value in the places of those that were skipped."""
+    size = (*values.shape[:-1], len(positions) + len(skipped))
+    dtype = torch.result_type(values, missing) if skipped else values.dtype
+    placed = torch.full(size, missing if skipped else 0, dtype=dtype, device=values.device)
+    placed[..., list(positions)] = values.to(dtype)
+    return placed
 
 
 @dataclass(frozen=True)

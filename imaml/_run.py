@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from imaml._chunk import QUERY, SUPPORT, ChunkLoss, outside_inference
+from imaml._compiled import CompiledLoss
+from imaml._compiler import Session
 from imaml._context import Context
 from imaml._distributed import check_alike, check_group, over_ranks
 from imaml._errors import NonFiniteError
 from imaml._layout import Layout
 from imaml._microbatch import Microbatched
+from imaml._nonfinite import check_chunk, skipping
 from imaml._objective import Objective
 from imaml._plan import ONE_BY_ONE, Plan, plan
 from imaml._problem import Problem
@@ -25,7 +28,7 @@ from imaml._tasks import group as by_shape
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from imaml._strategy import MetaGradient, Pullback
+    from imaml._strategy import MetaGradient
 
 
 @dataclass
@@ -36,6 +39,8 @@ class Run:
     context: Context
     layouts: list[Layout]
     """Of the gradients that are wanted, for theta and for any fixed parameters; empty for none."""
+    session: Session | None
+    """Of the engine's compiler; None for derivatives as they are."""
 
     @classmethod
     def of(cls, engine: MetaGradient, objective: Objective, *, derivatives: bool) -> Run:
@@ -45,33 +50,62 @@ class Run:
             given["regularization"] = (engine.regularization, 1)
         context = Context.of(objective, given)
         layouts = [layout for layout in (context.layout, context.fixed_layout) if derivatives and layout.names]
-        return cls(engine, context, layouts)
+        session = Session.of(engine._compiler, context) if engine.compile else None
+        return cls(engine, context, layouts, session)
 
     def sums(self, groups: list[tuple[list[int], TaskBatch]]) -> tuple[list[Tensor], Report]:
-        """Sums over tasks: the gradients for theta and for any fixed parameters, then query loss and 1, `(2,)`."""
+        """Sums over tasks: the gradients for theta and for any fixed parameters, then `(3,)`: loss, skipped, kept."""
         context = self.context
         positions: list[int] = []
+        skipped: list[int] = []
         outcomes: list[Outcome] = []
         sums: list[Tensor] = []
         try:
             for where, batch, plan in self._chunks(groups):
-                problem = self.problem(where, batch, plan)
-                if self.layouts:
-                    pullback = self.engine._pull_back(problem)
-                    summed = _sum_over_tasks(pullback, where)
+                parts = self._of_chunk(where, batch, plan)
+                for kept, (summed, outcome) in parts:
                     sums = [a.add_(b) for a, b in zip(sums, summed, strict=True)] if sums else summed
-                    outcomes.append(pullback.outcome)
-                else:
-                    outcomes.append(problem.evaluate(problem.adapt()))
-                positions += where
+                    outcomes.append(outcome)
+                    positions += kept
+                skipped += set(where).difference(*(kept for kept, _ in parts))
         finally:
             context.replay.restore()
-        if self.layouts and context.objective.meta.learned():
+        if self.layouts and positions and context.objective.meta.learned():
             sums[1].add_(self._through_hyperparameters())
-        report = Report.of(context, outcomes, positions)
+        report = Report.of(context, outcomes or [self._no_task()], positions, sorted(skipped))
         self.engine._look_at(report)
-        losses = report.query_loss.to(torch.promote_types(report.query_loss.dtype, torch.float32))
-        return [*sums, torch.stack([losses.sum(), losses.new_tensor(len(losses))])], report
+        losses = report.query_loss[sorted(positions)]
+        losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
+        counts = losses.new_tensor([len(skipped), len(positions)])
+        return [*(sums or self._zeros()), torch.cat([losses.sum(0, keepdim=True), counts])], report
+
+    def _of_chunk(
+        self, where: list[int], batch: TaskBatch, plan: Plan
+    ) -> list[tuple[list[int], tuple[list[Tensor], Outcome]]]:
+        """The summed gradients and the outcome of a chunk's tasks, or of those that are left without the skipped."""
+
+        def compute(positions: list[int]) -> tuple[list[Tensor], Outcome]:
+            rows = [where.index(position) for position in positions]
+            tasks = batch if positions == where else TaskBatch.stack([batch[row] for row in rows])
+            problem = self.problem(positions, tasks, plan)
+            if not self.layouts:
+                return [], problem.evaluate(problem.adapt())
+            pullback = self.engine._pull_back(problem)
+            check_chunk(pullback, positions, self.context, self.engine.on_nonfinite)
+            self.engine._keep(problem, pullback)
+            fixed = [] if pullback.fixed is None else [pullback.fixed]
+            return [pullback.theta.sum(0), *fixed], pullback.outcome
+
+        if self.engine.on_nonfinite == "raise":
+            return [(where, compute(where))]
+        return skipping(compute, where, self.context.mark)
+
+    def _no_task(self) -> Outcome:
+        return Outcome.of_no_task(self.context, self.engine.inner.steps)
+
+    def _zeros(self) -> list[Tensor]:
+        context = self.context
+        return [layout.gather([None] * len(layout.names), context.theta) for layout in self.layouts]
 
     def sums_over_ranks(self, tasks: TaskBatch | Sequence[Task], group: ProcessGroup) -> tuple[list[Tensor], Report]:
         """`sums` over the tasks of all ranks, with the report of this rank's, which may have none."""
@@ -82,17 +116,16 @@ class Run:
             check_alike(context, group)
             alike.add(key)
 
-        def zeros() -> list[Tensor]:
-            return [layout.gather([None] * len(layout.names), context.theta) for layout in self.layouts]
+        def nothing() -> list[Tensor]:
+            return [*self._zeros(), context.theta.new_zeros(3)]
 
         def compute() -> tuple[list[Tensor], Report]:
             if isinstance(tasks, Sequence) and not tasks:
-                nothing = Outcome.of_no_task(context, self.engine.inner.steps)
-                return [*zeros(), context.theta.new_zeros(2)], Report.of(context, [nothing], [])
+                return nothing(), Report.of(context, [self._no_task()], [])
             (*sums, totals), report = self.sums(by_shape(tasks))
             return [*sums, totals.to(context.theta)], report
 
-        return over_ranks(compute, lambda: [*zeros(), context.theta.new_zeros(2)], group)
+        return over_ranks(compute, nothing, group)
 
     def _through_hyperparameters(self) -> Tensor:
         """The part of the summed meta-gradient `(m,)` that passes through learned hyper-parameters."""
@@ -139,8 +172,11 @@ class Run:
     def problem(self, positions: list[int], batch: TaskBatch, plan: Plan) -> Problem:
         """The inner problem and the query loss of these tasks."""
         context, size = self.context, self.engine.microbatch_size
-        support = ChunkLoss(context, outside_inference(batch.support), len(batch), positions[0], SUPPORT)
-        query = ChunkLoss(context, outside_inference(batch.query), len(batch), positions[0], QUERY)
+        tasks, first = len(batch), positions[0]
+        support = ChunkLoss(context, outside_inference(batch.support), tasks, first, SUPPORT)
+        if self.session is not None:
+            support = CompiledLoss(context, support.batch, tasks, first, SUPPORT, session=self.session)
+        query = ChunkLoss(context, outside_inference(batch.query), tasks, first, QUERY)
         return Problem(
             support=support if size is None else Microbatched(support, size),
             query=query if size is None else Microbatched(query, size),
@@ -163,21 +199,3 @@ class Run:
         if isinstance(value, Tensor):
             return value if len(value) > 1 else value.reshape(())
         return self.context.theta.new_tensor(value) if value else None
-
-
-def _sum_over_tasks(pullback: Pullback, positions: list[int]) -> list[Tensor]:
-    """The summed gradients for theta and for any fixed parameters; raises NonFiniteError, naming the tasks."""
-    bad = ~pullback.theta.isfinite().all(-1)
-    if bad.any():
-        raise NonFiniteError(
-            f"The meta-gradient of task {positions[int(bad.nonzero()[0])]} is not finite although its losses are: look "
-            "for an operation with an infinite second derivative, such as sqrt or norm at 0."
-        )
-    if pullback.fixed is None:
-        return [pullback.theta.sum(0)]
-    if not bool(pullback.fixed.isfinite().all()):
-        raise NonFiniteError(
-            f"The meta-gradient of tasks {positions[0]} to {positions[-1]} for a parameter that does not adapt is not "
-            "finite although their losses are: look for an operation with an infinite derivative, such as sqrt at 0."
-        )
-    return [pullback.theta.sum(0), pullback.fixed]

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from imaml._compiler import Compiler
 from imaml._hyper import Hyper, check_hyper
 from imaml._node import attach
+from imaml._nonfinite import OnNonfinite, check_on_nonfinite, check_some
 from imaml._numbers import check_integer
 from imaml._objective import Objective
 from imaml._plan import ONE_BY_ONE, Plan
@@ -22,6 +24,7 @@ from imaml._run import Run
 from imaml._tasks import Batch, Task, TaskBatch, check_tensors
 from imaml._tasks import group as by_shape
 from imaml.inner import InnerSolver
+from imaml_solvers import Solution
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -36,6 +39,8 @@ class Pullback:
     fixed: Tensor | None
     """That for the fixed and the meta-parameters, summed over tasks, `(m,)`; None if there are none."""
     outcome: Outcome
+    solution: Solution | None = None
+    """Of the linear systems, where the strategy solves any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +70,9 @@ class MetaGradient(ABC):
         microbatch_size: How many examples of a support or query set are seen at once; gradients and products accumulate
             over slices, so that the memory is that of one slice, for the same numbers where the loss is a mean over
             independent examples (the first two slices are compared the first time; not with dropout). None: all.
+        on_nonfinite: What a task leads to whose support loss, query loss or meta-gradient is NaN or infinite, or whose
+            inner loop diverges: "raise" an error, or "skip" it. The mean is then over the other tasks, as if it had not
+            been given, and `report.skipped` names it; the cost is that of its chunk, which is computed anew without it.
     """
 
     _without_path: ClassVar[str] = "no derivative leads to it from a loss or from an inner step that is differentiated"
@@ -73,6 +81,9 @@ class MetaGradient(ABC):
     regularization: Hyper | None = 0.0
     chunk_size: int | None = None
     microbatch_size: int | None = None
+    on_nonfinite: OnNonfinite = "raise"
+    compile: bool = False
+    _compiler: Compiler = field(default_factory=Compiler, init=False, repr=False, compare=False)
     _plans: dict[Any, Plan] = field(default_factory=dict, init=False, repr=False, compare=False)
     _alike: set[Any] = field(default_factory=set, init=False, repr=False, compare=False)
 
@@ -94,6 +105,7 @@ class MetaGradient(ABC):
             check_integer("`chunk_size`, unless None,", self.chunk_size, least=1)
         if self.microbatch_size is not None:
             check_integer("`microbatch_size`, unless None,", self.microbatch_size, least=1)
+        check_on_nonfinite(self.on_nonfinite)
 
     def __call__(
         self, objective: Objective, tasks: TaskBatch | Sequence[Task], *, group: ProcessGroup | None = None
@@ -113,7 +125,8 @@ class MetaGradient(ABC):
             The loss, over the tasks of all ranks, and a report, of this rank's.
 
         Raises:
-            NonFiniteError: A loss or the meta-gradient is NaN or infinite; or another rank raised whatever error.
+            NonFiniteError: A loss or the meta-gradient is NaN or infinite, or all tasks were skipped; or another rank
+                raised whatever error.
             DivergenceError: The inner loop diverged.
             TypeError: An argument of a wrong type.
             ValueError: The loss is not a scalar or depends on no parameter, BatchNorm with running statistics in
@@ -172,6 +185,9 @@ class MetaGradient(ABC):
     def _pull_back(self, problem: Problem) -> Pullback:
         """Adapt, judge, and pull the query gradient back to theta, for one chunk of tasks."""
 
+    def _keep(self, problem: Problem, pullback: Pullback) -> None:  # noqa: B027
+        """Remember for later calls what was found for a chunk that counts; a strategy may have nothing to remember."""
+
     def _look_at(self, report: Report) -> None:  # noqa: B027
         """Raise or warn about an outcome, before it is returned; a strategy that has nothing to object does neither."""
 
@@ -186,7 +202,8 @@ class MetaGradient(ABC):
         with torch.inference_mode(False), torch.no_grad():
             run = Run.of(self, objective, derivatives=derivatives)
             sums, report = run.sums(by_shape(tasks)) if group is None else run.sums_over_ranks(tasks, group)
-            *gradients, (loss, count) = sums
+            *gradients, (loss, skipped, count) = sums
+            check_some(int(count), int(skipped))
             named: dict[str, Tensor] = {}
             for layout, total in zip(run.layouts, gradients, strict=True):
                 named |= layout.named(total.div_(count))

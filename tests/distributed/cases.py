@@ -119,6 +119,30 @@ def a_rank_with_nan(group):
     return ENGINES["MAML"](Objective(make_model(), F.mse_loss), shard(tasks, group), group=group).loss
 
 
+def skipped(bad, group):
+    """Loss, gradients, and the positions this rank skipped; "meta" learns a step size, whose derivative is a sum."""
+    tasks = make_tasks(4)
+    for i in bad:
+        tasks[i].query[1].fill_(torch.nan)
+    engine = MAML(inner=GradientDescent(lr=lambda meta: meta["log_lr"].exp(), steps=3), on_nonfinite="skip")
+    objective, own = dict(objectives())["meta"], shard(tasks, group)
+    loss, found = engine.value_and_grad(objective, own, group=group)
+    with torch.no_grad():
+        return loss, found, engine(objective, own, group=group).report.skipped
+
+
+def skipped_on_one_rank(group):
+    return skipped([3], group)
+
+
+def skipped_on_a_whole_rank(group):
+    return skipped([1, 3], group)
+
+
+def skipped_everywhere(group):
+    return skipped(range(4), group)
+
+
 def a_rank_with_a_wrong_argument(group):
     tasks = make_tasks(4) if place(group)[0] == 0 else ["task"]
     return ENGINES["MAML"](Objective(make_model(), F.mse_loss), tasks, group=group).loss
@@ -175,6 +199,9 @@ OTHERS = {
         the_same_tasks_everywhere,
         mixed_dtypes,
         a_rank_with_nan,
+        skipped_on_one_rank,
+        skipped_on_a_whole_rank,
+        skipped_everywhere,
         a_rank_with_a_wrong_argument,
         no_task,
         other_values,

@@ -64,6 +64,22 @@ def test_a_failing_rank_raises_its_own_error_and_the_other_says_so(found):
 
 
 @pytest.mark.parametrize(
+    ("name", "positions"), [("skipped_on_one_rank", ((), (1,))), ("skipped_on_a_whole_rank", ((), (0, 1)))]
+)
+def test_skipped_tasks_are_left_out_of_the_mean_over_all_ranks(found, name, positions):
+    loss, gradients, _ = cases.OTHERS[name](None)
+    for rank, (ours, theirs, skipped) in enumerate(found[name]):
+        assert_equal(ours, loss)
+        assert_equal(theirs, gradients)
+        assert skipped == positions[rank]
+
+
+def test_every_rank_knows_that_all_tasks_of_all_ranks_were_skipped(found):
+    for kind, text in found["skipped_everywhere"]:
+        assert kind == "NonFiniteError" and "all 4 were skipped" in text
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
         ("no_task", "at least one task on some rank"),
@@ -77,7 +93,7 @@ def test_what_no_rank_can_compute_is_the_same_error_on_all(found, name, message)
 
 
 def test_a_call_is_one_all_reduce_and_only_the_first_compares_the_parameters(found):
-    size = 4 * 2 + 2 + 3 * 4 + 4 + 2 + 2  # the head, the body, loss and number of tasks, a flag for each rank
+    size = 4 * 2 + 2 + 3 * 4 + 4 + 3 + 2  # the head, the body, loss and numbers of tasks, a flag for each rank
     for reduced, gathered in found["collectives"]:
         assert reduced == [size] * 3
         assert gathered == [3]

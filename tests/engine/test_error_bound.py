@@ -32,12 +32,11 @@ def each_task(engine, objective, tasks, monkeypatch):
     """The report, and the meta-gradient of every task."""
     seen = []
 
-    def sum_over_tasks(pullback: Pullback, _):
+    def look(pullback: Pullback, *_):
         seen.append(pullback.theta.clone())
-        return [pullback.theta.sum(0)]
 
     with monkeypatch.context() as patch:
-        patch.setattr("imaml._run._sum_over_tasks", sum_over_tasks)
+        patch.setattr("imaml._run.check_chunk", look)
         report = engine(objective, tasks).report
     return report, torch.cat(seen)
 

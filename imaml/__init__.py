@@ -5,6 +5,7 @@ Exact `MAML`, first-order `FOMAML` and `ImplicitMAML` share one interface, `Meta
 
 from imaml import verify as verify
 from imaml._bilevel import bilevel as bilevel
+from imaml._errors import CompileWarning as CompileWarning
 from imaml._errors import DivergenceError as DivergenceError
 from imaml._errors import NonFiniteError as NonFiniteError
 from imaml._errors import SolverError as SolverError

@@ -8,6 +8,7 @@ from typing import Literal, TypeVar, get_args
 from torch import Tensor
 
 from imaml._chunk import ChunkLoss, Gradient
+from imaml._compiled import CompiledLoss, CompiledProduct
 from imaml._hvp import Accumulated, FiniteDifference, ForwardOverReverse, Graph, Product, ReverseOverReverse
 from imaml._microbatch import Microbatched
 
@@ -74,6 +75,8 @@ class Curvature:
             return ForwardOverReverse(*at)
         if graph != "rebuild":
             self._context.gradients += self._loss.tasks
+        if isinstance(loss, CompiledLoss) and loss.is_compiled:
+            return CompiledProduct(loss, self._phi, self._step, with_gradient=graph != "rebuild")
         return ReverseOverReverse(*at, graph)
 
     def _or_finite_difference(self, compute: Callable[[], T]) -> T | FiniteDifference:

@@ -48,11 +48,12 @@ class Layout:
         return dict(zip(self.names, self.views(flat), strict=True))
 
     def gather(self, tensors: Sequence[Tensor | None], like: Tensor) -> Tensor:
-        """Write one tensor `(*batch, *shape)` per parameter, None for zeros, into a new flat; `like`: `(*batch, m)`."""
-        flat = torch.empty(*like.shape[:-1], sum(self.sizes), dtype=self.dtype, device=like.device)
-        for part, tensor in zip(flat.split(self.sizes, dim=-1), tensors, strict=True):
-            if tensor is None:
-                part.zero_()
-            else:
-                part.copy_(tensor.reshape(part.shape))
-        return flat
+        """One tensor `(*batch, *shape)` per parameter, None for zeros, as a new flat one; `like`: `(*batch, m)`."""
+        batch = like.shape[:-1]
+        parts = [
+            torch.zeros(*batch, size, dtype=self.dtype, device=like.device)
+            if tensor is None
+            else tensor.reshape(*batch, size).to(self.dtype)
+            for tensor, size in zip(tensors, self.sizes, strict=True)
+        ]
+        return torch.cat(parts, -1)

@@ -145,6 +145,11 @@ class Objective:
         return self._program.loss
 
     @property
+    def outer_loss(self) -> Callable[..., Tensor] | None:
+        """That of the query set, of the form of `loss`; None where it is `loss`."""
+        return self._program.outer_loss
+
+    @property
     def metric(self) -> Callable[..., Tensor] | None:
         """`metric(output, target)`, or `metric(params, batch)` for an objective made from a function; None without."""
         return self._program.metric
@@ -180,6 +185,11 @@ class Objective:
     def constants(self) -> dict[str, Tensor]:
         """Copies of the model's buffers, so that a forward pass cannot change the model."""
         return self._program.constants()
+
+    def frozen(self) -> dict[str, Tensor]:
+        """What a loss uses by name and nothing is derived by, buffers aside: as the user holds it."""
+        learned = self.parameters()
+        return {n: t for n, t in (self._program.parameters() | self.meta.flat()).items() if n not in learned}
 
     def statistics(self) -> list[str]:
         """Names of the buffers that follow each task's inner loop; none unless `buffers="update"`."""

@@ -173,10 +173,12 @@ class Run:
         """The inner problem and the query loss of these tasks."""
         context, size = self.context, self.engine.microbatch_size
         tasks, first = len(batch), positions[0]
-        support = ChunkLoss(context, outside_inference(batch.support), tasks, first, SUPPORT)
-        if self.session is not None:
-            support = CompiledLoss(context, support.batch, tasks, first, SUPPORT, session=self.session)
-        query = ChunkLoss(context, outside_inference(batch.query), tasks, first, QUERY)
+        support, query = (
+            ChunkLoss(context, outside_inference(examples), tasks, first, kind)
+            if self.session is None
+            else CompiledLoss(context, outside_inference(examples), tasks, first, kind, session=self.session)
+            for examples, kind in ((batch.support, SUPPORT), (batch.query, QUERY))
+        )
         return Problem(
             support=support if size is None else Microbatched(support, size),
             query=query if size is None else Microbatched(query, size),

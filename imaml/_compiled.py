@@ -1,0 +1,143 @@
+"""The support loss of a chunk with compiled derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten
+
+from imaml._chunk import SUPPORT, ChunkLoss, Gradient
+from imaml._compiler import Compiled, Function, Outputs, Session, agree, run
+from imaml._context import Context
+from imaml._hvp import ReverseOverReverse
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompiledLoss(ChunkLoss):
+    """A loss whose derivatives are compiled functions of every tensor that it is made of.
+
+    Whatever else it depends on is frozen in them. So the losses of the first gradient of a shape in every call are
+    compared with an uncompiled forward pass (of the query set only if it has a loss or a metric of its own), and what
+    is compiled anew with the uncompiled derivative; where they differ, or cannot be compiled, the engine goes on
+    without.
+    """
+
+    session: Session
+
+    def gradient(
+        self, phi: Tensor, step: int, *, fixed: bool = False, metric: bool = False, weights: Tensor | None = None
+    ) -> Gradient:
+        """See `ChunkLoss.gradient`."""
+
+        def plain(loss: ChunkLoss, phi: Tensor, *weights: Tensor) -> Outputs:
+            found = ChunkLoss.gradient(loss, phi, step, fixed=fixed, weights=weights[0] if weights else None)
+            return found.losses, found.adapted, found.fixed
+
+        if self.is_compiled:
+            expected, figure = self._uncompiled_values(phi, step, metric=metric)
+            given = (phi,) if weights is None else (phi, weights)
+            losses, adapted, by_fixed = self._derive(f"gradient {fixed}", plain, given)
+            assert losses is not None
+            assert adapted is not None
+            if expected is None or agree(losses, expected, self.session.accuracy):
+                return Gradient(losses, adapted, by_fixed, figure)
+            self.session.compiler.give_up(
+                "the loss is another than the one that was compiled, for the same shapes. Expected a loss that "
+                "depends on tensors alone: make numbers that change, such as a temperature, tensors in `meta`."
+            )
+        return super().gradient(phi, step, fixed=fixed, metric=metric, weights=weights)
+
+    def product(self, phi: Tensor, step: int, w: Tensor, *, mixed: bool) -> tuple[Tensor, Tensor | None]:
+        """What `ReverseOverReverse` makes of w at phi."""
+
+        def plain(loss: ChunkLoss, phi: Tensor, w: Tensor) -> Outputs:
+            return ReverseOverReverse(loss, phi, step, "rebuild")(w, mixed=mixed)
+
+        found, by_fixed = self._derive(f"product {mixed}", plain, (phi, w))
+        assert found is not None
+        return found, by_fixed
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether derivatives are compiled, as long as nothing has spoken against it."""
+        return self.session.compiler.is_on
+
+    def _uncompiled_values(self, phi: Tensor, step: int, *, metric: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Losses and metric by a forward pass, where there is something to see in it."""
+        objective, session = self.context.objective, self.session
+        is_judged = metric and objective.metric is not None
+        has_own_loss = self.kind == SUPPORT or objective.outer_loss is not None
+        if not is_judged and (self._shape in session.checked or not has_own_loss):
+            return None, None
+        session.checked.add(self._shape)
+        losses, figure = self.value(phi, step)
+        if self.context.replay.draws:
+            session.compiler.give_up("a loss draws random numbers (dropout), which are replayed uncompiled.")
+        elif self.tasks > 1 and not self.context.is_vectorised:
+            session.compiler.give_up("the model cannot be vectorised over tasks. Use chunk_size=1 to compile it.")
+        return losses, figure if metric else None
+
+    def _derive(self, name: str, plain: Function, given: tuple[Tensor, ...]) -> Outputs:
+        """A function of this loss and of tensors, compiled if it can be."""
+        if not self.is_compiled:
+            return plain(self, *given)
+        context, session, key = self.context, self.session, (name, len(given), self._shape)
+        constants = session.frozen | context.fresh_constants()
+        own = [*context.fixed, *constants.values(), *self._leaves[0]]
+        tensors = [t.detach().contiguous() for t in (*given, *own)]
+        if key not in session.functions:
+            used: dict[str, Any] = {"used": set(), "used_fixed": set()}
+
+            def traced(*tensors: Tensor) -> Outputs:
+                parts = iter(tensors[len(given) :])
+                fixed = [next(parts) for _ in context.fixed]
+                named = {name: next(parts) for name in constants}
+                snapshot = {f.name: getattr(context, f.name) for f in fields(context)}
+                inside = _Traced(**snapshot | used | {"fixed": fixed, "constants": named})
+                loss = ChunkLoss(
+                    inside, self._leaves[1].unflatten(list(parts)), self.tasks, self.start, self.kind, self.part
+                )
+                return plain(loss, *tensors[: len(given)])
+
+            expected = plain(self, *given)
+            function = session.compile(traced, tensors, expected)
+            if function is None:
+                return expected
+            session.functions[key] = Compiled(function, **used)
+        compiled = session.functions[key]
+        context.used |= compiled.used
+        context.used_fixed |= compiled.used_fixed
+        return run(compiled.function, tensors)
+
+    @cached_property
+    def _leaves(self) -> tuple[list[Tensor], TreeSpec]:
+        return tree_flatten(self.batch)
+
+    @cached_property
+    def _shape(self) -> Hashable:
+        leaves, structure = self._leaves
+        sizes = [(t.shape, t.dtype, t.device) for t in (*leaves, *self.context.constants.values())]
+        return (self.session.state, self.kind, self.tasks, structure, *sizes)
+
+
+class _Traced(Context):
+    """A context in which the buffers are arguments of the traced function."""
+
+    def fresh_constants(self) -> dict[str, Tensor]:
+        return self.constants
+
+
+class CompiledProduct:
+    """H at one point; every product evaluates the gradient anew, fused with it."""
+
+    def __init__(self, loss: CompiledLoss, phi: Tensor, step: int, *, with_gradient: bool) -> None:
+        self._loss, self._phi, self._step = loss, phi, step
+        self.gradient = loss.gradient(phi, step) if with_gradient else None
+
+    def __call__(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
+        """See `Product`."""
+        return self._loss.product(self._phi, self._step, w, mixed=mixed)

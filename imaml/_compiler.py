@@ -1,0 +1,107 @@
+"""Functions of tensors, traced and compiled once per shape, and compared with what they were traced from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+import torch._inductor as inductor
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from imaml._context import Context
+from imaml._errors import CompileWarning, warn
+from imaml._objective import Objective
+
+Outputs = tuple[Tensor | None, ...]
+Function = Callable[..., Outputs]
+MOST = 12
+"""Functions that one engine compiles; more say that the shapes or the objective keep changing."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One function for one shape, and which parameters it uses; see `Context`."""
+
+    function: Function
+    used: set[str]
+    used_fixed: set[str]
+
+
+@dataclass
+class Compiler:
+    """What an engine has compiled, for all its calls."""
+
+    functions: WeakKeyDictionary[Objective, dict[Hashable, Compiled]] = field(default_factory=WeakKeyDictionary)
+    made: int = 0
+    is_on: bool = True
+
+    def give_up(self, reason: str) -> None:
+        """Run uncompiled from here on, and say why."""
+        self.is_on = False
+        warn(f"compile=True: {reason} This engine runs uncompiled from here on.", CompileWarning)
+
+
+@dataclass
+class Session:
+    """A compiler in one call."""
+
+    compiler: Compiler
+    functions: dict[Hashable, Compiled]
+    """Those of the call's objective."""
+    frozen: dict[str, Tensor]
+    """The tensors of the objective that are neither parameters to differentiate by nor buffers."""
+    state: Hashable
+    """What a trace depends on besides tensors, as far as it can be seen."""
+    accuracy: float
+    """Of the losses: the square root of the coarsest rounding in them."""
+    checked: set[Hashable] = field(default_factory=set)
+    """Shapes whose loss has been compared with an uncompiled evaluation."""
+
+    @classmethod
+    def of(cls, compiler: Compiler, context: Context) -> Session:
+        """For a call on the context's objective."""
+        objective, device = context.objective, context.theta.device.type
+        training = () if objective.model is None else tuple(m.training for m in objective.model.modules())
+        lower = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        rounding = max(torch.finfo(d).eps for d in (lower, *context.layout.dtypes) if d is not None)
+        state = (context.layout, context.fixed_layout, training, lower)
+        functions = compiler.functions.setdefault(objective, {})
+        return cls(compiler, functions, objective.frozen(), state, rounding**0.5)
+
+    def compile(self, function: Function, tensors: Sequence[Tensor], expected: Outputs) -> Function | None:
+        """The compiled form of a function; None, with a warning, where there is none that agrees with `expected`."""
+        if self.compiler.made == MOST:
+            self.compiler.give_up(f"{MOST} functions are compiled already, and shapes or objectives keep changing.")
+            return None
+        self.compiler.made += 1
+        try:
+            with torch.no_grad():
+                compiled: Function = inductor.compile(make_fx(function)(*tensors), list(tensors))
+            found = run(compiled, tensors)
+        except Exception as error:  # whatever a compiler may raise, the uncompiled loss has just been evaluated
+            reason = next(iter(str(error).splitlines()), "")
+            self.compiler.give_up(f"the support loss cannot be compiled ({type(error).__name__}: {reason}).")
+            return None
+        if not all(agree(a, b, 32 * self.accuracy) for a, b in zip(found, expected, strict=True)):
+            self.compiler.give_up("the compiled derivative of the support loss differs from the uncompiled one.")
+            return None
+        return compiled
+
+
+def run(function: Function, tensors: Sequence[Tensor]) -> Outputs:
+    """Run a function as it was traced, where the casts of autocast are operations like any other."""
+    with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+        return function(*tensors)
+
+
+def agree(found: Tensor | None, expected: Tensor | None, tolerance: float) -> bool:
+    """Whether two tensors differ by at most a part of their size, NaN and infinity in the same places."""
+    if found is None or expected is None:
+        return found is expected
+    bad = ~expected.isfinite()
+    if bool(bad.any()):
+        return torch.allclose(found, expected, rtol=tolerance, atol=0.0, equal_nan=True)
+    return bool((found - expected).norm() <= tolerance * expected.norm())

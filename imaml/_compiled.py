@@ -40,7 +40,7 @@ class CompiledLoss(ChunkLoss):
         if self.is_compiled:
             expected, figure = self._uncompiled_values(phi, step, metric=metric)
             given = (phi,) if weights is None else (phi, weights)
-            losses, adapted, by_fixed = self._derive(f"gradient {fixed}", plain, given)
+            losses, adapted, by_fixed = self._derive(f"gradient {fixed and bool(self.context.fixed)}", plain, given)
             assert losses is not None
             assert adapted is not None
             if expected is None or agree(losses, expected, self.session.accuracy):
@@ -57,7 +57,7 @@ class CompiledLoss(ChunkLoss):
         def plain(loss: ChunkLoss, phi: Tensor, w: Tensor) -> Outputs:
             return ReverseOverReverse(loss, phi, step, "rebuild")(w, mixed=mixed)
 
-        found, by_fixed = self._derive(f"product {mixed}", plain, (phi, w))
+        found, by_fixed = self._derive(f"product {mixed and bool(self.context.fixed)}", plain, (phi, w))
         assert found is not None
         return found, by_fixed
 

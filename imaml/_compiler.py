@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
@@ -78,7 +79,7 @@ class Session:
             return None
         self.compiler.made += 1
         try:
-            with torch.no_grad():
+            with torch.no_grad(), warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # its own
                 compiled: Function = inductor.compile(make_fx(function)(*tensors), list(tensors))
             found = run(compiled, tensors)
         except Exception as error:  # whatever a compiler may raise, the uncompiled loss has just been evaluated

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,10 @@ from imaml_solvers import Solution
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from imaml.planning import Forecast
+    from imaml.planning._plan import Look
+    from imaml.planning._costs import Costs
 
 
 @dataclass
@@ -63,8 +67,11 @@ class MetaGradient(ABC):
             or a function of the objective's meta-parameters that returns either. None: no proximal term.
         chunk_size: How many tasks run at once, vectorised; memory grows with it. None: as many as save at most 32 MiB
             for a gradient on a CPU (256 MiB elsewhere), the support and the query sets each by themselves, found by a
-            forward pass of one task when an engine first sees its shapes. 1 runs task by task without
-            `torch.func.vmap`. A model that cannot be vectorised (LSTM, control flow that depends on the data) runs task
+            forward pass of one task when an engine first sees its shapes; it depends on shapes alone, and does not ask
+            whether the memory is there. "auto": the most that fit by the prediction of `plan` into four fifths of the
+            memory that is free when an engine first sees its shapes, on a CPU at most as many as None takes, since
+            more are slower there; with graphs kept where they fit too. Which is chosen may change from run to run with
+            the free memory. 1 runs task by task without `torch.func.vmap`. A model that cannot be vectorised (LSTM, control flow that depends on the data) runs task
             by task in any case, though the graphs of a chunk are held together. The numbers are the same (without
             dropout).
         microbatch_size: How many examples of a support or query set are seen at once; gradients and products accumulate
@@ -73,18 +80,29 @@ class MetaGradient(ABC):
         on_nonfinite: What a task leads to whose support loss, query loss or meta-gradient is NaN or infinite, or whose
             inner loop diverges: "raise" an error, or "skip" it. The mean is then over the other tasks, as if it had not
             been given, and `report.skipped` names it; the cost is that of its chunk, which is computed anew without it.
+        compile: Whether the derivatives of the losses are traced and compiled by TorchInductor, once for each shape:
+            several times faster where calls are many and tensors small, for seconds of compilation the first time. A
+            compiled product evaluates its step anew; no graph is kept. A loss is taken for a function of its tensors
+            (parameters, buffers, batch, `meta`). Whatever else changes in it is noticed, where it changes the losses:
+            every call compares those of each shape with an uncompiled forward pass, as the first compares the
+            derivatives. On such a change, with random draws (dropout), without a C++ compiler, or beyond 12 functions,
+            a `CompileWarning` says why, and the engine goes on uncompiled, with the same results.
     """
 
     _without_path: ClassVar[str] = "no derivative leads to it from a loss or from an inner step that is differentiated"
 
+    _costs: ClassVar[type[Costs[Any]] | None] = None
+    """What it costs, for a forecast."""
+
     inner: InnerSolver
     regularization: Hyper | None = 0.0
-    chunk_size: int | None = None
+    chunk_size: int | Literal["auto"] | None = None
     microbatch_size: int | None = None
     on_nonfinite: OnNonfinite = "raise"
     compile: bool = False
     _compiler: Compiler = field(default_factory=Compiler, init=False, repr=False, compare=False)
     _plans: dict[Any, Plan] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _looks: dict[Any, Look] = field(default_factory=dict, init=False, repr=False, compare=False)
     _alike: set[Any] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -101,8 +119,10 @@ class MetaGradient(ABC):
             )
         if self.regularization is not None:
             check_hyper("regularization", self.regularization, must=">= 0")
-        if self.chunk_size is not None:
-            check_integer("`chunk_size`, unless None,", self.chunk_size, least=1)
+        if self.chunk_size not in (None, "auto"):
+            check_integer("`chunk_size`, unless None or 'auto',", self.chunk_size, least=1)
+        if not isinstance(self.compile, bool):
+            raise TypeError(f"`compile` must be True or False. Got {self.compile!r}.")
         if self.microbatch_size is not None:
             check_integer("`microbatch_size`, unless None,", self.microbatch_size, least=1)
         check_on_nonfinite(self.on_nonfinite)
@@ -180,6 +200,37 @@ class MetaGradient(ABC):
                 context.replay.restore()
             adapted = {name: value.squeeze(0).clone() for name, value in context.layout.named(phi).items()}
             return adapted | context.mean_statistics()
+
+    def plan(
+        self, objective: Objective, tasks: TaskBatch | Sequence[Task], memory: int | str | None = None
+    ) -> Forecast:
+        """Predict what a call takes, in the settings that the engine leaves open, before any of them runs.
+
+        Open are `chunk_size` where it is None or "auto", and for `MAML` `checkpoints`, `linearize` and `storage`, for
+        `ImplicitMAML` `linearize`, where they are at their defaults. All settings give the same numbers.
+
+        The peak comes from a model of each strategy: how many states, graphs and vectors it holds beside an inner step,
+        a query gradient or a Hessian-vector product. What these take is measured, for one, two and three tasks, and
+        continued along a line. Cost: some 4 gradients and 2 products of each of these six tasks. The model, `.grad`s
+        and random states are not changed.
+
+        Args:
+            objective: Model and loss.
+            tasks: As in a call.
+            memory: The limit, such as "4GiB", "500MB" or "1.5 GB", or in bytes. None: what is free on an accelerator,
+                and none on a CPU.
+
+        Returns:
+            Every setting with its predicted peak and cost, and which to use; `print` it.
+
+        Raises:
+            RuntimeError: torch's profiler, which measures on a CPU, is in use.
+            TypeError: See a call; or `memory` is neither an integer nor text.
+            ValueError: See a call; or `memory` is no amount, or the strategy does not say what it costs.
+        """
+        from imaml.planning._plan import forecast  # noqa: PLC0415
+
+        return forecast(self, objective, tasks, memory)
 
     @abstractmethod
     def _pull_back(self, problem: Problem) -> Pullback:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -79,8 +80,9 @@ class Session:
             return None
         self.compiler.made += 1
         try:
-            with torch.no_grad(), warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # its own
-                compiled: Function = inductor.compile(make_fx(function)(*tensors), list(tensors))
+            graph = make_fx(function)(*tensors)
+            with as_traced(tensors[0].device), warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+                compiled: Function = inductor.compile(graph, list(tensors))
             found = run(compiled, tensors)
         except Exception as error:  # whatever a compiler may raise, the uncompiled loss has just been evaluated
             reason = next(iter(str(error).splitlines()), "")
@@ -92,9 +94,16 @@ class Session:
         return compiled
 
 
+@contextmanager
+def as_traced(device: torch.device) -> Iterator[None]:
+    """Within it a trace means what it did, where the casts of autocast are operations like any other."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
 def run(function: Function, tensors: Sequence[Tensor]) -> Outputs:
-    """Run a function as it was traced, where the casts of autocast are operations like any other."""
-    with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+    """The outputs of a compiled function."""
+    with as_traced(tensors[0].device):
         return function(*tensors)
 
 

@@ -206,14 +206,20 @@ def test_errors_are_those_of_the_uncompiled_loss(traced: None) -> None:
         MAML(inner=STEPS, compile=1)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
-def test_autocast(dtype: torch.dtype | None, traced: None) -> None:
-    objective, tasks = Objective(_model().float(), F.mse_loss), _tasks().to(dtype=torch.float32)
-    engine = MAML(inner=STEPS)
-    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-        expected = engine.value_and_grad(objective, tasks)[1]
-        compiled = replace(engine, compile=True)
-        for _ in range(2):
-            found = compiled.value_and_grad(objective, tasks)[1]
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6)
+class _InFloat32(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float())
+
+
+def test_autocast_is_as_it_was_traced(traced: None) -> None:
+    """One engine in and outside of autocast, with a layer that switches it off."""
+    objective, tasks = Objective(_model(_InFloat32(5, 5)).float(), F.mse_loss), _tasks().to(dtype=torch.float32)
+    engine = MAML(inner=STEPS, chunk_size=1)
+    compiled = replace(engine, compile=True)
+    for enabled in (False, True, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            expected, found = (e.value_and_grad(objective, tasks)[1] for e in (engine, compiled))
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7)
+    assert compiled._compiler.is_on

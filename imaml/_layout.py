@@ -56,4 +56,5 @@ class Layout:
             else tensor.reshape(*batch, size).to(self.dtype)
             for tensor, size in zip(tensors, self.sizes, strict=True)
         ]
-        return torch.cat(parts, -1)
+        none = torch.zeros(*batch, 0, dtype=self.dtype, device=like.device)
+        return torch.cat(parts or [none], -1)

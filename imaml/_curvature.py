@@ -66,18 +66,17 @@ class Curvature:
             return FiniteDifference(self._loss, self._phi, self._step)
         parts = self._loss.parts
         if len(parts) > 1:
-            return Accumulated(parts, lambda part: self._exact(part, "rebuild"))
+            at, mode = (self._phi, self._step), self._mode  # a reference to self would keep all of it until collected
+            return Accumulated(parts, lambda part: _rebuilt(part, *at, mode))
         return self._exact(parts[0][1], graph)
 
     def _exact(self, loss: ChunkLoss, graph: Graph) -> Product:
-        at = (loss, self._phi, self._step)
-        if self._mode == "forward-over-reverse":
-            return ForwardOverReverse(*at)
-        if graph != "rebuild":
-            self._context.gradients += self._loss.tasks
+        if graph == "rebuild" or self._mode == "forward-over-reverse":
+            return _rebuilt(loss, self._phi, self._step, self._mode)
+        self._context.gradients += self._loss.tasks
         if isinstance(loss, CompiledLoss) and loss.is_compiled:
-            return CompiledProduct(loss, self._phi, self._step, with_gradient=graph != "rebuild")
-        return ReverseOverReverse(*at, graph)
+            return CompiledProduct(loss, self._phi, self._step, with_gradient=True)
+        return ReverseOverReverse(loss, self._phi, self._step, graph)
 
     def _or_finite_difference(self, compute: Callable[[], T]) -> T | FiniteDifference:
         """The result; or finite differences, where `auto` meets an operation without second derivatives."""
@@ -93,3 +92,12 @@ class Curvature:
                 ) from error
             self._mode = self._context.hvp_mode = "finite-difference"
             return FiniteDifference(self._loss, self._phi, self._step)
+
+
+def _rebuilt(loss: ChunkLoss, phi: Tensor, step: int, mode: str) -> Product:
+    """An exact product that leaves nothing behind."""
+    if mode == "forward-over-reverse":
+        return ForwardOverReverse(loss, phi, step)
+    if isinstance(loss, CompiledLoss) and loss.is_compiled:
+        return CompiledProduct(loss, phi, step, with_gradient=False)
+    return ReverseOverReverse(loss, phi, step, "rebuild")

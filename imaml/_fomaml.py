@@ -7,6 +7,8 @@ from typing import ClassVar
 
 from imaml._problem import Problem
 from imaml._strategy import MetaGradient, Pullback
+from imaml.planning._costs import Costs
+from imaml.planning._fomaml import FOMAMLCosts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +22,7 @@ class FOMAML(MetaGradient):
     support loss or the inner optimiser alone (their gradient is zero here): use `MAML` or `ImplicitMAML`.
     """
 
+    _costs: ClassVar[type[Costs] | None] = FOMAMLCosts
     _without_path: ClassVar[str] = (
         "FOMAML differentiates the query loss alone, and this acts through the inner loop or not at all; MAML, or "
         "ImplicitMAML for what the support loss uses, differentiates that"

@@ -18,6 +18,8 @@ from imaml._problem import Problem
 from imaml._report import Report
 from imaml._strategy import MetaGradient, Pullback
 from imaml._warm_start import WarmStart
+from imaml.planning._costs import Costs
+from imaml.planning._implicit import ImplicitCosts
 from imaml_solvers import CG, LinearOperator, LinearSolver, Solution, Status
 
 
@@ -72,6 +74,7 @@ class ImplicitMAML(MetaGradient):
             not see.
     """
 
+    _costs: ClassVar[type[Costs] | None] = ImplicitCosts
     _without_path: ClassVar[str] = (
         "neither a loss nor `regularization` uses it, and the stationary point does not depend on how the inner loop "
         "gets there; MAML differentiates step sizes"

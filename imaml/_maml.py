@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import get_args
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from imaml._states import most_states, states_backwards
 from imaml._storage import Storage, Store, store
 from imaml._strategy import MetaGradient, Pullback
 from imaml.inner import InnerOptimizer
+from imaml.planning._costs import Costs
+from imaml.planning._maml import MAMLCosts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,8 @@ class MAML(MetaGradient):
             the model has an operation without second derivatives; the report says which. "forward-over-reverse" is
             exact too. Finite differences are inexact and can be of no use below float64: docs/numerics.md has figures.
     """
+
+    _costs: ClassVar[type[Costs] | None] = MAMLCosts
 
     truncate: int | None = None
     checkpoints: int | None = None

@@ -11,7 +11,7 @@ from imaml._problem import Problem
 from imaml.inner._base import State
 
 
-def _needs_gradient(problem: Problem) -> bool:
+def needs_gradient(problem: Problem) -> bool:
     """Whether the derivative of the update depends on where it is taken, and not on the step alone."""
     inner = problem.optimizer
     return not inner.is_linear or bool(problem.support.context.hyper.learned & set(inner.hyperparameters))
@@ -35,12 +35,12 @@ class Point:
         """One that keeps the graph of the gradient, with the gradient."""
         curvature = Curvature(problem.support, state[0], step, mode=mode, graph="once")
         gradient = problem.gradient(state[0], step, curvature.take_gradient())
-        return cls(problem, state, step, curvature, gradient if _needs_gradient(problem) else None), gradient
+        return cls(problem, state, step, curvature, gradient if needs_gradient(problem) else None), gradient
 
     @classmethod
     def at(cls, problem: Problem, state: State, step: int, mode: HvpMode) -> Point:
         """One that builds the graph in its product, unless it needs the gradient before."""
-        if _needs_gradient(problem):
+        if needs_gradient(problem):
             return cls.with_gradient(problem, state, step, mode)[0]
         return cls(problem, state, step, Curvature(problem.support, state[0], step, mode=mode, graph="rebuild"), None)
 

@@ -155,11 +155,15 @@ class Run:
     def _plan(self, batch: TaskBatch) -> Plan:
         """How tasks of these shapes run; looked at once per engine."""
         size, plans = self.engine.chunk_size, self.engine._plans
-        given = None if size is None else Plan(size, size, keeps_graphs=False)
+        given = Plan(size, size, keeps_graphs=False) if isinstance(size, int) else None
         if given is not None and self.engine.microbatch_size is None:
             return given
         context = self.context
         key = (context.layout, context.fixed_layout, context.theta.device, signature(batch[0]))
+        if size == "auto":
+            from imaml.planning._plan import automatic  # noqa: PLC0415
+
+            return automatic(self.engine, context.objective, batch, key)
         if key not in plans:
             trial = Run.of(self.engine, context.objective, derivatives=bool(self.layouts))
             one = trial.problem([0], batch[:1], ONE_BY_ONE)

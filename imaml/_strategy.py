@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from imaml.planning import Forecast
-    from imaml.planning._plan import Look
     from imaml.planning._costs import Costs
+    from imaml.planning._plan import Look
 
 
 @dataclass
@@ -67,13 +67,13 @@ class MetaGradient(ABC):
             or a function of the objective's meta-parameters that returns either. None: no proximal term.
         chunk_size: How many tasks run at once, vectorised; memory grows with it. None: as many as save at most 32 MiB
             for a gradient on a CPU (256 MiB elsewhere), the support and the query sets each by themselves, found by a
-            forward pass of one task when an engine first sees its shapes; it depends on shapes alone, and does not ask
-            whether the memory is there. "auto": the most that fit by the prediction of `plan` into four fifths of the
-            memory that is free when an engine first sees its shapes, on a CPU at most as many as None takes, since
-            more are slower there; with graphs kept where they fit too. Which is chosen may change from run to run with
-            the free memory. 1 runs task by task without `torch.func.vmap`. A model that cannot be vectorised (LSTM, control flow that depends on the data) runs task
-            by task in any case, though the graphs of a chunk are held together. The numbers are the same (without
-            dropout).
+            forward pass of one task when an engine first sees its shapes; that depends on shapes alone, and does not
+            ask whether the memory is there. "auto": the most whose peak, as `plan` predicts it, fits into four fifths
+            of the memory that is free when an engine first sees its shapes, on a CPU at most as many as None takes,
+            since more are slower there; graphs are kept where they fit too. Which it is may change with the free
+            memory. 1 runs task by task without `torch.func.vmap`. A model that cannot be vectorised (LSTM, control flow
+            that depends on the data) runs task by task in any case, though the graphs of a chunk are held together. The
+            numbers are the same (without dropout).
         microbatch_size: How many examples of a support or query set are seen at once; gradients and products accumulate
             over slices, so that the memory is that of one slice, for the same numbers where the loss is a mean over
             independent examples (the first two slices are compared the first time; not with dropout). None: all.
@@ -91,7 +91,7 @@ class MetaGradient(ABC):
 
     _without_path: ClassVar[str] = "no derivative leads to it from a loss or from an inner step that is differentiated"
 
-    _costs: ClassVar[type[Costs[Any]] | None] = None
+    _costs: ClassVar[type[Costs] | None] = None
     """What it costs, for a forecast."""
 
     inner: InnerSolver

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +13,11 @@ from imaml.verify._subject import in_double
 
 
 def exact_gradient(
-    engine: MetaGradient, objective: Objective, tasks: TaskBatch | Sequence[Task], *, chunk_size: int | None
+    engine: MetaGradient,
+    objective: Objective,
+    tasks: TaskBatch | Sequence[Task],
+    *,
+    chunk_size: int | Literal["auto"] | None,
 ) -> Tensor:
     """The derivative of the query loss through the inner loop that an engine runs, in float64.
 

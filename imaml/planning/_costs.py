@@ -1,0 +1,195 @@
+"""What a strategy has to say of its costs, in terms of a few stages that are measured for few tasks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imaml._curvature import Curvature
+from imaml._gauss_newton import GaussNewton
+from imaml._point import needs_gradient
+from imaml._problem import Problem
+from imaml.inner import InnerOptimizer
+from imaml.planning._account import Account, Use
+from imaml.planning._solver import Solve
+
+REBUILT, LINEARISED, INEXACT, GAUSS_NEWTON = 3, 2, 2, 1
+"""A Hessian-vector product in gradients. One pass back through a computation costs twice that computation, so with a
+forward pass of 1 a gradient is 3; its own derivative 6 more, or 9 with the gradient evaluated anew; finite differences
+are two gradients; J'(Bv)J w is three passes through a linearised model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Per task."""
+
+    gradients: int
+    hvps: int
+    equivalents: float
+    """Both, in gradients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the costs depend on besides the engine."""
+
+    adapted: int
+    """n, the entries of the adapted parameters."""
+    fixed: int
+    """m, those of the others that get a meta-gradient."""
+    dtype: torch.dtype
+    device: torch.device
+    """Of the adapted parameters, as a flat vector."""
+    mode: str
+    """Of Hessian-vector products."""
+    damped: bool
+    """Whether there is a proximal term."""
+    needs_gradient: bool
+    """Whether the derivative of an inner step needs the gradient there."""
+    is_vectorised: bool = True
+    """Whether chunks run under `vmap`."""
+    solve: Solve | None = None
+    """Of a linear system, where the strategy solves any."""
+    per_step: tuple[float, float] = (1, 0)
+    """Gradients and products of an inner step."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an entry."""
+        return self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """A chunk of tasks."""
+
+    tasks: int
+    uses: Mapping[str, Use]
+    facts: Facts
+
+    @property
+    def vector(self) -> float:
+        """Bytes of `(tasks, n)`."""
+        return self.tasks * self.facts.adapted * self.facts.itemsize
+
+    def __getitem__(self, stage: str) -> Use:
+        return self.uses[stage]
+
+
+@dataclass
+class Stages:
+    """Measures stages, each once."""
+
+    account: Account
+    done: set[str] = field(default_factory=set)
+
+    def missing(self, *names: str) -> bool:
+        """Whether these have still to be measured; they are from now on taken to be."""
+        missing = not self.done.issuperset(names)
+        self.done.update(names)
+        return missing
+
+    def product(self, name: str, curvature: Curvature | GaussNewton, w: Tensor, *, mixed: bool) -> None:
+        """A Hessian-vector product."""
+        with self.account.stage(name):
+            product = curvature.product(w, mixed=mixed)
+        del product
+
+
+@dataclass(frozen=True)
+class Costs(ABC):
+    """What one engine costs."""
+
+    engine: Any
+    keeps_graphs: bool = False
+    """Whether a plan keeps graphs, where the engine leaves it open."""
+
+    def variants(self, device: torch.device) -> list[dict[str, Any]]:
+        """Settings of what the user left open, besides the size of chunks; the first holds the most and is fastest."""
+        return [{}]
+
+    def measure(self, problem: Problem, stages: Stages) -> Facts:
+        """Measure the stages of a chunk that this engine consists of."""
+        context, facts = problem.support.context, self._inner_loop(problem, stages)
+        if stages.missing("query"):
+            phi = problem.theta.clone() if problem.inner.steps else problem.theta
+            with stages.account.stage("query"):
+                judged = problem.query_gradient(phi, fixed=True, metric=True)
+            del judged
+        self._measure(problem, stages)
+        return replace(facts, mode=context.hvp_mode or facts.mode, is_vectorised=context.is_vectorised)
+
+    def _inner_loop(self, problem: Problem, stages: Stages) -> Facts:
+        context, inner = problem.support.context, problem.inner
+        n, m = (sum(layout.sizes) for layout in (context.layout, context.fixed_layout))
+        facts = Facts(
+            adapted=n,
+            fixed=m,
+            dtype=context.theta.dtype,
+            device=context.theta.device,
+            mode="reverse-over-reverse",
+            damped=problem.damping is not None,
+            needs_gradient=isinstance(inner, InnerOptimizer) and needs_gradient(problem),
+        )
+        if inner.steps == 0:
+            return facts
+        if isinstance(inner, InnerOptimizer):
+            if stages.missing("step"):
+                state = inner.start(typical_phi(problem))
+                with stages.account.stage("step"):
+                    following = problem.step(state, 0)
+                del following
+            return facts
+        few = replace(inner, steps=min(inner.steps, 2))
+        before = context.gradients, context.hvps
+        if stages.missing("adapt"):
+            with stages.account.stage("adapt"):
+                phi = few.run(replace(problem, inner=few, support_losses=[]))
+            del phi
+        evaluations = problem.support.tasks * few.steps
+        gradients, hvps = context.gradients - before[0], context.hvps - before[1]
+        return replace(facts, per_step=(gradients / evaluations, hvps / evaluations))
+
+    def inner_peak(self, chunk: Chunk) -> float:
+        """Of the inner loop, where nothing but its result is kept."""
+        inner = self.engine.inner
+        if inner.steps == 0:
+            return 0
+        if not isinstance(inner, InnerOptimizer):
+            return chunk["adapt"].peak
+        state = chunk["step"].held * ((inner.steps > 1) + (inner.stationarity is not None))
+        return chunk["step"].peak + state
+
+    def solve(self, theta: Tensor) -> Solve | None:
+        """What a linear system of the size of theta takes, if any is solved."""
+        return None
+
+    def query_peak(self, chunk: Chunk) -> float:
+        """Of the query gradient, with the parameters that it is taken at."""
+        return chunk["query"].peak + (chunk.vector if self.engine.inner.steps else 0)
+
+    def _measure(self, problem: Problem, stages: Stages) -> None:  # noqa: B027
+        """Measure the strategy's own stages."""
+
+    @abstractmethod
+    def peak(self, chunk: Chunk) -> float:
+        """The most bytes that a chunk holds at once."""
+
+    @abstractmethod
+    def work(self, facts: Facts) -> Work:
+        """The most that a task takes."""
+
+    def inner_counts(self, facts: Facts) -> tuple[int, int]:
+        """Gradients and products of the inner loop."""
+        gradients, hvps = facts.per_step
+        return round(self.engine.inner.steps * gradients), round(self.engine.inner.steps * hvps)
+
+
+def typical_phi(problem: Problem) -> Tensor:
+    """Parameters `(tasks, n)` that lie in memory as those before most steps do: before the first, tasks share them."""
+    return problem.theta if problem.inner.steps <= 1 else problem.theta.clone()

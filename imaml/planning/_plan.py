@@ -1,0 +1,148 @@
+"""`MetaGradient.plan`, and what `chunk_size="auto"` chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from imaml._objective import Objective
+from imaml._plan import VECTORISED, Plan
+from imaml._run import Run
+from imaml._tasks import Task, TaskBatch
+from imaml._tasks import group as by_shape
+from imaml.planning._forecast import Forecast, Setting
+from imaml.planning._memory import free, parse
+from imaml.planning._predict import Batch, costs_of, predict, sizes
+from imaml.planning._probe import MOST_TASKS, batch_device, probe
+
+if TYPE_CHECKING:
+    from imaml._strategy import MetaGradient
+
+SHARE = 0.8
+"""Of the free memory that `chunk_size="auto"` takes: the rest is for what a prediction may miss."""
+_STORAGES = (None, "device", "cpu", "disk")
+
+
+def forecast(
+    engine: MetaGradient, objective: Objective, tasks: TaskBatch | Sequence[Task], memory: int | str | None
+) -> Forecast:
+    """See `MetaGradient.plan`."""
+    limit = None if memory is None else parse(memory)
+    groups = [batch for _, batch in by_shape(tasks)]
+    run = Run.of(engine, objective, derivatives=True)
+    device = run.context.theta.device
+    if limit is None and device.type != "cpu":
+        limit = free(device)
+    variants = costs_of(engine).variants(device)
+    batches = [look(engine, variants, objective, batch, room_of(device)) for batch in groups]
+    count = max(map(len, groups))
+    settings = []
+    for options in _options(engine, variants, count):
+        chosen = replace(engine, **options) if options else engine
+        size = engine.chunk_size if "chunk_size" not in options else options["chunk_size"]
+        plans = [auto(engine, batch, limit) if size == "auto" else batch.plan(size) for batch in batches]
+        found = predict(chosen, batches, plans)
+        settings.append(
+            Setting(
+                engine=chosen,
+                options=options,
+                peak_bytes=round(found.peak),
+                gradients=found.gradients,
+                hvps=found.hvps,
+                gradient_equivalents=found.equivalents,
+                seconds_rank=found.rank,
+                fits=limit is None or found.peak <= limit,
+            )
+        )
+
+    def order(setting: Setting) -> tuple[float, int, float]:
+        return setting.seconds_rank, _STORAGES.index(getattr(setting.engine, "storage", None)), setting.peak_bytes
+
+    return Forecast(
+        settings=tuple(sorted(settings, key=order)),
+        memory=limit,
+        tasks=sum(map(len, groups)),
+        gradients=sum(batch.probe.gradients for batch in batches),
+        hvps=sum(batch.probe.hvps for batch in batches),
+    )
+
+
+def _options(engine: MetaGradient, variants: Sequence[dict[str, Any]], tasks: int) -> list[dict[str, Any]]:
+    """The engine as it is, and every setting of what it leaves open."""
+    found: list[dict[str, Any]] = [{}]
+    for changes in variants:
+        chunks: list[int | None] = [None]
+        if engine.chunk_size in (None, "auto"):
+            chunks += sizes(tasks)
+        for size in chunks:
+            options = {name: value for name, value in changes.items() if getattr(engine, name) != value}
+            if size is not None:
+                options |= {"chunk_size": size}
+            if options and options not in found:
+                found.append(options)
+    return found
+
+
+def look(
+    engine: MetaGradient,
+    variants: Sequence[dict[str, Any]],
+    objective: Objective,
+    batch: TaskBatch,
+    room: float | None,
+) -> Batch:
+    """Measure the stages of a few tasks of equal shapes, as far as these stay within the room."""
+    engines = [replace(engine, chunk_size=1, compile=False, **changes) for changes in variants]
+    with torch.inference_mode(False), torch.no_grad():
+        usual = Run.of(replace(engine, chunk_size=None, compile=False), objective, derivatives=True)._plan(batch)
+        fixed = engine.chunk_size if isinstance(engine.chunk_size, int) else None
+        most = min(len(batch), MOST_TASKS if fixed is None else min(fixed, MOST_TASKS))
+        costs = [costs_of(one) for one in engines]
+        found = probe(costs, objective, batch, range(1, most + 1), room)
+    return Batch(tasks=len(batch), probe=found, usual=usual)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What an engine with `chunk_size="auto"` remembers of some shapes."""
+
+    batch: Batch
+    room: float | None
+    """Bytes that were to be had."""
+
+
+def automatic(engine: MetaGradient, objective: Objective, batch: TaskBatch, shapes: Hashable) -> Plan:
+    """How tasks run with `chunk_size="auto"`; looked at once for these shapes, and again for more tasks up to three."""
+    key = (shapes, min(len(batch), MOST_TASKS))
+    if key not in engine._looks:
+        device = batch_device(objective)
+        room, variants = room_of(device), costs_of(engine).variants(device)
+        engine._looks[key] = Look(batch=look(engine, variants, objective, batch, room), room=room)
+    found = engine._looks[key]
+    return auto(engine, replace(found.batch, tasks=len(batch)), found.room)
+
+
+def room_of(device: torch.device) -> float | None:
+    """What may be taken of the memory that is free now."""
+    left = free(device)
+    return None if left is None else SHARE * left
+
+
+def auto(engine: MetaGradient, batch: Batch, room: float | None) -> Plan:
+    """The fastest plan, by prediction, that stays within the room; the leanest where none does."""
+    device, usual = batch.probe.facts.device, batch.usual
+    most = min(batch.tasks, usual.tasks) if device.type in VECTORISED else batch.tasks
+    counts = range(ceil(batch.tasks / most), batch.tasks + 1)
+    plans = [
+        Plan(size, min(size, usual.query_tasks), keeps)
+        for size in dict.fromkeys(ceil(batch.tasks / count) for count in counts)
+        for keeps in (True, False)
+    ]
+    found = [(predict(engine, [batch], [plan]), plan) for plan in plans]
+    fitting = [pair for pair in found if room is None or pair[0].peak <= room]
+    if not fitting:
+        return min(found, key=lambda pair: pair[0].peak)[1]
+    return min(fitting, key=lambda pair: (pair[0].rank, pair[0].peak))[1]

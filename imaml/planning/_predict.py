@@ -1,0 +1,115 @@
+"""From the stages of few tasks to the settings of many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import TYPE_CHECKING
+
+from imaml._plan import VECTORISED, Plan
+from imaml.planning._account import Use
+from imaml.planning._costs import Chunk, Costs
+from imaml.planning._probe import Probe
+
+if TYPE_CHECKING:
+    from imaml._strategy import MetaGradient
+
+_CALL = 2**20
+"""Issuing the operations of an evaluation takes about as long as the arithmetic of one whose graph has this size, in
+bytes: the part that vectorising saves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Tasks of equal shapes, and what is known of their stages."""
+
+    tasks: int
+    probe: Probe
+    usual: Plan
+    """What runs at once where `chunk_size` is None."""
+
+    def plan(self, chunk_size: int | None) -> Plan:
+        """How they run."""
+        return self.usual if chunk_size is None else Plan(chunk_size, chunk_size, keeps_graphs=False)
+
+    def chunks(self, size: int) -> list[int]:
+        """The tasks of each."""
+        return [min(size, self.tasks - first) for first in range(0, self.tasks, size)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Of one call."""
+
+    peak: float
+    gradients: int
+    hvps: int
+    equivalents: float
+    rank: float
+    """What settings are ordered by, ascending."""
+
+
+def predict(engine: MetaGradient, batches: Sequence[Batch], plans: Sequence[Plan]) -> Prediction:
+    """What a call takes.
+
+    Args:
+        engine: Its settings other than `chunk_size` count.
+        batches: All tasks.
+        plans: How those of each batch run.
+
+    Returns:
+        The prediction.
+    """
+    peaks: list[float] = []
+    gradients, hvps, equivalents, rank = 0, 0, 0.0, 0.0
+    for batch, plan in zip(batches, plans, strict=True):
+        costs, facts = costs_of(engine, plan.keeps_graphs), batch.probe.facts
+        work = costs.work(facts)
+        for tasks in batch.chunks(plan.tasks):
+            sums = min(len(peaks), 2) * (facts.adapted + facts.fixed) * facts.itemsize  # and those of the chunk before
+            peaks.append(batch.probe.base.held + sums + costs.peak(_chunk(batch.probe, tasks, plan.query_tasks)))
+        gradients += batch.tasks * work.gradients
+        hvps += batch.tasks * work.hvps
+        equivalents += batch.tasks * work.equivalents
+        rank += (work.equivalents - 1) * _time(batch, plan.tasks, "support")
+        rank += _time(batch, min(plan.tasks, plan.query_tasks), "query")
+    return Prediction(peak=max(peaks), gradients=gradients, hvps=hvps, equivalents=equivalents, rank=rank)
+
+
+def costs_of(engine: MetaGradient, keeps_graphs: bool = False) -> Costs:
+    """What an engine says of its costs; raises ValueError for a strategy that does not."""
+    if engine._costs is None:
+        raise ValueError(
+            f"{type(engine).__name__} does not say what it costs, so its memory cannot be predicted. Expected MAML, "
+            "FOMAML or ImplicitMAML: give `chunk_size` as a number, and measure with imaml.measure.peak_memory."
+        )
+    return engine._costs(engine, keeps_graphs)
+
+
+def _chunk(probe: Probe, tasks: int, query_tasks: int) -> Chunk:
+    chunk = probe.chunk(tasks)
+    if query_tasks >= tasks:
+        return chunk
+    held, part = chunk["query"].held, probe.chunk(query_tasks)["query"]
+    joined = Use(max(held + part.peak - part.held, 2 * held), held)
+    return replace(chunk, uses={**chunk.uses, "query": joined})
+
+
+def _time(batch: Batch, size: int, which: str) -> float:
+    """Of one evaluation of all tasks in chunks of a size, in bytes of graphs: issuing it, and its arithmetic."""
+    facts, own = batch.probe.facts, batch.probe.saved[which]
+    room = VECTORISED.get(facts.device.type)
+    # On a CPU vectorising gains nothing once the graphs of a chunk exceed the caches: see `imaml._plan`.
+    gains = facts.is_vectorised and (room is None or size * own <= room)
+    calls = len(batch.chunks(size)) if gains else batch.tasks
+    return own * batch.tasks + _CALL * calls
+
+
+def sizes(tasks: int) -> list[int]:
+    """Of chunks that are worth looking at, descending: the smallest for each number of chunks 1, 2, 4, 8, ..."""
+    found, chunks = [tasks], 2
+    while found[-1] > 1:
+        found.append(ceil(tasks / chunks))
+        chunks *= 2
+    return list(dict.fromkeys(found))

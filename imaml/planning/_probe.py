@@ -1,0 +1,105 @@
+"""The stages of an engine's chunks, measured for one, two and three tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from imaml._objective import Objective
+from imaml._plan import ONE_BY_ONE, Plan, saved_bytes
+from imaml._run import Run
+from imaml._tasks import TaskBatch
+from imaml.planning._account import Account, Use
+from imaml.planning._costs import Chunk, Costs, Facts, Stages
+
+MOST_TASKS = 3
+_SNAPSHOT = "snapshot"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What the stages take, by the number of tasks."""
+
+    base: Use
+    """The snapshot of the model."""
+    uses: dict[int, dict[str, Use]]
+    saved: dict[str, int]
+    """Bytes that autograd saves for one task's gradient, of the "support" and of the "query" loss."""
+    facts: Facts
+    gradients: int
+    hvps: int
+    """What it took to find out."""
+
+    def chunk(self, tasks: int) -> Chunk:
+        """One of any size, on the line through the largest two that were measured."""
+        if tasks in self.uses:
+            return Chunk(tasks=tasks, uses=self.uses[tasks], facts=self.facts)
+        sizes = sorted(self.uses)[-2:]
+        near, uses = sizes[-1], self.uses[sizes[-1]]
+        if len(sizes) == 1:
+            extrapolated = {name: use.scaled(tasks / near) for name, use in uses.items()}
+        else:
+            share = (tasks - near) / (near - sizes[0])
+            before = self.uses[sizes[0]]
+            extrapolated = {n: u.plus(u.plus(before[n].scaled(-1)).scaled(share)) for n, u in uses.items()}
+        return Chunk(tasks=tasks, uses=extrapolated, facts=self.facts)
+
+
+def probe(
+    costs: Sequence[Costs], objective: Objective, batch: TaskBatch, sizes: Sequence[int], room: float | None
+) -> Probe:
+    """Measure the stages of some engines that differ in their settings.
+
+    Args:
+        costs: Of each engine.
+        objective: Model and loss.
+        batch: Tasks of equal shapes.
+        sizes: Of the chunks to measure, ascending.
+        room: Bytes that the next larger chunk should not exceed, by the last; None: no limit.
+
+    Returns:
+        The stages of chunks of at least the first size. Random states are left as they were.
+    """
+    engine = costs[0].engine
+    uses: dict[int, dict[str, Use]] = {}
+    facts, base, gradients, hvps = None, Use(0, 0), 0, 0
+    run = Run.of(engine, objective, derivatives=True)
+    solve = costs[0].solve(run.context.theta)
+    one = run.problem([0], batch[:1], ONE_BY_ONE)
+    saved = {
+        name: saved_bytes(loss.parts[0][1], one.theta)
+        for name, loss in (("support", one.support), ("query", one.query))
+    }
+    run.context.replay.undo()
+    for tasks in sizes:
+        if facts is not None and room is not None and tasks * _per_task(uses) > room:
+            break
+        account = Account(run.context.theta.device)
+        with account.recording():
+            with account.stage(_SNAPSHOT):
+                run = Run.of(engine, objective, derivatives=True)
+            problem = run.problem(list(range(tasks)), batch[:tasks], Plan(tasks, tasks, keeps_graphs=False))
+            stages = Stages(account)
+            try:
+                for each in costs:
+                    facts = replace(each.measure(problem, stages), solve=solve)
+            finally:
+                run.context.replay.undo()
+        gradients, hvps = gradients + run.context.gradients, hvps + run.context.hvps
+        uses[tasks] = dict(account.uses)
+        base = uses[tasks].pop(_SNAPSHOT)
+    assert facts is not None
+    return Probe(base=base, uses=uses, saved=saved, facts=facts, gradients=gradients, hvps=hvps)
+
+
+def _per_task(uses: dict[int, dict[str, Use]]) -> float:
+    """The most that a stage took for a task."""
+    tasks = max(uses)
+    return max(use.peak for use in uses[tasks].values()) / tasks
+
+
+def batch_device(objective: Objective) -> torch.device:
+    """Where the adapted parameters are."""
+    return objective.parameters()[objective.adapted[0]].device

@@ -38,6 +38,7 @@ class Method:
 
 METHODS = {
     "imaml MAML": Method(where="ours:maml"),
+    "imaml MAML, compile=True": Method(where="ours:maml_compiled", only=("W1", "tiny")),
     "imaml MAML, chunk_size=1": Method(where="ours:maml_task_by_task", only=("W1", "W2", "W2-15", "W2-20", "tiny")),
     "imaml MAML, checkpoints=4": Method(where="ours:maml_checkpointed", only=("W3", "W4", "tiny")),
     "create_graph loop": Method(where="create_graph:prepare"),

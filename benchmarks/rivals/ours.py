@@ -20,6 +20,10 @@ def maml(problem: Problem) -> Call:
     return _call(MAML(inner=_inner(problem)), problem)
 
 
+def maml_compiled(problem: Problem) -> Call:
+    return _call(MAML(inner=_inner(problem), compile=True), problem)
+
+
 def maml_task_by_task(problem: Problem) -> Call:
     return _call(MAML(inner=_inner(problem), chunk_size=1), problem)
 

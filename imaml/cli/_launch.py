@@ -12,6 +12,11 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 
+def restarted() -> bool:
+    """Whether torchrun started this process in place of one that it lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 @contextmanager
 def process_group(device: str) -> Iterator[ProcessGroup | None]:
     """Within the block, all processes that torchrun started: gloo on a CPU, nccl on GPUs, of which each takes its own.

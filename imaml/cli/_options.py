@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 import tyro
 
 from imaml._curvature import HvpMode
+from imaml._nonfinite import OnNonfinite
 from imaml.training import CheckpointError, Plan
 
 Dataset = Literal["sinusoid", "glyphs", "omniglot", "banking77"]
@@ -57,6 +58,7 @@ class EngineOptions:
         chunk_size: Tasks vectorised at once; None: all of a batch.
         hvp: maml, imaml: how Hessian-vector products are computed.
         curvature: imaml: the Hessian of the support loss, or its Gauss-Newton matrix.
+        on_nonfinite: raise an error at a task whose losses or gradient are NaN or infinite, or skip and count it.
     """
 
     adapt: list[str] | None = None
@@ -68,6 +70,7 @@ class EngineOptions:
     chunk_size: int | None = None
     hvp: HvpMode | None = None
     curvature: Literal["hessian", "ggn"] | None = None
+    on_nonfinite: OnNonfinite | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,15 +94,22 @@ class Train:
         strategy: Of the meta-gradient: exact, first-order, or implicit.
         out: Run folder; None: runs/DATASET-STRATEGY.
         resume: Continue the run in the folder; other options may then be left out.
+        save_minutes: What a kill can cost: minutes from one checkpoint to the next, 0 for one after every meta-step.
+            Every validation writes one too.
     """
 
     strategy: Strategy = "maml"
     out: Path | None = None
     resume: bool = False
+    save_minutes: float = 1.0
     episodes: EpisodeOptions = field(default_factory=EpisodeOptions)
     engine: EngineOptions = field(default_factory=EngineOptions)
     plan: Plan = field(default_factory=Plan)
     machine: MachineOptions = field(default_factory=MachineOptions)
+
+    def __post_init__(self) -> None:
+        if not self.save_minutes >= 0:
+            raise ValueError(f"`save_minutes` must not be negative. Got {self.save_minutes}.")
 
     @property
     def folder(self) -> Path:

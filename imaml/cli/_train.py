@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import asdict
+from signal import SIGINT, SIGTERM, Signals
 from time import monotonic
 
 from rich.console import Console
@@ -10,31 +13,52 @@ from torch.distributed import ProcessGroup
 
 from imaml.cli._environment import environment
 from imaml.cli._figures import save_png, training_curve
-from imaml.cli._interrupt import deferred_interrupt
-from imaml.cli._launch import process_group
+from imaml.cli._interrupt import Terminated, deferred_stop, sigterm_raised
+from imaml.cli._launch import process_group, restarted
 from imaml.cli._metric import Metric
 from imaml.cli._options import Train
 from imaml.cli._problem import Problem, build_engine, build_problem
 from imaml.cli._progress import progress, say
 from imaml.training import RunFolder, Trainer
 
-_CHECKPOINT_SECONDS = 60.0
-_FREE_ON_RESUME = ("minutes", "data", "device", "threads")
+_FREE_ON_RESUME = ("minutes", "data", "device", "threads", "on_nonfinite")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def train(options: Train) -> int:
     """Train, or continue to, the end of the plan, then test.
 
-    The processes of `torchrun` share the tasks out; the first alone writes and prints.
+    The processes of `torchrun` share the tasks out; the first alone writes and prints. One that torchrun started anew
+    goes on with the run that is in the folder.
 
     Args:
         options: Everything from the command line.
 
     Returns:
-        The exit code: 0, or 130 after Ctrl-C, which leaves a checkpoint.
+        The exit code: 0, or 130 after Ctrl-C. It leaves a checkpoint, as does the SIGTERM of a scheduler.
+
+    Raises:
+        OSError: The disk is full, or a file is out of reach.
     """
-    with process_group(options.machine.device) as group:
-        return _train(options, group)
+    try:
+        with sigterm_raised(), process_group(options.machine.device) as group:
+            return _train(options, group)
+    except Terminated:
+        if os.environ.get("RANK", "0") == "0":
+            say(Console(), f"Stopped. {_how_to_continue(options)}")
+        return 0
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        what = f"{error.filename} cannot be written ({error.strerror})"
+        raise OSError(f"{what}. Make room. {_how_to_continue(options)}") from error
+
+
+def _how_to_continue(options: Train) -> str:
+    folder = RunFolder(options.folder)
+    return (
+        f"Continue with: imaml train --out {folder.path} --resume" if folder.holds_run else "Nothing was trained yet."
+    )
 
 
 def _train(options: Train, group: ProcessGroup | None) -> int:
@@ -54,16 +78,19 @@ def _train(options: Train, group: ProcessGroup | None) -> int:
 
 def _follow(options: Train, trainer: Trainer) -> int:
     """The part of every process but the first."""
+    resumes = _resumes(options, trainer)
     with trainer.ranks.together():
         pass  # the first one gets the data
     with trainer.ranks.together():
-        if options.resume:
+        pass  # and the folder
+    with trainer.ranks.together():
+        if resumes:
             RunFolder(options.folder).read(trainer, options.config, free=_FREE_ON_RESUME)
-    with deferred_interrupt() as interrupted:
+    with deferred_stop() as stop:
         for _ in trainer:
-            if trainer.ranks.any(interrupted()):
+            if trainer.ranks.any(stop() is not None):
                 break
-        if trainer.ranks.any(interrupted()):
+        if _agreed(trainer, stop()):
             return 0  # not 130: torchrun would kill the first process, which has yet to write
     trainer.evaluate("test", tasks=options.plan.eval_tasks)
     return 0
@@ -71,40 +98,52 @@ def _follow(options: Train, trainer: Trainer) -> int:
 
 def _lead(options: Train, trainer: Trainer, problem: Problem) -> int:
     console = Console()
+    resumes = _resumes(options, trainer)
     with trainer.ranks.together():
         problem.episodes.batch("train", 0, 1)  # a missing data file shows before there is a folder
     with trainer.ranks.together():
-        if options.resume:
+        if resumes:
             folder = RunFolder(options.folder)
-            folder.restore(trainer, options.config, free=_FREE_ON_RESUME)
+            note = folder.restore(trainer, options.config, free=_FREE_ON_RESUME)
         else:
-            folder = RunFolder.create(options.folder, options.config)
+            folder, note = RunFolder.create(options.folder, options.config), None
             folder.save(trainer)
-    if not _run(trainer, folder, problem.metric, console, options.strategy):
+    with trainer.ranks.together():
+        pass  # the others read it
+    if note is not None:
+        say(Console(stderr=True), f"imaml: {note}")
+    stopped = _run(options, trainer, folder, problem.metric, console)
+    if stopped is not None:
         save_png(folder.path / "curve.png", training_curve(folder.metrics(), problem.metric))
-        say(
-            console,
-            f"Stopped after step {trainer.step}. Continue with: imaml train --out {folder.path} --resume",
-        )
-        return 130
+        say(console, f"Stopped after step {trainer.step}. {_how_to_continue(options)}")
+        return 130 if stopped is SIGINT else 0
     _conclude(options, trainer, folder, problem.metric, console)
     return 0
 
 
-def _run(trainer: Trainer, folder: RunFolder, metric: Metric, console: Console, label: str) -> bool:
-    """Train with checkpoints to the end of the plan, or to Ctrl-C: then the answer is False."""
+def _resumes(options: Train, trainer: Trainer) -> bool:
+    return options.resume or trainer.ranks.any(restarted() and RunFolder(options.folder).holds_run)
+
+
+def _agreed(trainer: Trainer, stop: Signals | None) -> Signals | None:
+    """What stops all processes, if one of them was told to."""
+    return next((number for number in (SIGINT, SIGTERM) if trainer.ranks.any(stop is number)), None)
+
+
+def _run(options: Train, trainer: Trainer, folder: RunFolder, metric: Metric, console: Console) -> Signals | None:
+    """Train with checkpoints to the end of the plan, or to the signal that is returned."""
     saved = monotonic()
-    with deferred_interrupt() as interrupted, progress(console, trainer, metric, label=label) as show:
+    with deferred_stop() as stop, progress(console, trainer, metric, label=options.strategy) as show:
         for record in trainer:
             folder.log(record)
             show(record)
-            if trainer.ranks.any(interrupted()):
+            if trainer.ranks.any(stop() is not None):
                 break
-            if record.val or monotonic() - saved > _CHECKPOINT_SECONDS:
+            if record.val or monotonic() - saved >= 60 * options.save_minutes:
                 folder.save(trainer)
                 saved = monotonic()
         folder.save(trainer)
-        return not trainer.ranks.any(interrupted())
+        return _agreed(trainer, stop())
 
 
 def _conclude(options: Train, trainer: Trainer, folder: RunFolder, metric: Metric, console: Console) -> None:
@@ -128,6 +167,9 @@ def _conclude(options: Train, trainer: Trainer, folder: RunFolder, metric: Metri
         f"after {trainer.step} steps in {trainer.seconds / 60:.1f} minutes. Written to {folder.path}",
     )
     _explain_solves(folder, console)
+    skipped = sum(record.get("skipped", 0) for record in folder.metrics())
+    if skipped or test.skipped:
+        say(console, f"Skipped as not finite: {skipped} tasks of the training and {test.skipped} of the test.")
 
 
 def _explain_solves(folder: RunFolder, console: Console) -> None:

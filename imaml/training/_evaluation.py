@@ -31,12 +31,14 @@ class Evaluation:
     Args:
         mean: Mean of the metric over tasks.
         interval: Half-width of its 95 % confidence interval, `1.96 * std / sqrt(tasks)`.
-        tasks: Number of tasks.
+        tasks: Number of tasks that count.
+        skipped: Number of those that an engine with `on_nonfinite="skip"` left out.
     """
 
     mean: float
     interval: float
     tasks: int
+    skipped: int = 0
 
 
 def evaluate(
@@ -75,10 +77,15 @@ def evaluate(
         size = min(_CHUNK, tasks - start)
         own = draw(episodes, split, index, size, ranks)
         with torch.no_grad():
-            values.append(ranks.gather(task_metrics(engine(objective, own, group=group).report), size))
-    metrics = torch.cat(values)
-    spread = metrics.std().item() if tasks > 1 else float("inf")
-    return Evaluation(mean=metrics.mean().item(), interval=1.96 * spread / tasks**0.5, tasks=tasks)
+            report = engine(objective, own, group=group).report
+            values.append(ranks.gather(torch.stack([task_metrics(report).double(), were_skipped(report)], 1), size))
+    metrics, skipped = torch.cat(values).T
+    metrics = metrics[skipped == 0]
+    count = len(metrics)
+    spread = metrics.std().item() if count > 1 else float("inf")
+    return Evaluation(
+        mean=metrics.mean().item(), interval=1.96 * spread / count**0.5, tasks=count, skipped=tasks - count
+    )
 
 
 def draw(episodes: Episodes, split: Split, index: int, tasks: int, ranks: Ranks) -> TaskBatch | list[Task]:
@@ -92,3 +99,10 @@ def task_metrics(report: Report) -> torch.Tensor:
     if report.metric is None:
         raise ValueError("Training and evaluation need an Objective with a `metric`, such as its accuracy. Got None.")
     return report.metric
+
+
+def were_skipped(report: Report) -> torch.Tensor:
+    """1 for every task that was skipped, else 0, in float64."""
+    flags = torch.zeros_like(report.query_loss, dtype=torch.float64)
+    flags[list(report.skipped)] = 1
+    return flags

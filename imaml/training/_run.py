@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from imaml.training._checkpoint import CheckpointError, load_checkpoint, replace_file, save_checkpoint
+from imaml.training._alike import check_alike
+from imaml.training._checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    naming,
+    previous_checkpoint,
+    replace_file,
+    save_checkpoint,
+)
 from imaml.training._trainer import StepRecord, Trainer
 
 
 class RunFolder:
-    """`config.json`, `metrics.jsonl`, `checkpoint.pt` and `result.json` of one training.
+    """`config.json`, `metrics.jsonl`, `checkpoint.pt` with the one before, and `result.json` of one training.
+
+    However a process ends, the folder holds a whole checkpoint or is at its start, and half a line of metrics at most.
 
     Args:
         path: The folder; `create` makes a new one.
@@ -26,7 +37,7 @@ class RunFolder:
         """Make a new folder.
 
         Args:
-            path: Must not exist, or be empty.
+            path: Must not exist, or be empty but for what a process that was killed had begun to write.
             config: Plain values; saved as `config.json` and in every checkpoint.
 
         Returns:
@@ -39,7 +50,7 @@ class RunFolder:
         folder = cls(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            empty = not any(path.iterdir())
+            empty = all(file.suffix == ".tmp" for file in path.iterdir())
             if empty:
                 folder._write_json("config.json", config)
         except OSError as error:
@@ -47,6 +58,11 @@ class RunFolder:
         if not empty:
             raise FileExistsError(f"The run folder {path} is not empty. Resume the run in it, or name another.")
         return folder
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether `create` has been here."""
+        return (self.path / "config.json").is_file()
 
     @property
     def config(self) -> dict[str, Any]:
@@ -57,7 +73,7 @@ class RunFolder:
             CheckpointError: `config.json` is damaged.
         """
         path = self.path / "config.json"
-        if not path.is_file():
+        if not self.holds_run:
             raise FileNotFoundError(f"{self.path} holds no run to resume: there is no config.json.")
         try:
             config: dict[str, Any] = json.loads(path.read_bytes())
@@ -66,46 +82,77 @@ class RunFolder:
         return config
 
     def save(self, trainer: Trainer) -> None:
-        """Replace the checkpoint, atomically."""
-        save_checkpoint(self.path / "checkpoint.pt", {"config": self.config, **trainer.state_dict()})
+        """Replace the checkpoint, atomically, and keep the one before."""
+        save_checkpoint(self._checkpoint, {"config": self.config, **trainer.state_dict()})
 
-    def restore(self, trainer: Trainer, config: dict[str, Any], *, free: Collection[str] = ()) -> None:
-        """Put a trainer where the checkpoint is, and cut the metrics that come after it; see `read`."""
-        self.read(trainer, config, free=free)
+    def restore(self, trainer: Trainer, config: dict[str, Any], *, free: Collection[str] = ()) -> str | None:
+        """Put a trainer where the checkpoint is, and cut the metrics that come after it; see `read`.
+
+        Returns:
+            As `read`; the checkpoint before is then in the place of the one that was of no use.
+        """
+        note = self.read(trainer, config, free=free)
+        if note is not None:
+            os.replace(previous_checkpoint(self._checkpoint), self._checkpoint)
         lines = [line for line in self._lines() if json.loads(line)["step"] <= trainer.step]
         replace_file(self.path / "metrics.jsonl", lambda stream: stream.write("".join(lines).encode()))
+        return note
 
-    def read(self, trainer: Trainer, config: dict[str, Any], *, free: Collection[str] = ()) -> None:
+    def read(self, trainer: Trainer, config: dict[str, Any], *, free: Collection[str] = ()) -> str | None:
         """Put a trainer where the checkpoint is, and leave the folder as it is.
+
+        A run that was killed before its first checkpoint is at its start. Where the checkpoint is truncated, damaged or
+        missing, the one before it counts.
 
         Args:
             trainer: Made from `config`.
             config: Nested plain values; must equal the configuration of the checkpoint.
             free: Names of the options that may differ all the same.
 
+        Returns:
+            None, or what to tell the user of a checkpoint that was of no use.
+
         Raises:
-            CheckpointError: The checkpoint is damaged, or of another configuration; what differs is named.
-            FileNotFoundError: There is no checkpoint.
+            CheckpointError: Both checkpoints are damaged, or it is of another configuration; what differs is named.
+            FileNotFoundError: The folder holds no run.
         """
-        state = load_checkpoint(self.path / "checkpoint.pt")
+        state, note = self._newest()
+        if state is None:
+            check_alike(self.path, self.config, config, free)
+            return None
         missing = {"config", *trainer.state_dict()} - state.keys()
         if missing:
             raise CheckpointError(
                 f"{self.path} has a checkpoint of another version, without {', '.join(sorted(missing))}."
             )
-        theirs, ours = _flat(state["config"]), _flat(config)
-        differing = [name for name in ours if name not in free and ours[name] != theirs.get(name)]
-        if differing:
-            listing = "; ".join(f"{name} is {theirs.get(name)} there. Got {ours[name]}" for name in differing)
-            raise CheckpointError(
-                f"{self.path} was trained with other options: {listing}. "
-                "Leave them out to resume, or train in another folder."
-            )
+        check_alike(self.path, state["config"], config, free)
         trainer.load_state_dict(state)
+        return note
+
+    def _newest(self) -> tuple[dict[str, Any] | None, str | None]:
+        """The state of the last whole checkpoint, None before the first; and a note where it is not the last."""
+        path, before = self._checkpoint, previous_checkpoint(self._checkpoint)
+        try:
+            return load_checkpoint(path), None
+        except FileNotFoundError:
+            if not before.is_file():
+                return None, None
+            what = "missing"
+        except CheckpointError:
+            if not before.is_file():
+                raise
+            what = "truncated or damaged"
+        state = load_checkpoint(before)
+        return state, f"{path} is {what}. Continuing from the checkpoint before it, of step {state.get('step')}."
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.path / "checkpoint.pt"
 
     def log(self, record: StepRecord) -> None:
-        """Append a line to `metrics.jsonl`."""
-        with (self.path / "metrics.jsonl").open("a") as stream:
+        """Append a line to `metrics.jsonl`; raises OSError where it cannot, as on a full disk."""
+        path = self.path / "metrics.jsonl"
+        with naming(path), path.open("a") as stream:
             stream.write(json.dumps(record.to_json()) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -124,10 +171,3 @@ class RunFolder:
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         text = json.dumps(content, indent=2, default=str) + "\n"
         replace_file(self.path / name, lambda stream: stream.write(text.encode()))
-
-
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        flat.update(_flat(value) if isinstance(value, dict) else {name: value})
-    return flat

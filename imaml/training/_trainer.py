@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from imaml import MetaGradient, Objective, Report, Status
 from imaml.data import Split
-from imaml.training._evaluation import Episodes, Evaluation, draw, evaluate, task_metrics
+from imaml.training._evaluation import Episodes, Evaluation, draw, evaluate, task_metrics, were_skipped
 from imaml.training._plan import Plan
 from imaml.training._ranks import Ranks
 
@@ -33,6 +33,7 @@ class StepRecord:
         milliseconds: Of the meta-step: batch, meta-gradient and update, without validation.
         seconds: Trained so far, validation included.
         solver: For implicit strategies: how many solves ended in each status, mean steps, worst residual.
+        skipped: How many tasks counted in none of these, as they were not finite; None where such a task is an error.
         val: The validation after this step, where one was due.
     """
 
@@ -43,6 +44,7 @@ class StepRecord:
     milliseconds: float
     seconds: float
     solver: dict[str, Any] | None = None
+    skipped: int | None = None
     val: Evaluation | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -137,7 +139,8 @@ class Trainer:
         result.loss.backward()
         self.optimizer.step()
         loss = result.loss.item()
-        metrics, *solves = self.ranks.gather(_rows(result.report), self.plan.meta_batch).T
+        rows = self.ranks.gather(_rows(result.report), self.plan.meta_batch)
+        _, metrics, *solves = rows[rows[:, 0] == 0].T
         elapsed = self.ranks.first(perf_counter() - start)
         self.step += 1
         self.seconds += elapsed
@@ -152,19 +155,23 @@ class Trainer:
             learning_rate=learning_rate,
             milliseconds=1000 * elapsed,
             seconds=self.seconds,
-            solver=None if result.report.solver_status is None else _solver_outcome(*solves),
+            solver=_solver_outcome(*solves),
+            skipped=None if self.engine.on_nonfinite == "raise" else len(rows) - len(metrics),
             val=val,
         )
 
 
 def _rows(report: Report) -> Tensor:
-    """Metric, solver status, steps and residual of every task, `(tasks, 4)`; zeros where no system was solved."""
+    """Whether skipped, metric, solver status, steps and residual of every task, `(tasks, 5)`; NaN where none is."""
     metric = task_metrics(report).double()
+    missing = torch.full_like(metric, torch.nan)
     solves = (report.solver_status, report.solver_steps, report.solver_residual)
-    return torch.stack([metric, *(torch.zeros_like(metric) if s is None else s.to(metric) for s in solves)], dim=1)
+    return torch.stack([were_skipped(report), metric, *(missing if s is None else s.to(metric) for s in solves)], dim=1)
 
 
-def _solver_outcome(status: Tensor, steps: Tensor, residual: Tensor) -> dict[str, Any]:
+def _solver_outcome(status: Tensor, steps: Tensor, residual: Tensor) -> dict[str, Any] | None:
+    if steps.isnan().all():
+        return None
     return {
         "status": dict(Counter(Status(int(code)).name.lower() for code in status.tolist())),
         "steps": steps.mean().item(),

@@ -146,7 +146,8 @@ def test_resuming_with_other_options_or_a_broken_checkpoint_changes_nothing(tmp_
     assert main(["train", "--resume", "--out", str(out)]) == 2
     assert "another version" in capsys.readouterr().err
     (out / "config.json").write_bytes(before["config.json"])
-    (out / "checkpoint.pt").write_bytes(before["checkpoint.pt"][:-100])
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        (out / name).write_bytes(before[name][:-100])
     assert main(["train", "--resume", "--out", str(out)]) == 2
     assert "truncated" in capsys.readouterr().err
 

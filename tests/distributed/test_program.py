@@ -15,14 +15,15 @@ ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = ["--dataset", "sinusoid", "--meta-batch", "3", "--val-tasks", "3", "--eval-tasks", "5", "--eval-every", "2"]
 
 
-def torchrun(*program):
+def torchrun(*program, restarts=0):
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "solvers")]),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", str(restarts), *program]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
 
 
 def numbers(folder):
@@ -48,3 +49,16 @@ def test_a_run_of_two_processes_interrupted_and_resumed_is_that_of_one(tmp_path)
     results = [json.loads((folder / "result.json").read_text()) for folder in (two, one)]
     assert results[0]["mean"] == pytest.approx(results[1]["mean"], rel=1e-5)
     assert [result["processes"] for result in results] == [2, 1]
+
+
+def test_a_lost_process_is_started_anew_with_the_run_and_sigterm_of_one_ends_all_with_0(tmp_path, capsys):
+    two, one = tmp_path / "two", tmp_path / "one"
+    train = ["train", *OPTIONS, "--steps", "4"]
+    program = str(Path(__file__).with_name("lost.py"))
+    ended = torchrun(program, *train, "--save-minutes", "0", "--out", str(two), restarts=1)
+    assert ended.returncode == 0
+    assert ended.stdout.endswith(f"Stopped after step 3. Continue with: imaml train --out {two} --resume\n")
+    assert load_checkpoint(two / "checkpoint.pt")["step"] == len(numbers(two)) == 3
+    assert main([*train, "--resume", "--out", str(two)]) == main([*train, "--out", str(one)]) == 0
+    for ours, theirs in zip(numbers(two), numbers(one), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)

@@ -92,6 +92,8 @@ def _equivalents(steps: int, ours: str, limit: float) -> list[Goal]:
 GOALS = (
     *_faster("W1", 5, LIBRARIES, 10),
     *_faster("W1", 5, RECIPES, 2.5),
+    *_faster("W1", 5, LIBRARIES, 10, ours="imaml MAML, compile=True"),
+    *_faster("W1", 5, RECIPES, 2.5, ours="imaml MAML, compile=True"),
     *_faster("W2", 1, EXACT, 2.5),
     *_faster("W2", 5, EXACT, 2.5),
     *_faster("W2-implicit", 16, ["TorchOpt implicit"], 3, ours="imaml ImplicitMAML"),

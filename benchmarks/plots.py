@@ -13,7 +13,7 @@ from imaml.cli._bench_figures import COLORS, scatter
 from imaml.cli._figures import Theme, empty_axes
 from imaml.cli._page import Drawing
 
-COLOR = dict(zip(METHODS, COLORS, strict=True))
+COLOR = dict(zip(METHODS, COLORS, strict=False))
 TIME, MEMORY, ERROR = (
     ("ms per meta-gradient", "seconds", 1e3),
     ("peak MB", "bytes", 1e-6),

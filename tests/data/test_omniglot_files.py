@@ -3,6 +3,7 @@ import http.server
 import io
 import os
 import shutil
+import stat
 import threading
 import zipfile
 
@@ -90,9 +91,16 @@ def test_a_folder_of_extracted_archives(both):
     check(files.read(both / "images_evaluation"), EVALUATION)
 
 
-def test_an_archive_is_never_extracted(tmp_path, cache):
-    members = {f"../../{name}": content for name, content in BACKGROUND[0].items()}
-    path = archive(tmp_path / "up.zip", members)
+@pytest.mark.parametrize("where", ["up", "absolute", "link"])
+def test_an_archive_is_never_extracted(tmp_path, cache, where):
+    path, folder = tmp_path / "up.zip", tmp_path / "elsewhere"
+    prefix = {"up": "../../", "absolute": f"{folder}/", "link": "link/"}[where]
+    with zipfile.ZipFile(path, "w") as file:
+        link = zipfile.ZipInfo("link")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        file.writestr(link, str(tmp_path))
+        for name, content in BACKGROUND[0].items():
+            file.writestr(prefix + name, content)
     check(files.read(path), BACKGROUND)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["cache", "up.zip"]
     assert [file.suffix for file in cache.iterdir()] == [".npz"]

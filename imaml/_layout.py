@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
@@ -23,12 +23,12 @@ class Layout:
         """The layout of these tensors, in their order."""
         return cls(tuple(named), tuple(t.shape for t in named.values()), tuple(t.dtype for t in named.values()))
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Entries of each parameter."""
         return tuple(shape.numel() for shape in self.shapes)
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype of the flat vector: the widest of the parameters', at least float32."""
         return reduce(torch.promote_types, self.dtypes, torch.float32)
@@ -56,5 +56,4 @@ class Layout:
             else tensor.reshape(*batch, size).to(self.dtype)
             for tensor, size in zip(tensors, self.sizes, strict=True)
         ]
-        none = torch.zeros(*batch, 0, dtype=self.dtype, device=like.device)
-        return torch.cat(parts or [none], -1)
+        return torch.cat(parts, -1) if parts else torch.zeros(*batch, 0, dtype=self.dtype, device=like.device)

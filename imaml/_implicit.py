@@ -66,8 +66,8 @@ class ImplicitMAML(MetaGradient):
             computed in the model's. None: that of the parameters, at least float32.
         warm_start: Start a solve from the task's solution in an earlier call, where its support set is the same, as in
             bilevel problems or with few tasks that recur: fewer products where little has changed since. Keeps a vector
-            `(n,)` of every task that the engine has solved; costs two products. The solve starts at zero all the same
-            where the residual there is the smaller one.
+            `(n,)` of every task that the engine has solved, of the last ones where they exceed 1 GiB; costs two
+            products. The solve starts at zero all the same where the residual there is the smaller one.
         on_failure: What a solve that failed leads to: "raise" a `SolverError`, "warn" once per engine, or "ignore". The
             last good iterate is used, and the report has every task's status either way.
         error_bound: Fill `report.error_bound`, for one displaced evaluation. Not with "ggn", whose own error it could

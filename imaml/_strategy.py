@@ -19,6 +19,7 @@ from imaml._numbers import check_integer
 from imaml._objective import Objective
 from imaml._plan import ONE_BY_ONE, Plan
 from imaml._problem import Problem
+from imaml._recent import Recent
 from imaml._report import MetaResult, Outcome, Report
 from imaml._run import Run
 from imaml._tasks import Batch, Task, TaskBatch, check_tensors
@@ -101,8 +102,8 @@ class MetaGradient(ABC):
     on_nonfinite: OnNonfinite = "raise"
     compile: bool = False
     _compiler: Compiler = field(default_factory=Compiler, init=False, repr=False, compare=False)
-    _plans: dict[Any, Plan] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _looks: dict[Any, Look] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _plans: dict[Any, Plan] = field(default_factory=Recent, init=False, repr=False, compare=False)
+    _looks: dict[Any, Look] = field(default_factory=Recent, init=False, repr=False, compare=False)
     _alike: set[Any] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -12,10 +12,15 @@ from torch.utils._pytree import tree_leaves
 from imaml._tasks import Batch
 from imaml_solvers import Solution, Status
 
+KEPT = 2**30
+"""Bytes of solutions that an engine keeps; at least those of one chunk."""
+_OVERHEAD = 1024
+"""Bytes of a key."""
+
 
 @dataclass
 class WarmStart:
-    """The last solution `(n,)` of every task seen, recognised by the numbers of its support set."""
+    """The last solution `(n,)` of every task seen of late, recognised by the numbers of its support set."""
 
     known: dict[Hashable, Tensor] = field(default_factory=dict)
 
@@ -29,7 +34,13 @@ class WarmStart:
     def keep(self, batch: Batch, solution: Solution) -> None:
         """Remember those of solves that did not fail."""
         rows = zip(_keys(batch, solution.x), solution.x.detach().clone(), solution.status.tolist(), strict=True)
-        self.known |= {key: x for key, x, status in rows if status in (Status.CONVERGED, Status.BUDGET_SPENT)}
+        good = {key: x for key, x, status in rows if status in (Status.CONVERGED, Status.BUDGET_SPENT)}
+        for key, x in good.items():
+            self.known.pop(key, None)
+            self.known[key] = x
+        most = max(len(good), KEPT // (_OVERHEAD + solution.x[0].numel() * solution.x.element_size()))
+        while len(self.known) > most:
+            del self.known[next(iter(self.known))]
 
 
 def _keys(batch: Batch, like: Tensor) -> list[Hashable]:

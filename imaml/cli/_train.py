@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import asdict
 from signal import SIGINT, SIGTERM, Signals
 from time import monotonic
 
 from rich.console import Console
 from torch.distributed import ProcessGroup
 
-from imaml.cli._environment import environment
+from imaml.cli._conclusion import conclude
 from imaml.cli._figures import save_png, training_curve
 from imaml.cli._interrupt import Terminated, deferred_stop, sigterm_raised
 from imaml.cli._launch import process_group, restarted
@@ -117,7 +116,7 @@ def _lead(options: Train, trainer: Trainer, problem: Problem) -> int:
         save_png(folder.path / "curve.png", training_curve(folder.metrics(), problem.metric))
         say(console, f"Stopped after step {trainer.step}. {_how_to_continue(options)}")
         return 130 if stopped is SIGINT else 0
-    _conclude(options, trainer, folder, problem.metric, console)
+    conclude(options, trainer, folder, problem.metric, console)
     return 0
 
 
@@ -144,42 +143,3 @@ def _run(options: Train, trainer: Trainer, folder: RunFolder, metric: Metric, co
                 saved = monotonic()
         folder.save(trainer)
         return _agreed(trainer, stop())
-
-
-def _conclude(options: Train, trainer: Trainer, folder: RunFolder, metric: Metric, console: Console) -> None:
-    with console.status("Testing"):
-        test = trainer.evaluate("test", tasks=options.plan.eval_tasks)
-    folder.write_result(
-        {
-            "metric": metric.name,
-            **asdict(test),
-            "steps": trainer.step,
-            "seconds": round(trainer.seconds, 1),
-            "processes": trainer.ranks.size,
-            **environment(),
-            "config": options.config,
-        }
-    )
-    save_png(folder.path / "curve.png", training_curve(folder.metrics(), metric))
-    say(
-        console,
-        f"Test {metric.name} {metric.interval(test.mean, test.interval)} (95 % interval, {test.tasks} tasks) "
-        f"after {trainer.step} steps in {trainer.seconds / 60:.1f} minutes. Written to {folder.path}",
-    )
-    _explain_solves(folder, console)
-    skipped = sum(record.get("skipped", 0) for record in folder.metrics())
-    if skipped or test.skipped:
-        say(console, f"Skipped as not finite: {skipped} tasks of the training and {test.skipped} of the test.")
-
-
-def _explain_solves(folder: RunFolder, console: Console) -> None:
-    """Say how many linear solves ended early, and what to change."""
-    ends = [record["solver"]["status"] for record in folder.metrics() if "solver" in record]
-    solves = sum(sum(counts.values()) for counts in ends)
-    broken = sum(counts.get("breakdown", 0) + counts.get("nonfinite", 0) for counts in ends)
-    if broken:
-        say(
-            console,
-            f"{100 * broken / solves:.1f} % of the solves met negative curvature and ended at their last good "
-            "iterate: a larger --regularization makes the meta-gradient more exact.",
-        )

@@ -48,7 +48,7 @@ def _program(args: list[str], log: Path) -> None:
         sys.exit(main(args))
 
 
-def where(out: Path) -> str:
+def where(out: Path, steps: int) -> str:
     """What the kill left."""
     if not (out / "config.json").exists():
         return "before the folder"
@@ -56,21 +56,22 @@ def where(out: Path) -> str:
         return "between the checkpoints" if (out / "checkpoint.previous.pt").exists() else "before the checkpoint"
     if list(out.glob("*.tmp")):
         return "half a file"
-    if (out / "metrics.jsonl").exists() and not (out / "metrics.jsonl").read_bytes().endswith(b"\n"):
+    logged = (out / "metrics.jsonl").read_bytes() if (out / "metrics.jsonl").exists() else b""
+    if logged and not logged.endswith(b"\n"):
         return "half a line"
-    return "in the test" if (out / "curve.png").exists() else "between two writes"
+    return "in the test" if logged.count(b"\n") == steps else "between two writes"
 
 
-def survive(folder: Path, begin: list[str], whole: Path, kills: list[float]) -> tuple[list[str], list[str]]:
+def survive(begin: list[str], log: Path, whole: Path, kills: list[float]) -> tuple[list[str], list[str]]:
     """Kill one run at these moments after each of its starts: where that was, and how it differs in the end."""
-    out, log, places = Path(begin[-1]), folder / "log", []
+    out, steps, places = Path(begin[-1]), int(begin[begin.index("--steps") + 1]), []
     for kill_after in (*kills, None):
         args = resume(out) if (out / "config.json").exists() else begin
         code = run(args, log, kill_after)
         if code not in (0, -signal.SIGKILL):
             raise SystemExit(f"{' '.join(args)} ended with {code}:\n{log.read_text()}")
         if kill_after is not None:
-            places.append(where(out) if code else "after the end")
+            places.append(where(out, steps) if code else "after the end")
     return places, differences(out, whole)
 
 
@@ -133,7 +134,7 @@ def main_() -> int:
             folder.mkdir()
             moments = [draw.uniform(0, seconds[strategy]) for _ in range(1 + chosen.again)]
             begin = options(folder / "run", strategy, chosen.steps)
-            landed, found = survive(folder, begin, whole[strategy], moments)
+            landed, found = survive(begin, folder / "log", whole[strategy], moments)
             places.update(landed)
             if found:
                 broken += 1

@@ -21,8 +21,8 @@ class CompiledLoss(ChunkLoss):
     """A loss whose derivatives are compiled functions of every tensor that it is made of.
 
     Whatever else it depends on is frozen in them. So the losses of the first gradient of a shape in every call are
-    compared with an uncompiled forward pass (of the query set only if it has a loss or a metric of its own), and what
-    is compiled anew with the uncompiled derivative; where they differ, or cannot be compiled, the engine goes on
+    compared with an uncompiled forward pass of the first task (of the query set only if it has a loss of its own), and
+    what is compiled anew with the uncompiled derivative; where they differ, or cannot be compiled, the engine goes on
     without.
     """
 
@@ -38,17 +38,13 @@ class CompiledLoss(ChunkLoss):
             return found.losses, found.adapted, found.fixed
 
         if self.is_compiled:
-            expected, figure = self._uncompiled_values(phi, step, metric=metric)
             given = (phi,) if weights is None else (phi, weights)
             losses, adapted, by_fixed = self._derive(f"gradient {fixed and bool(self.context.fixed)}", plain, given)
             assert losses is not None
             assert adapted is not None
-            if expected is None or agree(losses, expected, self.session.accuracy):
-                return Gradient(losses, adapted, by_fixed, figure)
-            self.session.compiler.give_up(
-                "the loss is another than the one that was compiled, for the same shapes. Expected a loss that "
-                "depends on tensors alone: make numbers that change, such as a temperature, tensors in `meta`."
-            )
+            if self._is_still(losses, phi, step):
+                is_judged = metric and self.context.objective.metric is not None
+                return Gradient(losses, adapted, by_fixed, self.value(phi, step)[1] if is_judged else None)
         return super().gradient(phi, step, fixed=fixed, metric=metric, weights=weights)
 
     def product(self, phi: Tensor, step: int, w: Tensor, *, mixed: bool) -> tuple[Tensor, Tensor | None]:
@@ -66,20 +62,21 @@ class CompiledLoss(ChunkLoss):
         """Whether derivatives are compiled, as long as nothing has spoken against it."""
         return self.session.compiler.is_on
 
-    def _uncompiled_values(self, phi: Tensor, step: int, *, metric: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Losses and metric by a forward pass, where there is something to see in it."""
-        objective, session = self.context.objective, self.session
-        is_judged = metric and objective.metric is not None
+    def _is_still(self, losses: Tensor, phi: Tensor, step: int) -> bool:
+        """Whether the first of the losses is what it is uncompiled; looked at once a call for each shape."""
+        session, objective = self.session, self.context.objective
         has_own_loss = self.kind == SUPPORT or objective.outer_loss is not None
-        if not is_judged and (self._shape in session.checked or not has_own_loss):
-            return None, None
+        if not self.is_compiled or self._shape in session.checked or not has_own_loss:
+            return True
         session.checked.add(self._shape)
-        losses, figure = self.value(phi, step)
-        if self.context.replay.draws:
-            session.compiler.give_up("a loss draws random numbers (dropout), which are replayed uncompiled.")
-        elif self.tasks > 1 and not self.context.is_vectorised:
-            session.compiler.give_up("the model cannot be vectorised over tasks. Use chunk_size=1 to compile it.")
-        return losses, figure if metric else None
+        _, first = next(self.split(1))
+        if agree(losses[:1], first.value(phi[:1], step)[0], session.accuracy):
+            return True
+        session.compiler.give_up(
+            "the loss is another than the one that was compiled, for the same shapes. Expected a loss that "
+            "depends on tensors alone: make numbers that change, such as a temperature, tensors in `meta`."
+        )
+        return False
 
     def _derive(self, name: str, plain: Function, given: tuple[Tensor, ...]) -> Outputs:
         """A function of this loss and of tensors, compiled if it can be."""
@@ -104,6 +101,12 @@ class CompiledLoss(ChunkLoss):
                 return plain(loss, *tensors[: len(given)])
 
             expected = plain(self, *given)
+            if context.replay.draws:
+                session.compiler.give_up("a loss draws random numbers (dropout), which are replayed uncompiled.")
+                return expected
+            if self.tasks > 1 and not context.is_vectorised:
+                session.compiler.give_up("the model cannot be vectorised over tasks. Use chunk_size=1 to compile it.")
+                return expected
             function = session.compile(traced, tensors, expected)
             if function is None:
                 return expected

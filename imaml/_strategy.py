@@ -85,7 +85,7 @@ class MetaGradient(ABC):
             several times faster where calls are many and tensors small, for seconds of compilation the first time. A
             compiled product evaluates its step anew; no graph is kept. A loss is taken for a function of its tensors
             (parameters, buffers, batch, `meta`). Whatever else changes in it is noticed, where it changes the losses:
-            every call compares those of each shape with an uncompiled forward pass, as the first compares the
+            every call compares one of each shape with an uncompiled forward pass, as the first compares the
             derivatives. On such a change, with random draws (dropout), without a C++ compiler, or beyond 12 functions,
             a `CompileWarning` says why, and the engine goes on uncompiled, with the same results.
     """

@@ -74,12 +74,18 @@ class Context:
         return {name: values.double().mean(0).to(values.dtype) for name, values in joined.items()}
 
     @classmethod
-    def of(cls, objective: Objective, hyper: Mapping[str, tuple[Hyper, int]] | None = None) -> Context:
+    def of(
+        cls,
+        objective: Objective,
+        hyper: Mapping[str, tuple[Hyper, int]] | None = None,
+        layout_of: Callable[[Mapping[str, Tensor]], Layout] = Layout.of,
+    ) -> Context:
         """Check the objective in its present state, and take the snapshot.
 
         Args:
             objective: Model and loss.
             hyper: Hyper-parameters of the inner loop by name, each with the number of steps it may have values for.
+            layout_of: From named parameters to how they lie in a flat vector.
 
         Returns:
             The context of one call.
@@ -98,13 +104,13 @@ class Context:
         devices = {p.device for p in adapted.values()}
         if len(devices) > 1:
             raise ValueError(f"Adapted parameters must be on one device. Got {sorted(map(str, devices))}.")
-        layout = Layout.of(adapted)
+        layout = layout_of(adapted)
         theta = layout.flatten(list(adapted.values()))
         return cls(
             objective=objective,
             layout=layout,
             theta=theta,
-            fixed_layout=Layout.of(fixed),
+            fixed_layout=layout_of(fixed),
             fixed=list(fixed.values()),
             constants=objective.constants(),
             replay=Replay(devices.pop()),

@@ -71,7 +71,7 @@ def check_chunk(pullback: Pullback, positions: list[int], context: Context, how:
     if how == "skip" and status is not None:
         bad = bad | (status == Status.NONFINITE)
     if bad.any():
-        tasks = [position for position, flag in zip(positions, bad.tolist(), strict=True) if flag]
+        tasks = [position for position, flag in zip(positions, bad, strict=True) if flag]
         raise NonFiniteError(
             f"The meta-gradient of task {tasks[0]} is not finite although its losses are: look for an operation with "
             "an infinite second derivative, such as sqrt or norm at 0.",

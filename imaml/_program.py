@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -33,6 +34,7 @@ class ModelProgram:
         self._inner, self._outer = with_meta(loss), with_meta(outer_loss or loss)
 
     def parameters(self) -> dict[str, Tensor]:
+        _reshard(self.model)
         return dict(self.model.named_parameters())
 
     def first_names(self) -> dict[str, str]:
@@ -89,6 +91,15 @@ class ModelProgram:
         policy = nullcontext() if self.buffers is None or recording else Statistics(self.buffers)
         with eager(self.model), held(self.model), policy:
             return functional_call(self.model, dict(values), args, kwargs)
+
+
+def _reshard(model: nn.Module) -> None:
+    """Let FSDP forget the parameters that it has gathered, and show its shards."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        for module in model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
 
 
 class FunctionProgram:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,13 +23,13 @@ from imaml._objective import Objective
 from imaml._plan import ONE_BY_ONE, Plan, plan
 from imaml._problem import Problem
 from imaml._report import Outcome, Report
-from imaml._tasks import Task, TaskBatch, signature
+from imaml._tasks import Batch, Task, TaskBatch, signature
 from imaml._tasks import group as by_shape
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from imaml._strategy import MetaGradient
+    from imaml._strategy import MetaGradient, Pullback
 
 
 @dataclass
@@ -48,10 +49,11 @@ class Run:
         given = {name: (hyper, engine.inner.steps) for name, hyper in engine.inner.hyperparameters.items()}
         if engine.regularization is not None:
             given["regularization"] = (engine.regularization, 1)
-        context = Context.of(objective, given)
+        kind, layout_of = _if_sharded(engine, objective) or (cls, Layout.of)
+        context = Context.of(objective, given, layout_of)
         layouts = [layout for layout in (context.layout, context.fixed_layout) if derivatives and layout.names]
         session = Session.of(engine._compiler, context) if engine.compile else None
-        return cls(engine, context, layouts, session)
+        return kind(engine, context, layouts, session)
 
     def sums(self, groups: list[tuple[list[int], TaskBatch]]) -> tuple[list[Tensor], Report]:
         """Sums over tasks: the gradients for theta and for any fixed parameters, then `(3,)`: loss, skipped, kept."""
@@ -90,7 +92,7 @@ class Run:
             problem = self.problem(positions, tasks, plan)
             if not self.layouts:
                 return [], problem.evaluate(problem.adapt())
-            pullback = self.engine._pull_back(problem)
+            pullback = self._pull_back(problem)
             check_chunk(pullback, positions, self.context, self.engine.on_nonfinite)
             self.engine._keep(problem, pullback)
             fixed = [] if pullback.fixed is None else [pullback.fixed]
@@ -99,6 +101,9 @@ class Run:
         if self.engine.on_nonfinite == "raise":
             return [(where, compute(where))]
         return skipping(compute, where, self.context.mark)
+
+    def _pull_back(self, problem: Problem) -> Pullback:
+        return self.engine._pull_back(problem)
 
     def _no_task(self) -> Outcome:
         return Outcome.of_no_task(self.context, self.engine.inner.steps)
@@ -178,9 +183,7 @@ class Run:
         context, size = self.context, self.engine.microbatch_size
         tasks, first = len(batch), positions[0]
         support, query = (
-            ChunkLoss(context, outside_inference(examples), tasks, first, kind)
-            if self.session is None
-            else CompiledLoss(context, outside_inference(examples), tasks, first, kind, session=self.session)
+            self._loss(outside_inference(examples), tasks, first, kind)
             for examples, kind in ((batch.support, SUPPORT), (batch.query, QUERY))
         )
         return Problem(
@@ -192,6 +195,11 @@ class Run:
             damping=self._damping(),
             positions=positions,
         )
+
+    def _loss(self, batch: Batch, tasks: int, start: int, kind: int) -> ChunkLoss:
+        if self.session is None:
+            return ChunkLoss(self.context, batch, tasks, start, kind)
+        return CompiledLoss(self.context, batch, tasks, start, kind, session=self.session)
 
     def _damping(self) -> Tensor | None:
         """Lambda: 0-dim, or `(n,)` where given by name; None for no proximal term."""
@@ -205,3 +213,14 @@ class Run:
         if isinstance(value, Tensor):
             return value if len(value) > 1 else value.reshape(())
         return self.context.theta.new_tensor(value) if value else None
+
+
+def _if_sharded(
+    engine: MetaGradient, objective: Objective
+) -> tuple[type[Run], Callable[[Mapping[str, Tensor]], Layout]] | None:
+    """What runs an objective whose parameters are sharded over processes; there are none before torch's module is."""
+    if "torch.distributed.tensor" not in sys.modules or not isinstance(objective, Objective):
+        return None
+    from imaml._sharded_run import sharded  # noqa: PLC0415
+
+    return sharded(engine, objective)

@@ -16,11 +16,11 @@ SECONDS = 40
 """More than any of the functions takes, less than a hanging collective would."""
 
 
-def on_two_ranks(functions: dict[str, Callable[..., Any]]) -> dict[str, list[Any]]:
+def on_two_ranks(functions: dict[str, Callable[..., Any]], seconds: float = SECONDS) -> dict[str, list[Any]]:
     """The result of `function(group)` on every rank by name; an error is a result too, as (its type, its message)."""
     with tempfile.TemporaryDirectory() as folder:
         context = mp.start_processes(_worker, (folder, functions), nprocs=RANKS, join=False, start_method="spawn")
-        end = monotonic() + SECONDS
+        end = monotonic() + seconds
         while not context.join(timeout=max(end - monotonic(), 0)):
             if monotonic() > end:
                 for process in context.processes:

@@ -1,0 +1,191 @@
+"""Models sharded over two processes, by FSDP2 and by tensor parallelism, and the same whole."""
+
+import warnings
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from imaml import (
+    CG,
+    FOMAML,
+    MAML,
+    MINRES,
+    Adam,
+    Dense,
+    GradientDescent,
+    ImplicitMAML,
+    Neumann,
+    Nystrom,
+    Objective,
+    TaskBatch,
+    TorchOptimizer,
+)
+
+INNER = GradientDescent(lr=0.1, steps=2, momentum=0.5)
+IMPLICIT = {"inner": GradientDescent(lr=[0.1, 0.2], steps=2), "hvp": "finite-difference", "error_bound": False}
+FIRST_ORDER = {
+    "FOMAML": FOMAML(inner=INNER),
+    "FOMAML, Adam": FOMAML(inner=Adam(lr=0.05, steps=2, weight_decay=0.1), regularization=0.5),
+    "FOMAML, early stop": FOMAML(inner=GradientDescent(lr=0.1, steps=5, stationarity=1.5), microbatch_size=2),
+}
+SECOND_ORDER = {
+    "CG": ImplicitMAML(solver=CG(max_steps=3), **IMPLICIT),
+    "MINRES": ImplicitMAML(solver=MINRES(max_steps=3), **IMPLICIT),
+    "Neumann": ImplicitMAML(solver=Neumann(max_steps=3, step_size=0.5), **IMPLICIT),
+    "auto": ImplicitMAML(inner=INNER, solver=CG(max_steps=3)),
+}
+ENGINES = FIRST_ORDER | SECOND_ORDER
+
+
+def make_model():
+    """Rows that two processes cannot share evenly, and one row for both."""
+    torch.manual_seed(0)
+    layers = nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1)
+    return nn.Sequential(*layers).double()
+
+
+def fsdp():
+    model, mesh = make_model(), init_device_mesh("cpu", (2,))
+    for layer in (model[0], model[2]):
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def tensor_parallel():
+    """The last layer is left whole, on both."""
+    mesh = init_device_mesh("cpu", (2,))
+    return parallelize_module(make_model(), mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+
+
+BUILDS = {"whole": make_model, "FSDP": fsdp, "TP": tensor_parallel}
+
+
+def make_tasks(number=2):
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return TaskBatch(
+        support=(draw(number, 4, 3), draw(number, 4, 1)),
+        query=(draw(number, 5, 3), draw(number, 5, 1)),
+    )
+
+
+def whole(named):
+    return {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in named.items() if t is not None}
+
+
+def local(tensor):
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def gradients(build, engine, adapt, group):
+    objective = Objective(BUILDS[build](), F.mse_loss, adapt=adapt, metric=F.l1_loss)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss, found = ENGINES[engine].value_and_grad(objective, make_tasks())
+    return {"loss": loss, **whole(found)}
+
+
+CASES = [("FSDP", engine, None) for engine in ENGINES] + [("TP", "FOMAML", None), ("TP", "CG", None)]
+CASES += [(build, "CG", ("2",)) for build in ("FSDP", "TP")]
+
+
+def report(build, group):
+    """Every entry is a plain tensor."""
+    engine = ImplicitMAML(inner=INNER, solver=CG(max_steps=3), hvp="finite-difference")
+    found = engine(Objective(BUILDS[build](), F.mse_loss, metric=F.l1_loss), make_tasks()).report
+    names = ("query_loss", "support_loss", "metric", "stationarity", "solver_status", "error_bound")
+    entries = {name: getattr(found, name) for name in names}
+    assert not any(isinstance(entry, DTensor) for entry in entries.values())
+    return entries, (found.hvp_mode, found.gradients, found.hvps, found.unused)
+
+
+def trained(build, group):
+    """Parameters after two meta-steps, with forward passes of the user's between, which leave FSDP's gathered."""
+    model, tasks = BUILDS[build](), make_tasks()
+    optimizer, engine = torch.optim.SGD(model.parameters(), lr=0.5), FOMAML(inner=INNER)
+    losses = []
+    for _ in range(2):
+        with torch.no_grad():
+            model(tasks.support[0][0])
+            losses.append(engine(Objective(model, F.mse_loss), tasks).loss)
+            model(tasks.support[0][0])
+        result = engine(Objective(model, F.mse_loss), tasks)
+        optimizer.zero_grad()
+        result.loss.backward()
+        optimizer.step()
+        losses.append(result.loss.detach())
+    return torch.stack(losses), whole(dict(model.named_parameters()))
+
+
+def adapted(build, group):
+    support = tuple(t[0] for t in make_tasks().support)
+    return whole(ENGINES["FOMAML"].adapt(Objective(BUILDS[build](), F.mse_loss), support))
+
+
+def untouched(build, group):
+    """Whether parameters, `.grad` and a graph that saved them are as before, after a call and after a failed one."""
+    model, tasks = BUILDS[build](), make_tasks()
+    objective = Objective(model, F.mse_loss)
+    F.mse_loss(model(tasks.support[0][0]), tasks.support[1][0]).backward()
+    before = [(p.detach().clone(), p.grad, p.grad.clone()) for p in model.parameters()]
+    regret = sum((local(p).requires_grad_() ** 2).sum() for p in model.parameters())
+    FOMAML(inner=INNER)(objective, tasks)
+    tasks.query[1][1] = torch.nan
+    try:
+        FOMAML(inner=INNER)(objective, tasks)
+    except FloatingPointError:
+        regret.backward()
+    rows = list(zip(model.parameters(), before, strict=True))
+    grads = all(p.grad is grad and torch.equal(local(grad), local(copy)) for p, (_, grad, copy) in rows)
+    return all(torch.equal(local(p), local(copy)) for p, (copy, _, _) in rows), grads
+
+
+def not_finite(build, group):
+    tasks = make_tasks()
+    tasks.query[1][1] = torch.nan
+    result = FOMAML(inner=INNER, on_nonfinite="skip")(Objective(BUILDS[build](), F.mse_loss), tasks)
+    return result.loss, result.report.skipped
+
+
+def refused(group):
+    """Messages, by what is refused."""
+    model, tasks = fsdp(), make_tasks()
+    objective = Objective(model, F.mse_loss)
+    log_lr = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    dealt = make_tasks(4)[group.rank() :: 2]
+    params = dict(model.named_parameters())
+    rates = {name: 0.1 for name in params}
+    wrong = {
+        "MAML": (MAML(inner=INNER), objective, tasks),
+        "a function": (FOMAML(inner=INNER), Objective.from_function(lambda p, b: p["0.bias"].sum(), params), tasks),
+        "exact": (ImplicitMAML(inner=INNER, hvp="reverse-over-reverse"), objective, tasks),
+        "ggn": (ImplicitMAML(inner=INNER, curvature="ggn"), objective, tasks),
+        "solver": (ImplicitMAML(inner=INNER, solver=Dense()), objective, tasks),
+        "preconditioner": (ImplicitMAML(inner=INNER, solver=CG(preconditioner=Nystrom(rank=2))), objective, tasks),
+        "inner": (FOMAML(inner=TorchOptimizer(torch.optim.SGD, lr=0.1, steps=2)), objective, tasks),
+        "rates": (FOMAML(inner=GradientDescent(lr=rates, steps=2)), objective, tasks),
+        "meta": (FOMAML(inner=INNER), Objective(model, F.mse_loss, meta={"log_lr": log_lr}), tasks),
+        "dealt out": (FOMAML(inner=INNER), objective, dealt),
+    }
+    messages = {}
+    for name, (engine, its_objective, its_tasks) in wrong.items():
+        try:
+            messages[name] = str(engine(its_objective, its_tasks))
+        except ValueError as error:
+            messages[name] = str(error)
+    try:
+        FOMAML(inner=INNER)(objective, dealt, group=group)
+    except ValueError as error:
+        messages["group"] = str(error)
+    return messages
+
+
+SHARDED, BOTH = ("FSDP", "TP"), (report, trained, adapted, untouched, not_finite)
+FUNCTIONS = {f"{build}, {engine}, {adapt}": partial(gradients, build, engine, adapt) for build, engine, adapt in CASES}
+FUNCTIONS |= {f"{function.__name__}, {build}": partial(function, build) for function in BOTH for build in SHARDED}
+FUNCTIONS |= {"refused": refused}

@@ -1,0 +1,82 @@
+"""Models sharded over two processes against the same model whole."""
+
+import re
+
+import pytest
+import torch
+
+from tests.distributed import sharded
+from tests.distributed.launch import on_two_ranks
+
+
+@pytest.fixture(scope="module")
+def found():
+    return on_two_ranks(sharded.FUNCTIONS, seconds=120)
+
+
+def assert_equal(ours, theirs, tolerance):
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("build", "engine", "adapt"), sharded.CASES)
+def test_the_meta_gradient_is_that_of_the_whole_model(found, build, engine, adapt):
+    tolerance = 1e-12 if engine in sharded.FIRST_ORDER else 1e-7
+    for ours in found[f"{build}, {engine}, {adapt}"]:
+        assert_equal(ours, sharded.gradients("whole", engine, adapt, None), tolerance)
+
+
+def test_products_by_finite_differences_are_close_to_exact_ones(found):
+    exact = sharded.gradients("whole", "auto", None, None)
+    assert_equal(found["FSDP, auto, None"][0], exact, 1e-6)
+
+
+@pytest.mark.parametrize("build", ["FSDP", "TP"])
+def test_the_report_is_that_of_the_whole_model(found, build):
+    entries, facts = sharded.report("whole", None)
+    for ours, theirs in found[f"report, {build}"]:
+        assert_equal(ours, entries, 1e-5)
+        assert theirs == facts
+
+
+@pytest.mark.parametrize("build", ["FSDP", "TP"])
+def test_training_evaluating_and_adapting(found, build):
+    losses, parameters = sharded.trained("whole", None)
+    for ours, theirs in found[f"trained, {build}"]:
+        assert_equal(ours, losses, 1e-12)
+        assert_equal(theirs, parameters, 1e-12)
+    for ours in found[f"adapted, {build}"]:
+        assert_equal(ours, sharded.adapted("whole", None), 1e-12)
+
+
+@pytest.mark.parametrize("build", ["FSDP", "TP"])
+def test_parameters_and_their_grad_are_put_back(found, build):
+    assert found[f"untouched, {build}"] == [(True, True)] * 2
+
+
+@pytest.mark.parametrize("build", ["FSDP", "TP"])
+def test_a_task_that_is_not_finite_is_skipped_by_all(found, build):
+    loss, skipped = sharded.not_finite("whole", None)
+    for ours, theirs in found[f"not_finite, {build}"]:
+        assert_equal(ours, loss, 1e-12)
+        assert theirs == skipped == (1,)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("MAML", "Expected FOMAML or ImplicitMAML.*Got MAML"),
+        ("a function", "Expected Objective\\(model, loss\\)"),
+        ("exact", "Expected hvp='finite-difference'"),
+        ("ggn", "Expected curvature='hessian'. Got 'ggn'"),
+        ("solver", "Expected CG, MINRES or Neumann without a preconditioner. Got Dense"),
+        ("preconditioner", "Expected CG, MINRES or Neumann without a preconditioner. Got CG"),
+        ("inner", "Expected an inner optimiser such as GradientDescent or Adam. Got TorchOptimizer"),
+        ("rates", "Expected `lr` as a number for all parameters"),
+        ("meta", "Expected no meta-parameters. Got \\['log_lr'\\]"),
+        ("dealt out", "Expected the same tasks on all of them"),
+        ("group", "Expected group=None"),
+    ],
+)
+def test_what_a_sharded_model_cannot_have(found, what, message):
+    for messages in found["refused"]:
+        assert re.search(message, messages[what])

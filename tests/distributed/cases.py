@@ -183,7 +183,7 @@ def the_page(group):
     dist.init_process_group = dist.destroy_process_group = lambda *args: None
     namespace = {}
     try:
-        (loop,) = python(read("docs/distributed.md"))
+        loop, _ = python(read("docs/distributed.md"))
         exec(compile(loop, "docs/distributed.md", "exec"), namespace)
     finally:
         dist.init_process_group, dist.destroy_process_group = begin, end

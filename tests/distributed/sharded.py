@@ -4,6 +4,7 @@ import warnings
 from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -26,6 +27,7 @@ from imaml import (
     TaskBatch,
     TorchOptimizer,
 )
+from tests.pages import python, read
 
 INNER = GradientDescent(lr=0.1, steps=2, momentum=0.5)
 IMPLICIT = {"inner": GradientDescent(lr=[0.1, 0.2], steps=2), "hvp": "finite-difference", "error_bound": False}
@@ -185,7 +187,32 @@ def refused(group):
     return messages
 
 
+def second_derivatives(group):
+    """Why there are no exact products: what FSDP says to a gradient with a graph, and whether one comes by backward."""
+    model, (x, y) = fsdp(), (t[0] for t in make_tasks().support)
+    try:
+        torch.autograd.grad(F.mse_loss(model(x), y), list(model.parameters()), create_graph=True)
+        message = ""
+    except RuntimeError as error:
+        message = str(error)
+    model = fsdp()
+    F.mse_loss(model(x), y).backward(create_graph=True)
+    return message, [p.grad.requires_grad for p in model.parameters()]
+
+
+def the_page(group):
+    """The parameters after the second loop of the page, within the group that is there already."""
+    begin, end = dist.init_process_group, dist.destroy_process_group
+    dist.init_process_group = dist.destroy_process_group = lambda *args: None
+    namespace = {}
+    try:
+        exec(compile(python(read("docs/distributed.md"))[1], "docs/distributed.md", "exec"), namespace)
+    finally:
+        dist.init_process_group, dist.destroy_process_group = begin, end
+    return whole(dict(namespace["model"].named_parameters()))
+
+
 SHARDED, BOTH = ("FSDP", "TP"), (report, trained, adapted, untouched, not_finite)
 FUNCTIONS = {f"{build}, {engine}, {adapt}": partial(gradients, build, engine, adapt) for build, engine, adapt in CASES}
 FUNCTIONS |= {f"{function.__name__}, {build}": partial(function, build) for function in BOTH for build in SHARDED}
-FUNCTIONS |= {"refused": refused}
+FUNCTIONS |= {"refused": refused, "second_derivatives": second_derivatives, "the_page": the_page}

@@ -4,7 +4,12 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.utils import parameters_to_vector
 
+from imaml import CG, GradientDescent, ImplicitMAML, Objective
+from imaml.data import Sinusoid
+from imaml.models import MLP
 from tests.distributed import sharded
 from tests.distributed.launch import on_two_ranks
 
@@ -59,6 +64,30 @@ def test_a_task_that_is_not_finite_is_skipped_by_all(found, build):
     for ours, theirs in found[f"not_finite, {build}"]:
         assert_equal(ours, loss, 1e-12)
         assert theirs == skipped == (1,)
+
+
+def test_why_there_are_no_exact_products(found):
+    """If this fails, torch's FSDP has learned to differentiate twice."""
+    for message, flags in found["second_derivatives"]:
+        assert "not have been used in the graph" in message
+        assert not any(flags)
+
+
+def test_the_loop_of_the_page_is_that_of_the_whole_model(found):
+    torch.manual_seed(0)
+    model = MLP()
+    start = parameters_to_vector(model.parameters()).detach()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    inner, solver = GradientDescent(lr=0.01, steps=5), CG(max_steps=3)
+    engine = ImplicitMAML(inner=inner, solver=solver, hvp="finite-difference", on_failure="ignore")
+    for step in range(3):
+        optimizer.zero_grad()
+        engine(Objective(model, F.mse_loss), Sinusoid().batch("train", step, 4)).loss.backward()
+        optimizer.step()
+    moved = parameters_to_vector(model.parameters()).detach()
+    for ours in found["the_page"]:
+        difference = parameters_to_vector(ours.values()) - moved
+        assert difference.norm() <= 1e-3 * (moved - start).norm()
 
 
 @pytest.mark.parametrize(

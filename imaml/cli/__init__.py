@@ -1,4 +1,4 @@
-"""The program `imaml`: meta-train a model, compare the strategies, verify or measure meta-gradients."""
+"""The program `imaml`: meta-train a model, compare the strategies, verify, measure or plan meta-gradients."""
 
 import sys
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ USER_ERRORS = (OSError, ImportError, ValueError, FloatingPointError)
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run `imaml train`, `imaml compare`, `imaml verify` or `imaml bench`.
+    """Run `imaml train`, `imaml compare`, `imaml verify`, `imaml bench` or `imaml plan`.
 
     Args:
         args: Command line without the program's name; None: that of the process.
@@ -17,7 +17,17 @@ def main(args: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 where a verification failed, 2 after an error of the user's, 130 after Ctrl-C.
     """
     try:
-        from imaml.cli import _bench, _bench_options, _command_line, _compare, _options, _train, _verify
+        from imaml.cli import (
+            _bench,
+            _bench_options,
+            _command_line,
+            _compare,
+            _options,
+            _plan,
+            _plan_options,
+            _train,
+            _verify,
+        )
     except ModuleNotFoundError as error:
         print(f"imaml: the program needs {error.name}: pip install 'imaml[train]'", file=sys.stderr)
         return 2
@@ -27,6 +37,8 @@ def main(args: Sequence[str] | None = None) -> int:
             return _verify.verify(options)
         if isinstance(options, _bench_options.Bench):
             return _bench.bench(options)
+        if isinstance(options, _plan_options.Forecast):
+            return _plan.plan(options)
         return _train.train(options) if isinstance(options, _options.Train) else _compare.compare(options)
     except USER_ERRORS as error:
         print(f"imaml: {error}", file=sys.stderr)

@@ -124,11 +124,11 @@ def _settings(made: Made, options: Bench) -> Iterator[Setting]:
     given = {name: value for name, value in vars(options.engine).items() if value is not None}
     for strategy in options.strategies:
         own = {name: value for name, value in given.items() if applies(name, strategy)}
-        engine = _like(build_engine(strategy, replace(DEFAULTS[strategy], **own)), made.subject, own)
+        engine = like(build_engine(strategy, replace(DEFAULTS[strategy], **own)), made.subject, own)
         yield from settings(strategy, engine, tasks=len(made.tasks), given=own)
 
 
-def _like(engine: MetaGradient, subject: object, given: dict[str, Any]) -> MetaGradient:
+def like(engine: MetaGradient, subject: object, given: dict[str, Any]) -> MetaGradient:
     """With the inner loop, and where it has them the regularization and solver, of the problem's own engine."""
     if not isinstance(subject, MetaGradient):
         return engine

@@ -14,7 +14,7 @@ from imaml._curvature import Curvature
 from imaml._gauss_newton import GaussNewton
 from imaml._point import needs_gradient
 from imaml._problem import Problem
-from imaml.inner import InnerOptimizer
+from imaml.inner import InnerOptimizer, InnerSolver
 from imaml.planning._account import Account, Use
 from imaml.planning._solver import Solve
 
@@ -22,6 +22,9 @@ REBUILT, LINEARISED, INEXACT, GAUSS_NEWTON = 3, 2, 2, 1
 """A Hessian-vector product in gradients. One pass back through a computation costs twice that computation, so with a
 forward pass of 1 a gradient is 3; its own derivative 6 more, or 9 with the gradient evaluated anew; finite differences
 are two gradients; J'(Bv)J w is three passes through a linearised model."""
+
+_FEW = (2, 3)
+"""Steps of an inner solver that are measured: what the last one adds, every further one is taken to add."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,8 @@ class Work:
     hvps: int
     equivalents: float
     """Both, in gradients."""
+    transfer: float = 0.0
+    """What moving states costs, as that of a gradient whose graph has so many bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +92,8 @@ class Stages:
 
     account: Account
     done: set[str] = field(default_factory=set)
+    per_step: tuple[float, float] = (1, 0)
+    """Gradients and products of an inner step of a task, where these were counted."""
 
     def missing(self, *names: str) -> bool:
         """Whether these have still to be measured; they are from now on taken to be."""
@@ -145,25 +152,30 @@ class Costs(ABC):
                     following = problem.step(state, 0)
                 del following
             return facts
-        few = replace(inner, steps=min(inner.steps, 2))
-        before = context.gradients, context.hvps
-        if stages.missing("adapt"):
-            with stages.account.stage("adapt"):
-                phi = few.run(replace(problem, inner=few, support_losses=[]))
-            del phi
-        evaluations = problem.support.tasks * few.steps
-        gradients, hvps = context.gradients - before[0], context.hvps - before[1]
-        return replace(facts, per_step=(gradients / evaluations, hvps / evaluations))
+        for steps in sorted({min(inner.steps, few) for few in _FEW}):
+            if stages.missing(f"adapt {steps}"):
+                few, before = replace(inner, steps=steps), (context.gradients, context.hvps)
+                with stages.account.stage(f"adapt {steps}"):
+                    phi = few.run(replace(problem, inner=few, support_losses=[]))
+                del phi
+                gradients, hvps = context.gradients - before[0], context.hvps - before[1]
+                stages.per_step = gradients / problem.support.tasks / steps, hvps / problem.support.tasks / steps
+        return replace(facts, per_step=stages.per_step)
 
     def inner_peak(self, chunk: Chunk) -> float:
         """Of the inner loop, where nothing but its result is kept."""
-        inner = self.engine.inner
+        inner: InnerSolver = self.engine.inner
         if inner.steps == 0:
             return 0
         if not isinstance(inner, InnerOptimizer):
-            return chunk["adapt"].peak
-        state = chunk["step"].held * ((inner.steps > 1) + (inner.stationarity is not None))
-        return chunk["step"].peak + state
+            last = chunk[f"adapt {min(inner.steps, _FEW[1])}"].peak
+            if inner.steps <= _FEW[1]:
+                return last
+            return last + (inner.steps - _FEW[1]) * max(0.0, last - chunk[f"adapt {_FEW[0]}"].peak)
+        state, most = chunk["step"].held, chunk["step"].peak
+        if inner.stationarity is not None:
+            most = max(most, 2 * state + chunk.vector)  # the step taken, and what of it counts
+        return most + (state if inner.steps > 1 else 0)
 
     def solve(self, theta: Tensor) -> Solve | None:
         """What a linear system of the size of theta takes, if any is solved."""

@@ -30,7 +30,7 @@ class Setting:
     gradient_equivalents: float
     """The arithmetic of both, in gradients of one task: a Hessian-vector product counts 3, or 2 where the graph of the
     gradient is kept or by finite differences, or 1 with a Gauss-Newton matrix."""
-    seconds_rank: float
+    rank: float
     """What settings are ordered by, ascending: the arithmetic with what vectorising saves; no unit."""
     fits: bool
     """Whether it stays within the limit."""
@@ -77,11 +77,11 @@ class Forecast:
 
     @property
     def front(self) -> tuple[Setting, ...]:
-        """The settings that no faster one undercuts in memory, and the engine as it is."""
+        """Those worth a look: leaner by a tenth than every faster one; the engine as it is, the best, the leanest."""
         found: list[Setting] = []
         for setting in self.settings:
-            lean = all(setting.peak_bytes < faster.peak_bytes for faster in found if faster.options)
-            if lean or not setting.options:
+            lean = all(setting.peak_bytes <= _LEANER * faster.peak_bytes for faster in found)
+            if lean or not setting.options or setting in (self.best, self.leanest):
                 found.append(setting)
         return tuple(found)
 
@@ -111,6 +111,7 @@ class Forecast:
         return "\n".join([*(line.rstrip() for line in lines), self.advice])
 
 
+_LEANER = 0.9
 HEADINGS = ("setting", "peak", "gradients", "HVPs", "cost", "fits")
 _HELP = (
     "What helps: microbatch_size for large sets, checkpoints for many inner steps of MAML, fewer adapted parameters, "

@@ -51,24 +51,26 @@ class ImplicitCosts(Costs):
 
     def solve(self, theta: Tensor) -> Solve:
         """See `Costs`."""
-        return solve(self.engine.solver, len(theta), theta.to(self.engine.solver_dtype or theta.dtype))
+        like = theta.new_empty(0, dtype=self.engine.solver_dtype or theta.dtype)
+        return solve(self.engine.solver, len(theta), like, starts=self.engine.warm_start)
 
     def peak(self, chunk: Chunk) -> float:
         """See the class."""
         curvature, product, vector = chunk[f"{self._kind} curvature"], chunk[f"{self._kind} product"], chunk.vector
-        query, solved = chunk["query"], chunk.facts.solve
+        query, solved, like = chunk["query"], chunk.facts.solve, self.engine.solver_dtype or chunk.facts.dtype
         assert solved is not None
-        unit = vector * (self.engine.solver_dtype or chunk.facts.dtype).itemsize / chunk.facts.itemsize
+        cast = chunk.tasks * chunk.facts.adapted * like.itemsize if like != chunk.facts.dtype else 0
+        given = cast + 2 * vector * self.engine.warm_start  # b in the solver's dtype, and the start
         judged = vector + query.held
         graph = curvature.held - vector  # the gradient is given back, or becomes the slope
         slope = vector * self._with_bound
         solving = judged + graph + slope
-        peaks = [
+        peaks: list[float] = [
             self.inner_peak(chunk),
             self.query_peak(chunk),
             judged + curvature.peak,
-            solving + unit * solved.vectors,
-            solving + unit * solved.at_product + vector + product.peak,
+            solving + given + chunk.tasks * solved.peak,
+            solving + given + chunk.tasks * solved.at_product + vector + product.peak,
         ]
         solution = solving + vector
         if chunk.facts.fixed:

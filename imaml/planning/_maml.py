@@ -9,10 +9,14 @@ import torch
 
 from imaml._point import Point
 from imaml._problem import Problem
+from imaml._states import most_states
 from imaml.inner import InnerOptimizer
 from imaml.inner._base import State
 from imaml.planning._costs import INEXACT, LINEARISED, REBUILT, Chunk, Costs, Facts, Stages, Work, typical_phi
 from imaml.planning._schedule import sweep
+
+_MOVED = {"device": 0.0, "cpu": 0.1, "disk": 1.0}
+"""What storing a byte of a state and reading it back costs, in bytes of a graph."""
 
 
 class MAMLCosts(Costs):
@@ -26,14 +30,14 @@ class MAMLCosts(Costs):
         """Kept graphs, or states: all of them, few or none on the device, or all elsewhere."""
         engine, steps = self.engine, self._differentiated
         if engine.linearize is not None or engine.checkpoints is not None or engine.storage != "device":
-            return [{"linearize": bool(engine.linearize)}]
+            return [{}]
         found: list[dict[str, Any]] = [{"linearize": False}]
         if engine.microbatch_size is None:
             found.insert(0, {"linearize": True})
         fewer = [m for m in (isqrt(steps), 1, 0) if m < steps - 1]
-        found += [{"linearize": False, "checkpoints": m} for m in dict.fromkeys(fewer)]
+        found += [{"checkpoints": m} for m in dict.fromkeys(fewer)]
         elsewhere = ("disk",) if device.type == "cpu" else ("cpu", "disk")
-        return found + [{"linearize": False, "storage": where} for where in elsewhere if steps > 1]
+        return found + [{"storage": where} for where in elsewhere if steps > 1]
 
     @property
     def _linearizes(self) -> bool:
@@ -67,40 +71,58 @@ class MAMLCosts(Costs):
 
     def peak(self, chunk: Chunk) -> float:
         """See the class."""
-        steps, vector, state = self._differentiated, chunk.vector, chunk["step"].held if self.engine.inner.steps else 0
-        if steps == 0:
+        if self._differentiated == 0:
             return max(self.inner_peak(chunk), self.query_peak(chunk))
-        cotangents = chunk["query"].held + vector * (chunk.facts.damped + self._buffers)
-        if self._linearizes:
-            graph, product = chunk["linearised"], chunk["linearised product"]
-            return max(
-                (steps - 1) * graph.held + graph.peak,
-                steps * graph.held + chunk["query"].peak,
-                steps * graph.held - state + cotangents + product.peak,
-            )
-        plan, step, point, product = (
-            sweep(steps, self.engine.checkpoints),
-            chunk["step"],
-            chunk["rebuilt"],
-            chunk["rebuilt product"],
-        )
-        last = (1 + chunk.facts.needs_gradient) * vector if steps > 1 else 0  # w and the gradient of the step after
-        return max(
-            self._stored(plan.forward) * state + step.peak,
-            self._stored(plan.forward) * state + self.query_peak(chunk),
-            0 if plan.again is None else self._stored(plan.again + 1) * state + cotangents + last + step.peak,
-            self._stored(plan.reverse) * state + cotangents + last + point.peak,
-            self._stored(plan.reverse) * state + cotangents + point.held + product.peak,
-        )
+        given = chunk["step"].held if self.engine._first else chunk.vector * self._buffers  # theta is there in any case
+        cotangents = chunk["query"].held + chunk.vector * chunk.facts.damped
+        peaks = self._with_graphs if self._linearizes else self._with_states
+        return given + max(peaks(chunk, cotangents))
+
+    def _with_graphs(self, chunk: Chunk, cotangents: float) -> list[float]:
+        """Beside the first state, on the way to the end and at the last step, then at the one before."""
+        steps, graph, product = self._differentiated, chunk["linearised"], chunk["linearised product"]
+        left, (zeros, buffers) = steps * graph.held - chunk["step"].held, self._of_buffers(chunk)
+        return [
+            (steps - 1) * graph.held + graph.peak,
+            steps * graph.held + chunk["query"].peak,
+            left + cotangents + zeros + product.peak,
+            left - graph.held + cotangents + buffers + chunk.vector + product.peak if steps > 1 else 0,
+        ]
+
+    def _with_states(self, chunk: Chunk, cotangents: float) -> list[float]:
+        """Likewise; before a step is differentiated, that of the step before it is still there."""
+        step, point, product = chunk["step"], chunk["rebuilt"], chunk["rebuilt product"]
+        plan, (zeros, buffers) = sweep(self._differentiated, self.engine.checkpoints), self._of_buffers(chunk)
+        gradient = chunk.vector * chunk.facts.needs_gradient
+
+        def stored(states: int) -> float:
+            """Of these, on the device: where they are kept elsewhere, that at hand and, read ahead, the next."""
+            here = {"device": states, "cpu": 2, "disk": 1}[self.engine.storage]
+            return step.held * min(states, here)
+
+        peaks = [
+            stored(plan.forward) + step.peak,
+            stored(plan.forward) + self.query_peak(chunk),
+            stored(plan.forward) + cotangents + zeros + max(point.peak, point.held + product.peak),
+        ]
+        if self._differentiated > 1:
+            before = cotangents + buffers + gradient
+            peaks += [
+                stored(plan.point) + before + chunk.vector + point.peak,
+                stored(plan.reverse) + before + point.held + product.peak,
+            ]
+            if plan.again is not None:
+                peaks.append(stored(plan.again) + before + chunk.vector + step.peak)
+        return peaks
+
+    def _of_buffers(self, chunk: Chunk) -> tuple[float, float]:
+        """Cotangents of the optimiser's buffers: one vector of zeros for all of them, and later one for each."""
+        return chunk.vector * (self._buffers > 0), chunk.vector * self._buffers
 
     @property
     def _buffers(self) -> int:
         assert isinstance(self.engine.inner, InnerOptimizer)
         return self.engine.inner.buffers
-
-    def _stored(self, states: int) -> int:
-        """How many of these states are on the device: away from it, one and the next."""
-        return states if self.engine.storage == "device" else min(states, 1 + (self.engine.storage == "cpu"))
 
     def work(self, facts: Facts) -> Work:
         """K + 1 gradients, those of recomputed steps, and K products."""
@@ -113,7 +135,9 @@ class MAMLCosts(Costs):
             gradients = sweep(steps, self.engine.checkpoints).steps + again
             each = INEXACT if inexact else LINEARISED if again else REBUILT
         gradients += self.engine._first + 1
-        return Work(gradients=gradients, hvps=steps, equivalents=gradients + each * steps)
+        state = facts.adapted * facts.itemsize * (1 + self._buffers)
+        transfer = _MOVED[self.engine.storage] * most_states(steps, self.engine.checkpoints) * state
+        return Work(gradients=gradients, hvps=steps, equivalents=gradients + each * steps, transfer=transfer)
 
 
 def _pull_back(point: Point, stages: Stages, name: str) -> None:

@@ -54,13 +54,13 @@ def forecast(
                 gradients=found.gradients,
                 hvps=found.hvps,
                 gradient_equivalents=found.equivalents,
-                seconds_rank=found.rank,
+                rank=found.rank,
                 fits=limit is None or found.peak <= limit,
             )
         )
 
     def order(setting: Setting) -> tuple[float, int, float]:
-        return setting.seconds_rank, _STORAGES.index(getattr(setting.engine, "storage", None)), setting.peak_bytes
+        return setting.rank, _STORAGES.index(getattr(setting.engine, "storage", None)), setting.peak_bytes
 
     return Forecast(
         settings=tuple(sorted(settings, key=order)),

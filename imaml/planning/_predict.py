@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _CALL = 2**20
 """Issuing the operations of an evaluation takes about as long as the arithmetic of one whose graph has this size, in
 bytes: the part that vectorising saves."""
+_CROWDED = 1.25
+"""What the arithmetic of a vectorised chunk costs on a CPU where its graphs exceed the caches: see `imaml._plan`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ def predict(engine: MetaGradient, batches: Sequence[Batch], plans: Sequence[Plan
         hvps += batch.tasks * work.hvps
         equivalents += batch.tasks * work.equivalents
         rank += (work.equivalents - 1) * _time(batch, plan.tasks, "support")
-        rank += _time(batch, min(plan.tasks, plan.query_tasks), "query")
+        rank += batch.tasks * work.transfer + _time(batch, min(plan.tasks, plan.query_tasks), "query")
     return Prediction(peak=max(peaks), gradients=gradients, hvps=hvps, equivalents=equivalents, rank=rank)
 
 
@@ -100,10 +102,10 @@ def _time(batch: Batch, size: int, which: str) -> float:
     """Of one evaluation of all tasks in chunks of a size, in bytes of graphs: issuing it, and its arithmetic."""
     facts, own = batch.probe.facts, batch.probe.saved[which]
     room = VECTORISED.get(facts.device.type)
-    # On a CPU vectorising gains nothing once the graphs of a chunk exceed the caches: see `imaml._plan`.
-    gains = facts.is_vectorised and (room is None or size * own <= room)
-    calls = len(batch.chunks(size)) if gains else batch.tasks
-    return own * batch.tasks + _CALL * calls
+    if size == 1 or not facts.is_vectorised:
+        return (own + _CALL) * batch.tasks
+    crowded = room is not None and size * own > room
+    return own * batch.tasks * (_CROWDED if crowded else 1) + _CALL * len(batch.chunks(size))
 
 
 def sizes(tasks: int) -> list[int]:

@@ -16,11 +16,13 @@ class Sweep:
     steps: int
     """Inner steps taken, recomputed ones among them."""
     forward: int = 0
-    """The most stored states when one is taken on the way to the end,"""
+    """The most stored states when one is taken on the way to the end, and when the last step is differentiated,"""
     again: int | None = None
-    """when one is recomputed (None: none is),"""
+    """when one is recomputed, with that of the step that was differentiated before (None: none is),"""
+    point: int = 0
+    """when the next to differentiate is looked at, with that of the step before likewise,"""
     reverse: int = 0
-    """and when one is differentiated."""
+    """and when it is differentiated, after the last."""
 
 
 def sweep(steps: int, checkpoints: int | None) -> Sweep:
@@ -36,10 +38,10 @@ def sweep(steps: int, checkpoints: int | None) -> Sweep:
     if steps == 0:
         return Sweep(0)
     kept: set[int] = set()
-    taken, forward, again, reverse, reversing = 0, 0, None, 0, False
+    taken, forward, again, point, reverse, reversing, before = 0, 0, None, 0, 0, False, 0
 
-    def held(at: int) -> int:
-        return len(kept | {at} - {0})
+    def held(*at: int) -> int:
+        return len(kept.union(at) - {0})
 
     for action in MultistageCheckpointSchedule(steps, most_states(steps, checkpoints) + 1, 0):
         match action:
@@ -51,7 +53,7 @@ def sweep(steps: int, checkpoints: int | None) -> Sweep:
                 for step in range(first, last):
                     taken += 1
                     if reversing:
-                        again = max(again or 0, held(step))
+                        again = max(again or 0, held(step, before))
                     else:
                         forward = max(forward, held(step))
                 reversing = reversing or to_reverse
@@ -60,7 +62,9 @@ def sweep(steps: int, checkpoints: int | None) -> Sweep:
             case Move(n=step):
                 kept.remove(step)
             case Reverse(n0=step):
-                reverse = max(reverse, held(step))
+                if step < steps - 1:
+                    point, reverse = max(point, held(step, before)), max(reverse, held(step))
+                before = step
                 if step == 0:
                     break
-    return Sweep(taken, forward, again, reverse)
+    return Sweep(taken, forward, again, point, reverse)

@@ -46,7 +46,7 @@ def problem(name: str) -> tuple[Objective, TaskBatch]:
         support, query = ((torch.randint(30, (TASKS, n, 7)), labels(n)) for n in (3, 5))
         return Objective(Attentive(), F.cross_entropy), TaskBatch(support=support, query=query)
     if name == "lstm":
-        support, query = ((torch.randn(TASKS, n, 6, 4), labels(n)) for n in (4, 6))
+        support, query = ((torch.randn(TASKS, n, 4, 4), labels(n)) for n in (3, 4))
         return Objective(Recurrent(), F.cross_entropy), TaskBatch(support=support, query=query)
     support, query = ((torch.randn(TASKS, n, 1, 14, 14), labels(n)) for n in (3, 9))
     model = Conv4(3, channels=8, image_size=14)

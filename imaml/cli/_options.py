@@ -58,6 +58,7 @@ class EngineOptions:
         chunk_size: Tasks vectorised at once; None: all of a batch.
         hvp: maml, imaml: how Hessian-vector products are computed.
         curvature: imaml: the Hessian of the support loss, or its Gauss-Newton matrix.
+        compile: Compile the derivatives of the losses, once for each shape: for small models without dropout.
         on_nonfinite: raise an error at a task whose losses or gradient are NaN or infinite, or skip and count it.
     """
 
@@ -70,6 +71,7 @@ class EngineOptions:
     chunk_size: int | None = None
     hvp: HvpMode | None = None
     curvature: Literal["hessian", "ggn"] | None = None
+    compile: bool | None = None
     on_nonfinite: OnNonfinite | None = None
 
 

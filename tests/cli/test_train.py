@@ -49,6 +49,15 @@ def test_a_run_ends_with_a_result(tmp_path, strategy, capsys):
     assert f"Test MSE {result['mean']:.3f}" in capsys.readouterr().out
 
 
+def test_a_compiled_run_finds_the_same(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr("imaml._compiler.inductor.compile", lambda graph, inputs: compiled.append(graph) or graph)
+    for name, options in (("plain", ()), ("compiled", ("--compile", "True"))):
+        assert tiny(tmp_path / name, "--strategy", "fomaml", *options) == 0
+    losses = [[record["loss"] for record in metrics(tmp_path / name)] for name in ("plain", "compiled")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and len(compiled) >= 2
+
+
 def test_classification_on_omniglot(tmp_path, data_folder, capsys):
     options = ["--dataset", "omniglot", "--data", str(data_folder / "omniglot28.npz"), "--ways", "2", "--queries", "2"]
     assert tiny(tmp_path / "run", *options) == 0

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.nn.functional import pad
 
 from imaml._layout import Layout
 
@@ -52,20 +51,18 @@ class ShardedLayout(Layout):
 
     def gather(self, tensors: Sequence[Tensor | None], like: Tensor) -> Tensor:
         """One tensor per parameter, None for zeros, as a new vector; `like`: `(n,)`, or `(1, n)` of one task."""
-        batch, parts = like.shape[:-1], []
-        for tensor, placement, size in zip(tensors, self.placements, self.sizes, strict=True):
+        flat = torch.zeros(sum(self.sizes), dtype=self.dtype, device=like.device)
+        for part, tensor, placement in zip(flat.split(self.sizes), tensors, self.placements, strict=True):
             if tensor is None:
-                parts.append(torch.zeros(size, dtype=self.dtype, device=like.device))
                 continue
             if isinstance(tensor, DTensor):
                 tensor = tensor.redistribute(self.mesh, [placement or Replicate()])
-            mine = local(tensor).detach().reshape(-1).to(self.dtype)
+            mine = local(tensor).detach().reshape(-1)
             if not isinstance(placement, Shard):
-                first = size * self.mesh.get_local_rank()
-                mine = mine[first : first + size]
-            parts.append(pad(mine, (0, size - len(mine))))
-        mine = torch.cat(parts) if parts else torch.empty(0, dtype=self.dtype, device=like.device)
-        return DTensor.from_local(mine.view(*batch, -1), self.mesh, [Shard(len(batch))], run_check=False)
+                mine = mine[len(part) * self.mesh.get_local_rank() :][: len(part)]
+            part[: len(mine)] = mine
+        batch = like.shape[:-1]
+        return DTensor.from_local(flat.view(*batch, len(flat)), self.mesh, [Shard(len(batch))], run_check=False)
 
     def shards(self, flat: Tensor) -> list[Tensor]:
         """What this process holds of each parameter, `(*batch, *local_shape)`; replicated ones are gathered."""

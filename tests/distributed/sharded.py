@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -162,6 +162,7 @@ def refused(group):
     dealt = make_tasks(4)[group.rank() :: 2]
     params = dict(model.named_parameters())
     rates = {name: 0.1 for name in params}
+    old = FullyShardedDataParallel(make_model(), device_id=torch.device("cpu"))
     wrong = {
         "MAML": (MAML(inner=INNER), objective, tasks),
         "a function": (FOMAML(inner=INNER), Objective.from_function(lambda p, b: p["0.bias"].sum(), params), tasks),
@@ -172,6 +173,7 @@ def refused(group):
         "inner": (FOMAML(inner=TorchOptimizer(torch.optim.SGD, lr=0.1, steps=2)), objective, tasks),
         "rates": (FOMAML(inner=GradientDescent(lr=rates, steps=2)), objective, tasks),
         "meta": (FOMAML(inner=INNER), Objective(model, F.mse_loss, meta={"log_lr": log_lr}), tasks),
+        "FSDP1": (FOMAML(inner=INNER), Objective(old, F.mse_loss), tasks),
         "dealt out": (FOMAML(inner=INNER), objective, dealt),
     }
     messages = {}

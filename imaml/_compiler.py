@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import torch
-import torch._inductor as inductor
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from imaml._context import Context
 from imaml._errors import CompileWarning, warn
@@ -80,9 +78,7 @@ class Session:
             return None
         self.compiler.made += 1
         try:
-            graph = make_fx(function)(*tensors)
-            with as_traced(tensors[0].device), warnings.catch_warnings(action="ignore", category=DeprecationWarning):
-                compiled: Function = inductor.compile(graph, list(tensors))
+            compiled = trace_and_compile(function, tensors)
             found = run(compiled, tensors)
         except Exception as error:  # whatever a compiler may raise, the uncompiled loss has just been evaluated
             reason = next(iter(str(error).splitlines()), "")
@@ -92,6 +88,18 @@ class Session:
             self.compiler.give_up("the compiled derivative of the support loss differs from the uncompiled one.")
             return None
         return compiled
+
+
+def trace_and_compile(function: Function, tensors: Sequence[Tensor]) -> Function:
+    """By TorchInductor, which takes a second to import."""
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of its own
+        from torch import _inductor as inductor  # noqa: PLC0415
+        from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415
+
+        graph = make_fx(function)(*tensors)
+        with as_traced(tensors[0].device):
+            compiled: Function = inductor.compile(graph, list(tensors))
+    return compiled
 
 
 @contextmanager

@@ -26,7 +26,7 @@ ENGINE = {
     *("MetaGradient", "MAML", "FOMAML", "ImplicitMAML", "MetaResult", "Report"),
     *("Objective", "Task", "TaskBatch", "bilevel"),
     *("InnerSolver", "InnerOptimizer", "GradientDescent", "Adam", "AdamW", "RMSprop", "NewtonCG", "TorchOptimizer"),
-    *("NonFiniteError", "DivergenceError", "SolverError", "SolverWarning"),
+    *("NonFiniteError", "DivergenceError", "SolverError", "SolverWarning", "CompileWarning"),
 }
 
 TESTING = {
@@ -82,6 +82,12 @@ def test_importing_needs_no_extra(loaded):
     assert loaded.isdisjoint(
         {"PIL", "fontTools", "hypothesis", "jinja2", "matplotlib", "pooch", "pytest", "rich", "tyro"}
     )
+
+
+def test_importing_is_quick(loaded):
+    """What takes a tenth of a second and more to import, and is not always needed."""
+    slow = {"scipy.sparse", "sympy", "torch._dynamo", "torch._inductor", "torch.distributed.tensor"}
+    assert loaded.isdisjoint(slow)
 
 
 def test_the_solvers_know_nothing_of_meta_learning():

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
-import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
@@ -136,6 +135,8 @@ class ScipySolver(LinearSolver):
         precondition: Callable[[Vector], Vector] | None,
     ) -> tuple[Vector, int]:
         """Return x and the code that scipy returns for one system."""
+        from scipy.sparse import linalg  # noqa: PLC0415  (it takes as long to import as all the rest)
+
         n = len(b)
         # scipy's MINRES compares parts of A with |b| and with eps: it would stop at once where |A| is far below 1.
         size = (float(np.linalg.norm(apply(b))) or 1.0) if self.method == "minres" else 1.0
@@ -148,11 +149,11 @@ class ScipySolver(LinearSolver):
         if self.method != "minres":
             options["atol"] = 0.0
         if precondition is not None:
-            options["M"] = scipy.sparse.linalg.LinearOperator((n, n), matvec=precondition, dtype=np.float64)
-        matrix = scipy.sparse.linalg.LinearOperator((n, n), matvec=lambda v: apply(v) / size, dtype=np.float64)
+            options["M"] = linalg.LinearOperator((n, n), matvec=precondition, dtype=np.float64)
+        matrix = linalg.LinearOperator((n, n), matvec=lambda v: apply(v) / size, dtype=np.float64)
         try:
             with np.errstate(all="ignore"):
-                x, info = getattr(scipy.sparse.linalg, self.method)(matrix, b, **options)
+                x, info = getattr(linalg, self.method)(matrix, b, **options)
         except ValueError as error:
             if str(error) not in _MINRES_BREAKDOWNS:
                 raise

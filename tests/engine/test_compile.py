@@ -38,7 +38,7 @@ ENGINES = [
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traces run as they are, without the seconds of compilation."""
-    monkeypatch.setattr("imaml._compiler.inductor.compile", lambda graph, inputs: graph)
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, inputs: graph)
 
 
 def _tasks(tasks: int = 3, examples: int = 6) -> TaskBatch:
@@ -184,7 +184,7 @@ def test_a_compiler_that_fails(wrong: str, monkeypatch: pytest.MonkeyPatch) -> N
             raise RuntimeError("no C++ compiler\nmore")
         return lambda *tensors: [t if t is None else 1.001 * t for t in graph(*tensors)]
 
-    monkeypatch.setattr("imaml._compiler.inductor.compile", compile_)
+    monkeypatch.setattr("torch._inductor.compile", compile_)
     said = r"\(RuntimeError: no C\+\+ compiler\)" if wrong == "raises" else "differs from the uncompiled"
     with pytest.warns(CompileWarning, match=said):
         _compare(MAML(inner=STEPS), Objective(_model(), F.mse_loss), _tasks())

@@ -10,11 +10,18 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 
 def restarted() -> bool:
     """Whether torchrun started this process in place of one that it lost."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return int(_round()) > 0
+
+
+def _round() -> str:
+    """How often torchrun has started anew, as this machine counts."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 @contextmanager
@@ -39,7 +46,12 @@ def process_group(device: str) -> Iterator[ProcessGroup | None]:
         if own >= torch.cuda.device_count():
             raise ValueError(f"Process {own} of this machine needs a GPU of its own. Got {torch.cuda.device_count()}.")
         torch.cuda.set_device(own)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    backend = "nccl" if on_gpu else "gloo"
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's one store keeps the addresses of lost processes
+        store, rank, size = next(rendezvous("env://"))
+        dist.init_process_group(backend, store=PrefixStore(_round(), store), rank=rank, world_size=size)
+    else:
+        dist.init_process_group(backend)
     try:
         yield dist.group.WORLD
     finally:

@@ -40,7 +40,7 @@ def train(options: Train) -> int:
         OSError: The disk is full, or a file is out of reach.
     """
     try:
-        with sigterm_raised(), process_group(options.machine.device) as group:
+        with process_group(options.machine.device) as group, sigterm_raised():
             return _train(options, group)
     except Terminated:
         if os.environ.get("RANK", "0") == "0":

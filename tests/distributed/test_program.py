@@ -55,7 +55,7 @@ def test_a_lost_process_is_started_anew_with_the_run_and_sigterm_of_one_ends_all
     two, one = tmp_path / "two", tmp_path / "one"
     train = ["train", *OPTIONS, "--steps", "4"]
     program = str(Path(__file__).with_name("lost.py"))
-    ended = torchrun(program, *train, "--save-minutes", "0", "--out", str(two), restarts=1)
+    ended = torchrun(program, *train, "--save-minutes", "0", "--out", str(two), restarts=3)
     assert ended.returncode == 0
     assert ended.stdout.endswith(f"Stopped after step 3. Continue with: imaml train --out {two} --resume\n")
     assert load_checkpoint(two / "checkpoint.pt")["step"] == len(numbers(two)) == 3

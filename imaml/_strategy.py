@@ -212,8 +212,8 @@ class MetaGradient(ABC):
 
         The peak comes from a model of each strategy: how many states, graphs and vectors it holds beside an inner step,
         a query gradient or a Hessian-vector product. What these take is measured, for one, two and three tasks, and
-        continued along a line. Cost: some 4 gradients and 2 products of each of these six tasks. The model, `.grad`s
-        and random states are not changed.
+        continued along a line. Cost: at most 4 gradients and 4 products for each of these, six tasks in all. The model,
+        `.grad`s and random states are not changed.
 
         Args:
             objective: Model and loss.

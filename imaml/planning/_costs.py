@@ -88,12 +88,27 @@ class Chunk:
 
 @dataclass
 class Stages:
-    """Measures stages, each once."""
+    """Measures stages, each once, at parameters that are there as long as it is.
+
+    Some modules (LSTM) hold on to those of their last evaluation, which a stage must not be seen to give back.
+    """
 
     account: Account
+    before: Tensor
+    """Parameters before an inner step, `(tasks, n)`: before the first of them all tasks share one vector, and the
+    operations of a vectorised model copy less."""
+    after: Tensor
+    """Those after the last."""
     done: set[str] = field(default_factory=set)
     per_step: tuple[float, float] = (1, 0)
     """Gradients and products of an inner step of a task, where these were counted."""
+
+    @classmethod
+    def of(cls, account: Account, problem: Problem) -> Stages:
+        """Those of a chunk."""
+        theta, steps = problem.theta, problem.inner.steps
+        own = theta.clone() if steps else theta
+        return cls(account, own if steps > 1 else theta, own)
 
     def missing(self, *names: str) -> bool:
         """Whether these have still to be measured; they are from now on taken to be."""
@@ -124,9 +139,8 @@ class Costs(ABC):
         """Measure the stages of a chunk that this engine consists of."""
         context, facts = problem.support.context, self._inner_loop(problem, stages)
         if stages.missing("query"):
-            phi = problem.theta.clone() if problem.inner.steps else problem.theta
             with stages.account.stage("query"):
-                judged = problem.query_gradient(phi, fixed=True, metric=True)
+                judged = problem.query_gradient(stages.after, fixed=True, metric=True)
             del judged
         self._measure(problem, stages)
         return replace(facts, mode=context.hvp_mode or facts.mode, is_vectorised=context.is_vectorised)
@@ -147,7 +161,7 @@ class Costs(ABC):
             return facts
         if isinstance(inner, InnerOptimizer):
             if stages.missing("step"):
-                state = inner.start(typical_phi(problem))
+                state = inner.start(stages.before)
                 with stages.account.stage("step"):
                     following = problem.step(state, 0)
                 del following
@@ -200,8 +214,3 @@ class Costs(ABC):
         """Gradients and products of the inner loop."""
         gradients, hvps = facts.per_step
         return round(self.engine.inner.steps * gradients), round(self.engine.inner.steps * hvps)
-
-
-def typical_phi(problem: Problem) -> Tensor:
-    """Parameters `(tasks, n)` that lie in memory as those before most steps do: before the first, tasks share them."""
-    return problem.theta if problem.inner.steps <= 1 else problem.theta.clone()

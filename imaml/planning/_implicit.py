@@ -41,7 +41,7 @@ class ImplicitCosts(Costs):
     def _measure(self, problem: Problem, stages: Stages) -> None:
         kind, mixed = self._kind, bool(problem.support.context.fixed)
         if stages.missing(f"{kind} curvature"):
-            phi = problem.theta.clone()
+            phi = stages.after
             with stages.account.stage(f"{kind} curvature"):
                 curvature, gradient = self.engine._curvature(problem, phi)
             stages.product(f"{kind} product", curvature, torch.ones_like(phi), mixed=False)

@@ -12,7 +12,7 @@ from imaml._problem import Problem
 from imaml._states import most_states
 from imaml.inner import InnerOptimizer
 from imaml.inner._base import State
-from imaml.planning._costs import INEXACT, LINEARISED, REBUILT, Chunk, Costs, Facts, Stages, Work, typical_phi
+from imaml.planning._costs import INEXACT, LINEARISED, REBUILT, Chunk, Costs, Facts, Stages, Work
 from imaml.planning._schedule import sweep
 
 _MOVED = {"device": 0.0, "cpu": 0.1, "disk": 1.0}
@@ -55,7 +55,7 @@ class MAMLCosts(Costs):
         if self._differentiated == 0:
             return
         last, mode = problem.inner.steps - 1, self.engine.hvp
-        state = problem.optimizer.start(typical_phi(problem))
+        state = problem.optimizer.start(stages.before)
         if self._linearizes and stages.missing("linearised"):
             with stages.account.stage("linearised"):
                 point, gradient = Point.with_gradient(problem, state, last, mode)

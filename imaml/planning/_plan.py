@@ -8,6 +8,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from imaml._objective import Objective
 from imaml._plan import VECTORISED, Plan
@@ -39,13 +40,13 @@ def forecast(
         limit = free(device)
     variants = costs_of(engine).variants(device)
     batches = [look(engine, variants, objective, batch, room_of(device)) for batch in groups]
-    count = max(map(len, groups))
+    count, stacked = max(map(len, groups)), 0 if isinstance(tasks, TaskBatch) else sum(map(size_of, groups))
     settings = []
     for options in _options(engine, variants, count):
         chosen = replace(engine, **options) if options else engine
         size = engine.chunk_size if "chunk_size" not in options else options["chunk_size"]
         plans = [auto(engine, batch, limit) if size == "auto" else batch.plan(size) for batch in batches]
-        found = predict(chosen, batches, plans)
+        found = predict(chosen, batches, plans, stacked=stacked)
         settings.append(
             Setting(
                 engine=chosen,
@@ -69,6 +70,11 @@ def forecast(
         gradients=sum(batch.probe.gradients for batch in batches),
         hvps=sum(batch.probe.hvps for batch in batches),
     )
+
+
+def size_of(batch: TaskBatch) -> int:
+    """Bytes of its tensors."""
+    return sum(t.numel() * t.element_size() for t in tree_leaves((batch.support, batch.query)))
 
 
 def _options(engine: MetaGradient, variants: Sequence[dict[str, Any]], tasks: int) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from imaml.planning._probe import Probe
 if TYPE_CHECKING:
     from imaml._strategy import MetaGradient
 
-_CALL = 2**20
+_CALL = 2**19
 """Issuing the operations of an evaluation takes about as long as the arithmetic of one whose graph has this size, in
 bytes: the part that vectorising saves."""
 _CROWDED = 1.25
@@ -52,13 +52,14 @@ class Prediction:
     """What settings are ordered by, ascending."""
 
 
-def predict(engine: MetaGradient, batches: Sequence[Batch], plans: Sequence[Plan]) -> Prediction:
+def predict(engine: MetaGradient, batches: Sequence[Batch], plans: Sequence[Plan], *, stacked: int = 0) -> Prediction:
     """What a call takes.
 
     Args:
         engine: Its settings other than `chunk_size` count.
         batches: All tasks.
         plans: How those of each batch run.
+        stacked: Bytes of the tasks, where a call has to stack them.
 
     Returns:
         The prediction.
@@ -76,7 +77,7 @@ def predict(engine: MetaGradient, batches: Sequence[Batch], plans: Sequence[Plan
         equivalents += batch.tasks * work.equivalents
         rank += (work.equivalents - 1) * _time(batch, plan.tasks, "support")
         rank += batch.tasks * work.transfer + _time(batch, min(plan.tasks, plan.query_tasks), "query")
-    return Prediction(peak=max(peaks), gradients=gradients, hvps=hvps, equivalents=equivalents, rank=rank)
+    return Prediction(peak=stacked + max(peaks), gradients=gradients, hvps=hvps, equivalents=equivalents, rank=rank)
 
 
 def costs_of(engine: MetaGradient, keeps_graphs: bool = False) -> Costs:

@@ -81,7 +81,7 @@ def probe(
             with account.stage(_SNAPSHOT):
                 run = Run.of(engine, objective, derivatives=True)
             problem = run.problem(list(range(tasks)), batch[:tasks], Plan(tasks, tasks, keeps_graphs=False))
-            stages = Stages(account)
+            stages = Stages.of(account, problem)
             try:
                 for each in costs:
                     facts = replace(each.measure(problem, stages), solve=solve)

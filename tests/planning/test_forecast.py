@@ -48,6 +48,7 @@ CASES = [
     ("mlp", MAML(inner=descent(9, momentum=0.9), regularization=0.1, checkpoints=2, chunk_size=2)),
     ("mlp", MAML(inner=Adam(lr=0.01, steps=4), linearize=False, chunk_size=1)),
     ("mlp", MAML(inner=Adam(lr=0.01, steps=4), linearize=True, chunk_size=5)),
+    ("mlp", MAML(inner=Adam(lr=0.01, steps=9), checkpoints=2, chunk_size=2)),
     ("mlp", MAML(inner=descent(), truncate=2, linearize=False)),
     ("mlp", MAML(inner=descent(), storage="disk", chunk_size=4)),
     ("mlp", MAML(inner=descent(), hvp="finite-difference", chunk_size=2)),
@@ -56,7 +57,7 @@ CASES = [
     ("mlp", implicit(chunk_size=4)),
     ("mlp", implicit(linearize=False, solver_dtype=torch.float64, error_bound=False)),
     ("mlp", implicit(solver=Neumann(max_steps=3), chunk_size=1)),
-    ("tokens", MAML(inner=descent(3), linearize=True, chunk_size=5)),
+    ("tokens", MAML(inner=descent(3), linearize=False, chunk_size=5)),
     ("tokens", MAML(inner=descent(2), microbatch_size=2, chunk_size=1)),
     ("lstm", implicit(inner=descent(2), chunk_size=4)),
     ("conv", MAML(inner=descent(), linearize=True, chunk_size=5)),
@@ -68,13 +69,13 @@ CASES = [
 
 
 @pytest.mark.parametrize(("model", "engine"), CASES, ids=lambda case: case if isinstance(case, str) else "")
-def test_peaks_are_within_a_tenth_and_counts_are_those_of_the_report(model, engine):
+def test_peaks_are_within_four_percent_and_counts_are_those_of_the_report(model, engine):
     objective, tasks = problem(model)
     setting = of_engine(engine.plan(objective, tasks))
     call = replace(engine)
     call.value_and_grad(objective, tasks)  # what torch sets up once
     measured = peak_memory(lambda: call.value_and_grad(objective, tasks))
-    assert setting.peak_bytes == pytest.approx(measured, rel=0.1)
+    assert setting.peak_bytes == pytest.approx(measured, rel=0.04)
     report = call(objective, tasks).report
     if isinstance(engine.inner, TorchOptimizer):
         assert report.hvps == setting.hvps == 0 and report.gradients <= setting.gradients
@@ -82,13 +83,13 @@ def test_peaks_are_within_a_tenth_and_counts_are_those_of_the_report(model, engi
         assert (report.gradients, report.hvps) == (setting.gradients, setting.hvps)
 
 
-def test_every_setting_of_a_strategy_is_within_a_tenth():
+def test_every_setting_of_a_strategy_is_within_four_percent():
     objective, tasks = problem("mlp")
     for engine in (MAML(inner=descent()), FOMAML(inner=descent()), implicit()):
         for setting in engine.plan(objective, tasks).settings[::4]:
             setting.engine.value_and_grad(objective, tasks)
             measured = peak_memory(lambda setting=setting: setting.engine.value_and_grad(objective, tasks))
-            assert setting.peak_bytes == pytest.approx(measured, rel=0.1), setting.name
+            assert setting.peak_bytes == pytest.approx(measured, rel=0.04), setting.name
 
 
 def test_tasks_of_several_shapes():
@@ -97,7 +98,7 @@ def test_tasks_of_several_shapes():
     engine = MAML(inner=descent(), chunk_size=2)
     setting = of_engine(engine.plan(objective, tasks))
     engine.value_and_grad(objective, tasks)
-    assert setting.peak_bytes == pytest.approx(peak_memory(lambda: engine.value_and_grad(objective, tasks)), rel=0.1)
+    assert setting.peak_bytes == pytest.approx(peak_memory(lambda: engine.value_and_grad(objective, tasks)), rel=0.04)
     assert setting.gradients == engine(objective, tasks).report.gradients
 
 
@@ -143,7 +144,9 @@ def test_what_the_user_has_fixed_does_not_vary():
 
 def test_linearised_and_vectorised_settings_are_predicted_to_be_faster():
     objective, tasks = problem("mlp")
-    settings = {s.name: s for s in MAML(inner=descent()).plan(objective, tasks).settings}
+    forecast = MAML(inner=descent()).plan(objective, tasks)
+    ranks, settings = [s.rank for s in forecast.settings], {s.name: s for s in forecast.settings}
+    assert ranks == sorted(ranks)
     one, all_, kept = (
         settings[f"linearize={keep}, chunk_size={size}"] for keep, size in ((False, 1), (False, TASKS), (True, TASKS))
     )

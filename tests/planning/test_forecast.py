@@ -208,6 +208,8 @@ def test_the_schedule_takes_the_fewest_steps(steps, checkpoints):
     found, slots = sweep(steps, checkpoints), steps if checkpoints is None else checkpoints + 1
     assert found.steps == fewest_advances(steps, slots) + 1
     assert max(found.forward, found.reverse) <= min(slots, steps - 1) + (slots < steps)
+    if steps > 2 and checkpoints == 0:
+        assert found.again == 2  # the state at hand, and that of the step differentiated before
     if slots >= steps:
         assert found.forward == steps - 1 and found.again is None
 

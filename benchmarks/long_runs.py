@@ -27,7 +27,13 @@ INNER = GradientDescent(lr=0.01, steps=5)
 ENGINES: dict[str, MetaGradient] = {
     "MAML": MAML(inner=INNER),
     "FOMAML": FOMAML(inner=INNER),
-    "ImplicitMAML": ImplicitMAML(inner=INNER, regularization=10.0, solver=CG(max_steps=5), on_failure="ignore"),
+    "ImplicitMAML": ImplicitMAML(
+        inner=GradientDescent(lr=0.002, steps=5),
+        regularization=10.0,
+        solver=CG(max_steps=5),
+        on_failure="ignore",
+        on_nonfinite="skip",
+    ),
     "MAML, skipping": MAML(inner=INNER, on_nonfinite="skip"),
 }
 BATCH = 4
@@ -86,7 +92,7 @@ def program(steps: int) -> list[list[float]]:
 def alone(*args: str) -> list[list[float]]:
     """This script in a process of its own."""
     ended = subprocess.run(
-        [sys.executable, "-m", "benchmarks.long_runs", *args], capture_output=True, check=True, text=True
+        [sys.executable, "-m", "benchmarks.long_runs", *args], stdout=subprocess.PIPE, check=True, text=True
     )
     return [[float(number) for number in line.split()] for line in ended.stdout.splitlines()]
 

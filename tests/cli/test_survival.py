@@ -204,3 +204,20 @@ def test_skipped_tasks_are_counted(tmp_path, monkeypatch, capsys):
         result = json.loads((tmp_path / strategy / "result.json").read_text())
         assert (result["tasks"], result["skipped"]) == (4, 1) and result["mean"] > 0
         assert "Skipped as not finite: 1 tasks of the training and 1 of the test." in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_no_file_and_no_process_is_left_by_a_training(tmp_path, whole, monkeypatch):
+    def left():
+        descriptors = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+        return sorted(os.readlink(fd) for fd in descriptors if os.path.lexists(fd)), children
+
+    before = left()
+    assert main(options(tmp_path / "run", steps=STEPS)) == 0
+    at_step(monkeypatch, 3, sigterm)
+    assert main(options(tmp_path / "stopped", steps=STEPS)) == 0
+    monkeypatch.undo()
+    assert main(resume(tmp_path / "stopped")) == 0
+    assert main([*resume(tmp_path / "stopped"), "--inner-lr", "0.5"]) == 2
+    assert left() == before

@@ -226,6 +226,13 @@ def test_the_inverse_says_what_it_leaves():
     assert loose.status == Status.CONVERGED and torch.equal(loose.x, spent.x)
 
 
+def test_the_inverse_is_that_of_the_shift_that_is_given():
+    """A rank of one sees little of the matrix, and the rest of the inverse is 1 / shift."""
+    matrix, b = rotated(torch.full((40,), 3.0, dtype=F64)), noise(40)
+    along = [(NystromInverse(rank=1, shift=shift).solve(matrix, b).x @ b) / (b @ b) for shift in (2.0, 3.0)]
+    assert along[0] > 1.2 * along[1] > 0
+
+
 @pytest.mark.parametrize("spectrum", [spread(40, 1e3), torch.cat([spread(30, 10), -spread(10, 10)])])
 def test_an_inverse_that_makes_it_worse_is_a_breakdown(spectrum):
     b = noise(40)

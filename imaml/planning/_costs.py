@@ -186,7 +186,7 @@ class Costs(ABC):
             if inner.steps <= _FEW[1]:
                 return last
             return last + (inner.steps - _FEW[1]) * max(0.0, last - chunk[f"adapt {_FEW[0]}"].peak)
-        state, most = chunk["step"].held, chunk["step"].peak
+        state, most = chunk.vector * (1 + inner.buffers), chunk["step"].peak
         if inner.stationarity is not None:
             most = max(most, 2 * state + chunk.vector)  # the step taken, and what of it counts
         return most + (state if inner.steps > 1 else 0)

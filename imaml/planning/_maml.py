@@ -73,7 +73,7 @@ class MAMLCosts(Costs):
         """See the class."""
         if self._differentiated == 0:
             return max(self.inner_peak(chunk), self.query_peak(chunk))
-        given = chunk["step"].held if self.engine._first else chunk.vector * self._buffers  # theta is there in any case
+        given = self._state(chunk) if self.engine._first else chunk.vector * self._buffers  # theta is there in any case
         cotangents = chunk["query"].held + chunk.vector * chunk.facts.damped
         peaks = self._with_graphs if self._linearizes else self._with_states
         return given + max(peaks(chunk, cotangents))
@@ -81,7 +81,7 @@ class MAMLCosts(Costs):
     def _with_graphs(self, chunk: Chunk, cotangents: float) -> list[float]:
         """Beside the first state, on the way to the end and at the last step, then at the one before."""
         steps, graph, product = self._differentiated, chunk["linearised"], chunk["linearised product"]
-        left, (zeros, buffers) = steps * graph.held - chunk["step"].held, self._of_buffers(chunk)
+        left, (zeros, buffers) = steps * graph.held - self._state(chunk), self._of_buffers(chunk)
         return [
             (steps - 1) * graph.held + graph.peak,
             steps * graph.held + chunk["query"].peak,
@@ -98,7 +98,7 @@ class MAMLCosts(Costs):
         def stored(states: int) -> float:
             """Of these, on the device: where they are kept elsewhere, that at hand and, read ahead, the next."""
             here = {"device": states, "cpu": 2, "disk": 1}[self.engine.storage]
-            return step.held * min(states, here)
+            return self._state(chunk) * min(states, here)
 
         peaks = [
             stored(plan.forward) + step.peak,
@@ -114,6 +114,9 @@ class MAMLCosts(Costs):
             if plan.again is not None:
                 peaks.append(stored(plan.again) + before + chunk.vector + step.peak)
         return peaks
+
+    def _state(self, chunk: Chunk) -> float:
+        return chunk.vector * (1 + self._buffers)
 
     def _of_buffers(self, chunk: Chunk) -> tuple[float, float]:
         """Cotangents of the optimiser's buffers: one vector of zeros for all of them, and later one for each."""

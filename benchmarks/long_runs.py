@@ -98,7 +98,7 @@ def alone(*args: str) -> list[list[float]]:
 
 
 def row(name: str, early: list[float], late: list[float]) -> str:
-    counts = [f"{a:.0f} | {b:.0f}" for a, b in zip(early[1:], late[1:], strict=True)] or ["| |", "| |"]
+    counts = [f"{a:.0f} | {b:.0f}" for a, b in zip(early[1:], late[1:], strict=True)] or ["|", "|"]
     growth = 100 * (late[0] / early[0] - 1)
     return f"| {name} | {early[0]:.1f} | {late[0]:.1f} | {growth:+.2f} % | {' | '.join(counts)} |"
 

@@ -71,7 +71,7 @@ def survive(begin: list[str], log: Path, whole: Path, kills: list[float]) -> tup
         if code not in (0, -signal.SIGKILL):
             raise SystemExit(f"{' '.join(args)} ended with {code}:\n{log.read_text()}")
         if kill_after is not None:
-            places.append(where(out, steps) if code else "after the end")
+            places += [where(out, steps)] if code else []  # it may have ended before
     return places, differences(out, whole)
 
 
@@ -127,22 +127,24 @@ def main_() -> int:
             begin = options(whole[strategy], strategy, chosen.steps)
             assert run(begin, root / "log") == 0, (root / "log").read_text()
             seconds[strategy] = time.monotonic() - began
-        places, broken = Counter(), 0
-        for number in range(chosen.kills):
-            strategy = STRATEGIES[number % len(STRATEGIES)]
-            folder = root / str(number)
+        places, broken, runs = Counter(), 0, 0
+        while places.total() < chosen.kills:
+            strategy = STRATEGIES[runs % len(STRATEGIES)]
+            folder = root / str(runs)
             folder.mkdir()
             moments = [draw.uniform(0, seconds[strategy]) for _ in range(1 + chosen.again)]
             begin = options(folder / "run", strategy, chosen.steps)
             landed, found = survive(begin, folder / "log", whole[strategy], moments)
             places.update(landed)
+            runs += bool(landed)
+            seconds[strategy] *= 1 if landed else 0.8  # the first run was slower
             if found:
                 broken += 1
                 print(f"{strategy} killed after {moments} s ({', '.join(landed)}) differs in {', '.join(found)}")
             shutil.rmtree(folder)
         for place, count in places.most_common():
             print(f"{count:4d}  {place}")
-        print(f"{places.total()} kills of {chosen.kills} runs; {broken} runs differ from the uninterrupted one")
+        print(f"{places.total()} kills of {runs} runs; {broken} runs differ from the uninterrupted one")
         if chosen.disk:
             print(f"full disk: {full_disk(root / 'disk', chosen.steps, whole['maml'])}")
             print("full disk: resumed, the same to the last bit")

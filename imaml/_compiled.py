@@ -1,4 +1,4 @@
-"""The support loss of a chunk with compiled derivatives."""
+"""The loss of a chunk with compiled derivatives."""
 
 from __future__ import annotations
 

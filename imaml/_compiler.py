@@ -82,10 +82,10 @@ class Session:
             found = run(compiled, tensors)
         except Exception as error:  # whatever a compiler may raise, the uncompiled loss has just been evaluated
             reason = next(iter(str(error).splitlines()), "")
-            self.compiler.give_up(f"the support loss cannot be compiled ({type(error).__name__}: {reason}).")
+            self.compiler.give_up(f"the loss cannot be compiled ({type(error).__name__}: {reason}).")
             return None
         if not all(agree(a, b, 32 * self.accuracy) for a, b in zip(found, expected, strict=True)):
-            self.compiler.give_up("the compiled derivative of the support loss differs from the uncompiled one.")
+            self.compiler.give_up("the compiled derivative of the loss differs from the uncompiled one.")
             return None
         return compiled
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -127,6 +128,10 @@ class MetaGradient(ABC):
         if self.microbatch_size is not None:
             check_integer("`microbatch_size`, unless None,", self.microbatch_size, least=1)
         check_on_nonfinite(self.on_nonfinite)
+
+    def __reduce__(self) -> tuple[Callable[[], MetaGradient], tuple[()]]:
+        """Copies, as in another process, begin without what this engine has found out and compiled."""
+        return partial(type(self), **{f.name: getattr(self, f.name) for f in fields(self) if f.init}), ()
 
     def __call__(
         self, objective: Objective, tasks: TaskBatch | Sequence[Task], *, group: ProcessGroup | None = None

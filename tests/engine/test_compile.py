@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -188,6 +189,16 @@ def test_a_compiler_that_fails(wrong: str, monkeypatch: pytest.MonkeyPatch) -> N
     said = r"\(RuntimeError: no C\+\+ compiler\)" if wrong == "raises" else "differs from the uncompiled"
     with pytest.warns(CompileWarning, match=said):
         _compare(MAML(inner=STEPS), Objective(_model(), F.mse_loss), _tasks())
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda e: type(e).__name__)
+def test_an_engine_can_be_copied_to_another_process(engine: MetaGradient, traced: None) -> None:
+    objective, tasks = Objective(_model(), F.mse_loss), _tasks()
+    compiled = replace(engine, compile=True, chunk_size="auto")
+    compiled.value_and_grad(objective, tasks)
+    copied = pickle.loads(pickle.dumps(compiled))
+    assert copied == compiled
+    _compare(engine, objective, tasks, compiled=copied)
 
 
 def test_endless_shapes_end_it(traced: None) -> None:

@@ -21,8 +21,8 @@ KEPT = 192 * 2**20
 """Bytes of the graphs that an inner loop may keep for its reverse sweep."""
 _AGAIN = 6
 """What the graph of a gradient that can be differentiated again takes, with a product from it, in plain graphs."""
-_FEWEST = 4
-"""Fewer tasks at once than this lose more time than kept graphs gain."""
+_ENOUGH = 2.5 * 2**20
+"""Bytes that the gradient of a chunk saves: smaller chunks lose more time by their calls than kept graphs gain."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ def plan(support: ChunkLoss | Microbatched, query: ChunkLoss | Microbatched, the
     bytes_support, bytes_query = (max(1, saved_bytes(loss.parts[0][1], theta)) for loss in (support, query))
     tasks, query_tasks = (max(1, room // each) for each in (bytes_support, bytes_query))
     with_graphs = min(tasks, KEPT // (_AGAIN * max(1, steps) * bytes_support))
-    keeps = with_graphs >= min(_FEWEST, tasks) and len(support.parts) == 1
+    is_enough = with_graphs == tasks or with_graphs * bytes_support >= _ENOUGH
+    keeps = is_enough and len(support.parts) == 1
     return Plan(with_graphs if keeps else tasks, query_tasks, keeps)
 
 

@@ -51,8 +51,11 @@ def test_the_plan_fits_the_room(monkeypatch):
     theta = context.theta.unsqueeze(0)
     monkeypatch.setattr(_plan, "VECTORISED", {"cpu": 5 * LAYER * 20 + 5 * LAYER // 2})
     room_for_ten = _plan._AGAIN * INNER.steps * 5 * LAYER * 10 + 50 * LAYER
-    for kept, expected in ((0, _plan.Plan(20, 5, False)), (room_for_ten, _plan.Plan(10, 5, True))):
+    ten = 5 * LAYER * 10
+    few, many = _plan.Plan(10, 5, True), _plan.Plan(20, 5, False)
+    for kept, enough, expected in ((0, ten, many), (room_for_ten, ten, few), (room_for_ten, 1.1 * ten, many)):
         monkeypatch.setattr(_plan, "KEPT", kept)
+        monkeypatch.setattr(_plan, "_ENOUGH", enough)
         assert _plan.plan(support, query, theta, INNER.steps) == expected
     monkeypatch.setattr(_plan, "VECTORISED", {"cpu": 10})
     monkeypatch.setattr(_plan, "KEPT", 0)

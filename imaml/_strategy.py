@@ -83,7 +83,7 @@ class MetaGradient(ABC):
             inner loop diverges: "raise" an error, or "skip" it. The mean is then over the other tasks, as if it had not
             been given, and `report.skipped` names it; the cost is that of its chunk, which is computed anew without it.
         compile: Whether the derivatives of the losses are traced and compiled by TorchInductor, once for each shape:
-            several times faster where calls are many and tensors small, for seconds of compilation the first time. A
+            about twice as fast where calls are many and tensors small, for seconds of compilation the first time. A
             compiled product evaluates its step anew; no graph is kept. A loss is taken for a function of its tensors
             (parameters, buffers, batch, `meta`). Whatever else changes in it is noticed, where it changes the losses:
             every call compares one of each shape with an uncompiled forward pass, as the first compares the

@@ -82,8 +82,6 @@ def bench(options: Bench) -> int:
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself on stderr
     console = Console()
-    if options.problem is None:
-        raise ValueError("Expected a problem as module:function. Got none.")
     set_up(MachineOptions(threads=options.threads))
     made = make(options.problem)
     try:

@@ -26,18 +26,20 @@ class Made(NamedTuple):
         return self.tasks[0]
 
 
-def make(name: str) -> Made:
+def make(name: str | None) -> Made:
     """Import a factory, with the current folder on the path, and call it.
 
     Args:
-        name: `module:function`, of a function without arguments.
+        name: `module:function`, of a function without arguments; None where the user gave none.
 
     Returns:
         What it made.
 
     Raises:
-        ValueError: It cannot be imported, fails, or returns something else.
+        ValueError: It is not given, cannot be imported, fails, or returns something else.
     """
+    if name is None:
+        raise ValueError("Expected a problem as module:function. Got none.")
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute.isidentifier()):
         raise ValueError(f"Expected a factory as module:function, such as my_package.my_module:make. Got {name!r}.")

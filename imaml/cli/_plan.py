@@ -40,8 +40,6 @@ def plan(options: Options) -> int:
         ValueError: Bad input, said in one sentence.
     """
     console = Console()
-    if options.problem is None:
-        raise ValueError("Expected a problem as module:function. Got none.")
     if not options.strategies:
         raise ValueError("--strategies needs at least one strategy. Got none.")
     memory = None if options.memory is None else parse(options.memory)

@@ -63,7 +63,7 @@ class Session:
     @classmethod
     def of(cls, compiler: Compiler, context: Context) -> Session:
         """For a call on the context's objective."""
-        objective, device = context.objective, context.theta.device.type
+        objective, device = context.objective, context.like.device.type
         training = () if objective.model is None else tuple(m.training for m in objective.model.modules())
         lower = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         rounding = max(torch.finfo(d).eps for d in (lower, *context.layout.dtypes) if d is not None)

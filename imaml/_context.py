@@ -16,13 +16,13 @@ from imaml._random import Replay
 
 @dataclass
 class Context:
-    """A snapshot of the objective's parameters and buffers, and what the call has done so far."""
+    """The objective's parameters, a snapshot of its buffers, and what the call has done so far."""
 
     objective: Objective
     layout: Layout
     """Of the adapted parameters."""
-    theta: Tensor
-    """Their values, flat `(n,)`."""
+    like: Tensor
+    """Of no entries, in the dtype and on the device of flat vectors."""
     fixed_layout: Layout
     """Of the other parameters that receive meta-gradients, the objective's `meta` among them."""
     fixed: list[Tensor]
@@ -49,6 +49,12 @@ class Context:
     """The others that some derivative was taken by and not found to be zero for want of a path."""
     statistics: list[dict[str, Tensor]] = field(default_factory=list)
     """Running statistics after the inner loop by name, `(tasks, *shape)`, of every chunk so far; none unless asked."""
+
+    @property
+    def theta(self) -> Tensor:
+        """The adapted parameters as a new flat vector `(n,)`: whoever needs it for a while holds it for as long."""
+        named = self.objective.parameters()
+        return self.layout.flatten([named[name] for name in self.layout.names])
 
     def fresh_constants(self) -> dict[str, Tensor]:
         """Copies of the model's buffers, new ones where a forward pass has changed the last."""
@@ -105,14 +111,14 @@ class Context:
         if len(devices) > 1:
             raise ValueError(f"Adapted parameters must be on one device. Got {sorted(map(str, devices))}.")
         layout = layout_of(adapted)
-        theta = layout.flatten(list(adapted.values()))
+        like = layout.empty(next(iter(adapted.values())))
         return cls(
             objective=objective,
             layout=layout,
-            theta=theta,
+            like=like,
             fixed_layout=layout_of(fixed),
             fixed=list(fixed.values()),
             constants=objective.constants(),
             replay=Replay(devices.pop()),
-            hyper=Hyperparameters.of(hyper or {}, objective.meta, layout, theta),
+            hyper=Hyperparameters.of(hyper or {}, objective.meta, layout, like),
         )

@@ -39,7 +39,7 @@ def check_alike(context: Context, group: ProcessGroup) -> None:
     Raises:
         ValueError: On every rank, where the names, shapes, dtypes or values differ.
     """
-    fixed = context.fixed_layout.gather(context.fixed, context.theta)
+    fixed = context.fixed_layout.gather(context.fixed, context.like)
     bits = [flat.view(_BITS[flat.itemsize]).sum() for flat in (context.theta, fixed)]
     layouts = crc32(repr((context.layout, context.fixed_layout)).encode())
     mine = torch.stack([torch.full_like(bits[0], layouts), *bits])

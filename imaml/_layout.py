@@ -33,6 +33,10 @@ class Layout:
         """The dtype of the flat vector: the widest of the parameters', at least float32."""
         return reduce(torch.promote_types, self.dtypes, torch.float32)
 
+    def empty(self, like: Tensor) -> Tensor:
+        """A flat vector of no entries, where a parameter is."""
+        return like.detach().new_empty(0, dtype=self.dtype)
+
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
         """Concatenate one tensor per parameter into a new vector `(n,)`."""
         return torch.cat([t.detach().reshape(-1).to(self.dtype) for t in tensors])

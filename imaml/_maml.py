@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, get_args
 
@@ -17,6 +17,7 @@ from imaml._states import most_states, states_backwards
 from imaml._storage import Storage, Store, store
 from imaml._strategy import MetaGradient, Pullback
 from imaml.inner import InnerOptimizer
+from imaml.inner._base import State
 from imaml.planning._costs import Costs
 from imaml.planning._maml import MAMLCosts
 
@@ -101,7 +102,7 @@ class MAML(MetaGradient):
 
     def _pull_back(self, problem: Problem) -> Pullback:
         states = most_states(problem.inner.steps - self._first, self.checkpoints)
-        with store(self.storage, problem.theta.device, states) as kept:
+        with store(self.storage, problem.support.context.like.device, states) as kept:
             return self._sweep(problem, kept)
 
     @property
@@ -131,19 +132,31 @@ class MAML(MetaGradient):
     def _adapt(self, problem: Problem, kept: Store) -> tuple[Tensor, Iterator[Point]]:
         """phi_K, and the inner steps to differentiate, the last first."""
         steps, first = problem.inner.steps, self._first
-        state = problem.optimizer.start(problem.theta)
-        for step in range(first):
-            state = problem.step(state, step)
+        before = _before(problem, first)
         keeps_graphs = problem.plan.keeps_graphs if self.linearize is None else self.linearize
         if keeps_graphs and self.checkpoints is None and self.storage == "device":
-            linearised = []
+            linearised, state = [], before()
             for step in range(first, steps):
                 point, gradient = Point.with_gradient(problem, state, step, self.hvp)
                 linearised.append(point)
                 state = problem.update(state, gradient, step)
             return state[0], (linearised.pop() for _ in range(first, steps))
-        states = states_backwards(problem, state, first, self.checkpoints, kept)
+        states = states_backwards(problem, before, first, self.checkpoints, kept)
         return next(states)[0], (
             Point.at(problem, state, step, self.hvp)
             for step, state in zip(reversed(range(first, steps)), states, strict=True)
         )
+
+
+def _before(problem: Problem, step: int) -> Callable[[], State]:
+    """The state before an inner step; that before the first is gathered whenever it is asked for, and held by none."""
+
+    def start() -> State:
+        return problem.optimizer.start(problem.theta)
+
+    if step == 0:
+        return start
+    state = start()
+    for taken in range(step):
+        state = problem.step(state, taken)
+    return lambda: state

@@ -29,8 +29,6 @@ class Problem:
     query: ChunkLoss | Microbatched
     inner: InnerSolver
     plan: Plan
-    theta: Tensor
-    """Where the inner loop starts and what the proximal term pulls to, `(tasks, n)`, shared by the tasks."""
     damping: Tensor | None
     """Lambda, the regularisation of each entry: 0-dim or `(n,)`; None for none."""
     positions: list[int]
@@ -41,6 +39,19 @@ class Problem:
     """Running statistics of each task so far, where they follow the inner loop."""
     stopped: Tensor | None = None
     """Which tasks have stopped early, `(tasks,)`; None for none."""
+    _theta: Tensor | None = None
+    _is_over: bool = False
+
+    @property
+    def theta(self) -> Tensor:
+        """Where the inner loop starts and what the proximal term pulls to, `(tasks, n)`, shared by the tasks.
+
+        It is held during an inner loop with a proximal term, and gathered anew otherwise.
+        """
+        theta = self.support.context.theta if self._theta is None else self._theta
+        if self.damping is not None and not self._is_over:
+            self._theta = theta
+        return theta.expand(self.support.tasks, -1)
 
     def gradient(self, phi: Tensor, step: int, support: Gradient | None = None) -> Tensor:
         """The gradient of the inner objective, proximal term included, `(tasks, n)`; from `support` if it is known."""
@@ -71,9 +82,10 @@ class Problem:
     def one_by_one(self, run: Callable[[Problem], Tensor]) -> Tensor:
         """What a function makes of each task alone, as one."""
         found, alone = [], []
-        for i, support in self.support.split(1):
-            one = replace(self, support=support, theta=self.theta[i : i + 1], support_losses=[], statistics={})
+        for _, support in self.support.split(1):
+            one = replace(self, support=support, support_losses=[], statistics={})
             found.append(run(one))
+            one._theta = None
             alone.append(one)
         self.support_losses = [torch.cat(losses) for losses in zip(*(t.support_losses for t in alone), strict=True)]
         self.statistics = {n: torch.cat([t.statistics[n] for t in alone]) for n in alone[0].statistics}
@@ -169,12 +181,14 @@ class Problem:
 
     def history(self) -> Tensor:
         """L_support before each inner step, `(steps, tasks)`; NaN for steps that the inner loop did not need."""
-        missing = self.theta.new_full((len(self.theta),), torch.nan)
+        like, tasks = self.support.context.like, self.support.tasks
+        missing = like.new_full((tasks,), torch.nan)
         losses = [*self.support_losses, *[missing] * (self.inner.steps - len(self.support_losses))]
-        return torch.stack(losses) if losses else self.theta.new_empty(0, len(self.theta))
+        return torch.stack(losses) if losses else like.new_empty(0, tasks)
 
     def finish(self) -> None:
         """Note the running statistics, and raise where a support loss was NaN or infinite, or exploded."""
+        self._theta, self._is_over = None, True
         if self.statistics:
             self.support.context.statistics.append(self.statistics)
         if not self.support_losses:

@@ -40,7 +40,7 @@ class Outcome:
     @classmethod
     def of_no_task(cls, context: Context, steps: int) -> Outcome:
         """That of a rank without a task, its tensors of length 0."""
-        none = context.theta.new_zeros(0)
+        none = context.like.new_zeros(0)
         metric = None if context.objective.metric is None else none
         return Outcome(query_loss=none, support_loss=none.expand(steps, 0), metric=metric)
 

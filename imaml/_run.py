@@ -110,7 +110,7 @@ class Run:
 
     def _zeros(self) -> list[Tensor]:
         context = self.context
-        return [layout.gather([None] * len(layout.names), context.theta) for layout in self.layouts]
+        return [layout.gather([None] * len(layout.names), context.like) for layout in self.layouts]
 
     def sums_over_ranks(self, tasks: TaskBatch | Sequence[Task], group: ProcessGroup) -> tuple[list[Tensor], Report]:
         """`sums` over the tasks of all ranks, with the report of this rank's, which may have none."""
@@ -122,13 +122,13 @@ class Run:
             alike.add(key)
 
         def nothing() -> list[Tensor]:
-            return [*self._zeros(), context.theta.new_zeros(3)]
+            return [*self._zeros(), context.like.new_zeros(3)]
 
         def compute() -> tuple[list[Tensor], Report]:
             if isinstance(tasks, Sequence) and not tasks:
                 return nothing(), Report.of(context, [self._no_task()], [])
             (*sums, totals), report = self.sums(by_shape(tasks))
-            return [*sums, totals.to(context.theta)], report
+            return [*sums, totals.to(context.like)], report
 
         return over_ranks(compute, nothing, group)
 
@@ -149,7 +149,7 @@ class Run:
                     f"The meta-gradient for the meta-parameter {name!r} is not finite: look for an infinite derivative "
                     "in the function of the hyper-parameter that it serves, such as sqrt at 0."
                 )
-        return context.fixed_layout.gather([found.get(n) for n in context.fixed_layout.names], context.theta)
+        return context.fixed_layout.gather([found.get(n) for n in context.fixed_layout.names], context.like)
 
     def _chunks(self, groups: list[tuple[list[int], TaskBatch]]) -> Iterator[tuple[list[int], TaskBatch, Plan]]:
         for positions, batch in groups:
@@ -164,7 +164,7 @@ class Run:
         if given is not None and self.engine.microbatch_size is None:
             return given
         context = self.context
-        key = (context.layout, context.fixed_layout, context.theta.device, signature(batch[0]))
+        key = (context.layout, context.fixed_layout, context.like.device, signature(batch[0]))
         if size == "auto":
             from imaml.planning._plan import automatic  # noqa: PLC0415
 
@@ -172,15 +172,16 @@ class Run:
         if key not in plans:
             trial = Run.of(self.engine, context.objective, derivatives=bool(self.layouts))
             one = trial.problem([0], batch[:1], ONE_BY_ONE)
-            one.support.check(one.theta)
-            one.query.check(one.theta)
-            plans[key] = given or plan(one.support, one.query, one.theta, self.engine.inner.steps)
+            theta = one.theta
+            one.support.check(theta)
+            one.query.check(theta)
+            plans[key] = given or plan(one.support, one.query, theta, self.engine.inner.steps)
             trial.context.replay.undo()
         return plans[key]
 
     def problem(self, positions: list[int], batch: TaskBatch, plan: Plan) -> Problem:
         """The inner problem and the query loss of these tasks."""
-        context, size = self.context, self.engine.microbatch_size
+        size = self.engine.microbatch_size
         tasks, first = len(batch), positions[0]
         support, query = (
             self._loss(outside_inference(examples), tasks, first, kind)
@@ -191,7 +192,6 @@ class Run:
             query=query if size is None else Microbatched(query, size),
             inner=self.engine.inner,
             plan=plan,
-            theta=context.theta.expand(len(batch), -1),
             damping=self._damping(),
             positions=positions,
         )
@@ -212,7 +212,7 @@ class Run:
             )
         if isinstance(value, Tensor):
             return value if len(value) > 1 else value.reshape(())
-        return self.context.theta.new_tensor(value) if value else None
+        return self.context.like.new_tensor(value) if value else None
 
 
 def _if_sharded(

@@ -68,11 +68,12 @@ class ShardedLoss(ChunkLoss):
     @contextmanager
     def _at(self, phi: Tensor) -> Iterator[None]:
         """Within it the model has these parameters."""
+        before = self.context.theta
         self._set(phi)
         try:
             yield
         finally:
-            self._set(self.context.theta)
+            self._set(before)
 
     def _set(self, phi: Tensor) -> None:
         layout, parameters = self.context.layout, self.context.objective.parameters()

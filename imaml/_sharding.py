@@ -45,6 +45,11 @@ class ShardedLayout(Layout):
             for s, p in zip(self.shapes, self.placements, strict=True)
         )
 
+    def empty(self, like: Tensor) -> Tensor:
+        """See `Layout`."""
+        none = local(like).detach().new_empty(0, dtype=self.dtype)
+        return DTensor.from_local(none, self.mesh, [Shard(0)], run_check=False)
+
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
         """One tensor per parameter as a new vector `(n,)`."""
         return self.gather(tensors, local(tensors[0]).new_empty(0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from checkpoint_schedules import Copy, Forward, Move, MultistageCheckpointSchedule, Reverse
 
@@ -18,28 +18,27 @@ def most_states(steps: int, checkpoints: int | None) -> int:
 
 
 def states_backwards(
-    problem: Problem, state: State, first_step: int, checkpoints: int | None, kept: Store
+    problem: Problem, before: Callable[[], State], first_step: int, checkpoints: int | None, kept: Store
 ) -> Iterator[State]:
     """Yield the state after the last inner step, then those before each step, the last first, down to a given one.
 
-    At most `checkpoints` states are kept besides the given one (None: all), and the steps between them are recomputed
+    At most `checkpoints` states are kept, the given one aside (None: all), and the steps between them are recomputed
     on the binomial schedule of Griewank & Walther 2000 (Algorithm 799), which needs the fewest recomputations.
 
     Args:
         problem: A chunk.
-        state: That before step `first_step`.
+        before: Gives the state before step `first_step`.
         first_step: Steps already taken.
         checkpoints: How many to keep.
-        kept: Where; the given one stays where it is.
+        kept: Where.
 
     Yields:
         The states.
     """
-    steps = problem.inner.steps - first_step
+    steps, state, reversing = problem.inner.steps - first_step, before(), False
     if steps == 0:
         yield state
         return
-    given, reversing = state, False
     for action in MultistageCheckpointSchedule(steps, most_states(steps, checkpoints) + 1, 0):
         match action:
             case Forward(n0=first, n1=last, write_ics=keep, write_adj_deps=to_reverse):
@@ -52,9 +51,9 @@ def states_backwards(
                     reversing = True
                     yield problem.step(state, first_step + first)
             case Copy(n=step):
-                state = kept[step] if step > 0 else given
+                state = kept[step] if step > 0 else before()
             case Move(n=step):
-                state = kept.pop(step) if step > 0 else given
+                state = kept.pop(step) if step > 0 else before()
             case Reverse():
                 yield state
                 if action.n0 == 0:

@@ -80,7 +80,12 @@ class Chunk:
     @property
     def vector(self) -> float:
         """Bytes of `(tasks, n)`."""
-        return self.tasks * self.facts.adapted * self.facts.itemsize
+        return self.tasks * self.theta
+
+    @property
+    def theta(self) -> float:
+        """Bytes of `(n,)`, which all tasks share before the first step."""
+        return self.facts.adapted * self.facts.itemsize
 
     def __getitem__(self, stage: str) -> Use:
         return self.uses[stage]
@@ -151,8 +156,8 @@ class Costs(ABC):
         facts = Facts(
             adapted=n,
             fixed=m,
-            dtype=context.theta.dtype,
-            device=context.theta.device,
+            dtype=context.like.dtype,
+            device=context.like.device,
             mode="reverse-over-reverse",
             damped=problem.damping is not None,
             needs_gradient=isinstance(inner, InnerOptimizer) and needs_gradient(problem),
@@ -177,10 +182,10 @@ class Costs(ABC):
         return replace(facts, per_step=stages.per_step)
 
     def inner_peak(self, chunk: Chunk) -> float:
-        """Of the inner loop, where nothing but its result is kept."""
+        """Of the inner loop, where nothing but its result is kept, and theta for a proximal term."""
         inner: InnerSolver = self.engine.inner
         if inner.steps == 0:
-            return 0
+            return chunk.theta
         if not isinstance(inner, InnerOptimizer):
             last = chunk[f"adapt {min(inner.steps, _FEW[1])}"].peak
             if inner.steps <= _FEW[1]:
@@ -189,7 +194,9 @@ class Costs(ABC):
         state, most = chunk.vector * (1 + inner.buffers), chunk["step"].peak
         if inner.stationarity is not None:
             most = max(most, 2 * state + chunk.vector)  # the step taken, and what of it counts
-        return most + (state if inner.steps > 1 else 0)
+        if inner.steps == 1:
+            return most + chunk.theta
+        return most + state + chunk.theta * chunk.facts.damped
 
     def solve(self, theta: Tensor) -> Solve | None:
         """What a linear system of the size of theta takes, if any is solved."""
@@ -197,7 +204,7 @@ class Costs(ABC):
 
     def query_peak(self, chunk: Chunk) -> float:
         """Of the query gradient, with the parameters that it is taken at."""
-        return chunk["query"].peak + (chunk.vector if self.engine.inner.steps else 0)
+        return chunk["query"].peak + (chunk.vector if self.engine.inner.steps else chunk.theta)
 
     def _measure(self, problem: Problem, stages: Stages) -> None:  # noqa: B027
         """Measure the strategy's own stages."""

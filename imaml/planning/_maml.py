@@ -73,18 +73,18 @@ class MAMLCosts(Costs):
         """See the class."""
         if self._differentiated == 0:
             return max(self.inner_peak(chunk), self.query_peak(chunk))
-        given = self._state(chunk) if self.engine._first else chunk.vector * self._buffers  # theta is there in any case
         cotangents = chunk["query"].held + chunk.vector * chunk.facts.damped
         peaks = self._with_graphs if self._linearizes else self._with_states
-        return given + max(peaks(chunk, cotangents))
+        return max(peaks(chunk, cotangents))
 
     def _with_graphs(self, chunk: Chunk, cotangents: float) -> list[float]:
-        """Beside the first state, on the way to the end and at the last step, then at the one before."""
+        """On the way to the end and at the last step, then at the one before; the first graph holds the first state."""
         steps, graph, product = self._differentiated, chunk["linearised"], chunk["linearised product"]
-        left, (zeros, buffers) = steps * graph.held - self._state(chunk), self._of_buffers(chunk)
+        given, (zeros, buffers) = self._given(chunk), self._of_buffers(chunk)
+        left = given + steps * graph.held - self._state(chunk)
         return [
-            (steps - 1) * graph.held + graph.peak,
-            steps * graph.held + chunk["query"].peak,
+            given + (steps - 1) * graph.held + graph.peak,
+            given + steps * graph.held + chunk["query"].peak,
             left + cotangents + zeros + product.peak,
             left - graph.held + cotangents + buffers + chunk.vector + product.peak if steps > 1 else 0,
         ]
@@ -93,7 +93,9 @@ class MAMLCosts(Costs):
         """Likewise; before a step is differentiated, that of the step before it is still there."""
         step, point, product = chunk["step"], chunk["rebuilt"], chunk["rebuilt product"]
         plan, (zeros, buffers) = sweep(self._differentiated, self.engine.checkpoints), self._of_buffers(chunk)
-        gradient = chunk.vector * chunk.facts.needs_gradient
+        gradient, given = chunk.vector * chunk.facts.needs_gradient, self._given(chunk)
+        always = given if self.engine._first else 0
+        stepping = always + chunk.theta * chunk.facts.damped
 
         def stored(states: int) -> float:
             """Of these, on the device: where they are kept elsewhere, that at hand and, read ahead, the next."""
@@ -101,22 +103,28 @@ class MAMLCosts(Costs):
             return self._state(chunk) * min(states, here)
 
         peaks = [
-            stored(plan.forward) + step.peak,
-            stored(plan.forward) + self.query_peak(chunk),
-            stored(plan.forward) + cotangents + zeros + max(point.peak, point.held + product.peak),
+            given + step.peak,
+            stepping + stored(plan.forward) + step.peak,
+            always + stored(plan.forward) + self.query_peak(chunk),
+            always + stored(plan.forward) + cotangents + zeros + max(point.peak, point.held + product.peak),
         ]
         if self._differentiated > 1:
             before = cotangents + buffers + gradient
             peaks += [
-                stored(plan.point) + before + chunk.vector + point.peak,
-                stored(plan.reverse) + before + point.held + product.peak,
+                always + stored(plan.point) + before + chunk.vector + point.peak,
+                always + stored(plan.reverse) + before + point.held + product.peak,
             ]
             if plan.again is not None:
-                peaks.append(stored(plan.again) + before + chunk.vector + step.peak)
+                peaks.append(stepping + stored(plan.again) + before + chunk.vector + step.peak)
+        peaks.append(given + cotangents + buffers + gradient + point.held + product.peak)
         return peaks
 
     def _state(self, chunk: Chunk) -> float:
         return chunk.vector * (1 + self._buffers)
+
+    def _given(self, chunk: Chunk) -> float:
+        """The state before the first step that is differentiated."""
+        return self._state(chunk) if self.engine._first else chunk.theta + chunk.vector * self._buffers
 
     def _of_buffers(self, chunk: Chunk) -> tuple[float, float]:
         """Cotangents of the optimiser's buffers: one vector of zeros for all of them, and later one for each."""

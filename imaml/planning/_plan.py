@@ -35,7 +35,7 @@ def forecast(
     limit = None if memory is None else parse(memory)
     groups = [batch for _, batch in by_shape(tasks)]
     run = Run.of(engine, objective, derivatives=True)
-    device = run.context.theta.device
+    device = run.context.like.device
     if limit is None and device.type != "cpu":
         limit = free(device)
     variants = costs_of(engine).variants(device)

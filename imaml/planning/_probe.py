@@ -23,7 +23,7 @@ class Probe:
     """What the stages take, by the number of tasks."""
 
     base: Use
-    """The snapshot of the model."""
+    """What a call holds from the start: copies of the buffers, learned hyper-parameters."""
     uses: dict[int, dict[str, Use]]
     saved: dict[str, int]
     """Bytes that autograd saves for one task's gradient, of the "support" and of the "query" loss."""
@@ -68,15 +68,15 @@ def probe(
     run = Run.of(engine, objective, derivatives=True)
     solve = costs[0].solve(run.context.theta)
     one = run.problem([0], batch[:1], ONE_BY_ONE)
+    theta = one.theta
     saved = {
-        name: saved_bytes(loss.parts[0][1], one.theta)
-        for name, loss in (("support", one.support), ("query", one.query))
+        name: saved_bytes(loss.parts[0][1], theta) for name, loss in (("support", one.support), ("query", one.query))
     }
     run.context.replay.undo()
     for tasks in sizes:
         if facts is not None and room is not None and tasks * _per_task(uses) > room:
             break
-        account = Account(run.context.theta.device)
+        account = Account(run.context.like.device)
         with account.recording():
             with account.stage(_SNAPSHOT):
                 run = Run.of(engine, objective, derivatives=True)

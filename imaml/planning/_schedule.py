@@ -11,7 +11,7 @@ from imaml._states import most_states
 
 @dataclass(frozen=True)
 class Sweep:
-    """Of K inner steps; states are counted besides the first, which is there in any case."""
+    """Of K inner steps; states are counted besides the first."""
 
     steps: int
     """Inner steps taken, recomputed ones among them."""

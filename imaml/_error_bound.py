@@ -45,7 +45,7 @@ def solution_error(
     residual_norm: Tensor,
     gradient: Tensor,
     size: Tensor,
-    look: Callable[[Tensor], tuple[Tensor, Tensor]],
+    look: Callable[[Tensor], tuple[Tensor, Callable[[], Tensor]]],
 ) -> Tensor:
     """A bound on |x - x*| where A x = b was solved at y, and A* x* = b* holds at the exact stationary point y*.
 
@@ -61,7 +61,7 @@ def solution_error(
         residual_norm: |R(y)|, `(tasks,)`.
         gradient: Of the inner objective by y, `(tasks, n)`.
         size: |y|, `(tasks,)`, which rounding is in proportion to.
-        look: From a displacement of y, whose memory it may use, to R and the gradient there.
+        look: From a displacement of y, whose memory it may use, to the gradient there and, once that is used, R.
 
     Returns:
         `(tasks,)`; inf or NaN where mu is not positive or something is not finite.
@@ -71,11 +71,12 @@ def solution_error(
     rounding = (_ROUNDING * eps * size).masked_fill(_is_zero(rhs), 0)
     far = (gradient.norm(dim=-1) + rounding) / mu
     direction = _direction(gradient, rhs)
-    residual, there = look(far.nan_to_num(posinf=0.0).unsqueeze(-1) * direction)
+    there, residual = look(far.nan_to_num(posinf=0.0).unsqueeze(-1) * direction)
     secant = ((there - gradient) * direction).sum(-1) / far
+    del there, direction
     # Nearer than sqrt(eps) the change of the gradient is rounding.
     mu = mu.minimum(secant.where(far > eps**0.5 * size, torch.inf))
-    residuals: Tensor = residual_norm + residual.norm(dim=-1) + _ROUNDING * eps * rhs.norm(dim=-1)
+    residuals: Tensor = residual_norm + residual().norm(dim=-1) + _ROUNDING * eps * rhs.norm(dim=-1)
     return _SAFETY * residuals / mu.where(mu > 0, torch.nan)
 
 

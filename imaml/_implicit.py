@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -136,11 +137,11 @@ class ImplicitMAML(MetaGradient):
                 hyper.add({"regularization": (problem.theta - phi) * pulled}, 0)
         del curvature, op  # a graph may hang on it, and the error bound needs another
 
-        def look(displacement: Tensor) -> tuple[Tensor, Tensor]:
+        def look(displacement: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
             there = displacement.div_(root).add_(phi)
             v = problem.query_gradient(there).adapted.div_(weight)
             curvature, gradient = self._curvature(problem, there)
-            return v.sub_(_system(curvature, root, shift).mv(solution.x)), gradient.div_(root)
+            return gradient.div_(root), lambda: v.sub_(_system(curvature, root, shift).mv(solution.x))
 
         bound = None
         if mu is not None and slope is not None:
@@ -234,7 +235,8 @@ def _system(curvature: Curvature | GaussNewton, root: Tensor, shift: float) -> L
     """`shift` I + Lambda^-1/2 H Lambda^-1/2, for vectors of any dtype."""
 
     def mv(x: Tensor) -> Tensor:
-        product = curvature.product(x.to(root.dtype) / root)[0] / root
+        w = x.to(root.dtype)
+        product = curvature.product(w)[0] / root.square() if root.ndim == 0 else curvature.product(w / root)[0] / root
         return x + product if shift else product.to(x.dtype)
 
     return LinearOperator(mv)

@@ -54,6 +54,8 @@ class Facts:
     """Of Hessian-vector products."""
     damped: bool
     """Whether there is a proximal term."""
+    scaled: bool
+    """Whether its weight differs from entry to entry."""
     needs_gradient: bool
     """Whether the derivative of an inner step needs the gradient there."""
     is_vectorised: bool = True
@@ -160,6 +162,7 @@ class Costs(ABC):
             device=context.like.device,
             mode="reverse-over-reverse",
             damped=problem.damping is not None,
+            scaled=problem.damping is not None and problem.damping.ndim > 0,
             needs_gradient=isinstance(inner, InnerOptimizer) and needs_gradient(problem),
         )
         if inner.steps == 0:

@@ -64,13 +64,14 @@ class ImplicitCosts(Costs):
         judged = vector + query.held
         graph = curvature.held - vector  # the gradient is given back, or becomes the slope
         slope = vector * self._with_bound
+        scaled = vector * (chunk.facts.scaled or like != chunk.facts.dtype)  # what a product is taken of
         solving = judged + graph + slope
         peaks: list[float] = [
             self.inner_peak(chunk),
             self.query_peak(chunk),
             judged + curvature.peak,
             solving + given + chunk.tasks * solved.peak,
-            solving + given + chunk.tasks * solved.at_product + vector + product.peak,
+            solving + given + chunk.tasks * solved.at_product + scaled + product.peak,
         ]
         solution = solving + vector
         if chunk.facts.fixed:
@@ -78,11 +79,11 @@ class ImplicitCosts(Costs):
         if self._with_bound:
             there = judged + slope + 3 * vector  # the solution, the direction, and the point along it
             if not solved.has_eigenvalue:
-                peaks.append(solution + (_LANCZOS_VECTORS + 1) * vector + product.peak)
+                peaks.append(solution + _LANCZOS_VECTORS * vector + scaled + product.peak)
             peaks += [
                 there + query.peak,
                 there + vector + curvature.peak,
-                there + vector + curvature.held + vector + product.peak,
+                there + graph + scaled + product.peak,
             ]
         return max(peaks)
 

@@ -47,7 +47,9 @@ class KrylovSolver(LinearSolver):
         max_steps, rtol = default_stopping(self.max_steps, self.rtol, b)
         begun = start(op, b, x0, rtol, self.atol)
         inverse = chosen(self.preconditioner, preconditioner, op, begun)
-        return self._iteration(op, inverse, begun, max_steps, rtol == self.atol == 0).run()
+        iteration = self._iteration(op, inverse, begun, max_steps, rtol == self.atol == 0)
+        del begun  # its x and r would live as long as the iteration
+        return iteration.run()
 
 
 class Iteration(ABC):

@@ -35,7 +35,7 @@ def test_at_a_stationary_point_it_looks_along_b_as_far_as_rounding_may_have_move
 
     def look(displacement):
         seen.append(displacement)
-        return torch.zeros_like(displacement), torch.zeros_like(displacement)
+        return torch.zeros_like(displacement), lambda: torch.zeros_like(displacement)
 
     one = torch.ones(1, dtype=F64)
     solution_error(one / 2, vector(3.0, 4.0), 0 * one, vector(0.0, 0.0), one, look)
@@ -49,7 +49,7 @@ def test_at_a_stationary_point_it_looks_along_b_as_far_as_rounding_may_have_move
 def test_the_change_of_the_gradient_counts_beyond_the_root_of_rounding(gradient, corrected):
     """A gradient that stays the same is one of no curvature."""
     here, one = vector(gradient, 0.0), torch.ones(1, dtype=F64)
-    bound = solution_error(one, vector(1.0, 1.0), one, here, one, lambda move: (torch.zeros_like(move), here))
+    bound = solution_error(one, vector(1.0, 1.0), one, here, one, lambda move: (here, lambda: torch.zeros_like(move)))
     assert bool(torch.isfinite(bound)) is not corrected
     if not corrected:
         assert bound.item() == pytest.approx(5.0)

@@ -140,6 +140,7 @@ WORKLOADS = {
         lr=0.01,
         steps=(1, 4, 16, 32, 64),
         families=("exact", "implicit", "first-order"),
+        regularization=10.0,  # with the 2 of the others the system is indefinite
         attention=True,
     ),
     "W4": Workload(

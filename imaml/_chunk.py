@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
 from imaml._context import Context
 from imaml._tasks import Batch
@@ -59,6 +59,8 @@ SUPPORT, QUERY = 0, 1
 
 def outside_inference(batch: Batch) -> Batch:
     """The batch with copies of tensors that were made in inference mode, which autograd cannot save."""
+    if not any(t.is_inference() for t in tree_leaves(batch)):
+        return batch
     return tree_map(lambda t: t.clone() if t.is_inference() else t, batch)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -66,11 +66,13 @@ class CompiledLoss(ChunkLoss):
         """Whether the first of the losses is what it is uncompiled; looked at once a call for each shape."""
         session, objective = self.session, self.context.objective
         has_own_loss = self.kind == SUPPORT or objective.outer_loss is not None
-        if not self.is_compiled or self._shape in session.checked or not has_own_loss:
+        shape = id(self._functions)
+        if not self.is_compiled or shape in session.checked or not has_own_loss:
             return True
-        session.checked.add(self._shape)
+        session.checked.add(shape)
         _, first = next(self.split(1))
-        if agree(losses[:1], first.value(phi[:1], step)[0], session.accuracy):
+        expected, _ = first.losses(self.context.layout.views(phi[:1]), self.context.fixed, first.batch, step)
+        if agree(losses[:1], expected, session.accuracy):
             return True
         session.compiler.give_up(
             "the loss is another than the one that was compiled, for the same shapes. Expected a loss that "
@@ -82,11 +84,10 @@ class CompiledLoss(ChunkLoss):
         """A function of this loss and of tensors, compiled if it can be."""
         if not self.is_compiled:
             return plain(self, *given)
-        context, session, key = self.context, self.session, (name, len(given), self._shape)
+        context, session, key = self.context, self.session, (name, len(given))
         constants = session.frozen | context.fresh_constants()
-        own = [*context.fixed, *constants.values(), *self._leaves[0]]
-        tensors = [t.detach().contiguous() for t in (*given, *own)]
-        if key not in session.functions:
+        tensors = [*_plain(given), *_plain(context.fixed), *_plain(constants.values()), *self._data]
+        if key not in self._functions:
             used: dict[str, Any] = {"used": set(), "used_fixed": set()}
 
             def traced(*tensors: Tensor) -> Outputs:
@@ -110,8 +111,8 @@ class CompiledLoss(ChunkLoss):
             function = session.compile(traced, tensors, expected)
             if function is None:
                 return expected
-            session.functions[key] = Compiled(function, **used)
-        compiled = session.functions[key]
+            self._functions[key] = Compiled(function, **used)
+        compiled = self._functions[key]
         context.used |= compiled.used
         context.used_fixed |= compiled.used_fixed
         return run(compiled.function, tensors)
@@ -121,10 +122,22 @@ class CompiledLoss(ChunkLoss):
         return tree_flatten(self.batch)
 
     @cached_property
+    def _data(self) -> list[Tensor]:
+        return _plain(self._leaves[0])
+
+    @cached_property
+    def _functions(self) -> dict[Hashable, Compiled]:
+        return self.session.functions[self._shape]
+
+    @cached_property
     def _shape(self) -> Hashable:
         leaves, structure = self._leaves
         sizes = [(t.shape, t.dtype, t.device) for t in (*leaves, *self.context.constants.values())]
         return (self.session.state, self.kind, self.tasks, structure, *sizes)
+
+
+def _plain(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [t.detach().contiguous() for t in tensors]
 
 
 class _Traced(Context):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,11 +31,15 @@ class Compiled:
     used_fixed: set[str]
 
 
+Functions = defaultdict[Hashable, dict[Hashable, Compiled]]
+"""By what the loss is made of, then by what they compute."""
+
+
 @dataclass
 class Compiler:
     """What an engine has compiled, for all its calls."""
 
-    functions: WeakKeyDictionary[Objective, dict[Hashable, Compiled]] = field(default_factory=WeakKeyDictionary)
+    functions: WeakKeyDictionary[Objective, Functions] = field(default_factory=WeakKeyDictionary)
     made: int = 0
     is_on: bool = True
 
@@ -49,7 +54,7 @@ class Session:
     """A compiler in one call."""
 
     compiler: Compiler
-    functions: dict[Hashable, Compiled]
+    functions: Functions
     """Those of the call's objective."""
     frozen: dict[str, Tensor]
     """The tensors of the objective that are neither parameters to differentiate by nor buffers."""
@@ -57,8 +62,8 @@ class Session:
     """What a trace depends on besides tensors, as far as it can be seen."""
     accuracy: float
     """Of the losses: the square root of the coarsest rounding in them."""
-    checked: set[Hashable] = field(default_factory=set)
-    """Shapes whose loss has been compared with an uncompiled evaluation."""
+    checked: set[int] = field(default_factory=set)
+    """Addresses of those whose loss has been compared with an uncompiled evaluation."""
 
     @classmethod
     def of(cls, compiler: Compiler, context: Context) -> Session:
@@ -68,8 +73,9 @@ class Session:
         lower = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         rounding = max(torch.finfo(d).eps for d in (lower, *context.layout.dtypes) if d is not None)
         state = (context.layout, context.fixed_layout, training, lower)
-        functions = compiler.functions.setdefault(objective, {})
-        return cls(compiler, functions, objective.frozen(), state, rounding**0.5)
+        functions = compiler.functions.setdefault(objective, defaultdict(dict))
+        learned = {*context.layout.names, *context.fixed_layout.names}
+        return cls(compiler, functions, objective.others(learned), state, rounding**0.5)
 
     def compile(self, function: Function, tensors: Sequence[Tensor], expected: Outputs) -> Function | None:
         """The compiled form of a function; None, with a warning, where there is none that agrees with `expected`."""
@@ -111,6 +117,8 @@ def as_traced(device: torch.device) -> Iterator[None]:
 
 def run(function: Function, tensors: Sequence[Tensor]) -> Outputs:
     """The outputs of a compiled function."""
+    if not torch.is_autocast_enabled(tensors[0].device.type):
+        return function(*tensors)
     with as_traced(tensors[0].device):
         return function(*tensors)
 

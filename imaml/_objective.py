@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -186,9 +186,8 @@ class Objective:
         """Copies of the model's buffers, so that a forward pass cannot change the model."""
         return self._program.constants()
 
-    def frozen(self) -> dict[str, Tensor]:
-        """What a loss uses by name and nothing is derived by, buffers aside: as the user holds it."""
-        learned = self.parameters()
+    def others(self, learned: Collection[str]) -> dict[str, Tensor]:
+        """What a loss uses by name besides what is `learned` and the buffers: as the user holds it."""
         return {n: t for n, t in (self._program.parameters() | self.meta.flat()).items() if n not in learned}
 
     def statistics(self) -> list[str]:

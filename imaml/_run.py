@@ -164,7 +164,7 @@ class Run:
         if given is not None and self.engine.microbatch_size is None:
             return given
         context = self.context
-        key = (context.layout, context.fixed_layout, context.like.device, signature(batch[0]))
+        key = (context.layout, context.fixed_layout, context.like.device, signature(batch))
         if size == "auto":
             from imaml.planning._plan import automatic  # noqa: PLC0415
 

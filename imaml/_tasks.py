@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, overload
 
 import torch
@@ -14,9 +14,11 @@ Batch = Any
 """What a loss is evaluated on: tensors in any nesting of tuples, lists and dicts, `(input, target)` as a rule."""
 
 
-def signature(task: Task) -> tuple[Any, ...]:
-    leaves, structure = tree_flatten((task.support, task.query))
-    return (structure, *((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves))
+def signature(tasks: Task | TaskBatch) -> tuple[Any, ...]:
+    """What a task, or each of a batch, is like."""
+    leaves, structure = tree_flatten((tasks.support, tasks.query))
+    first = int(isinstance(tasks, TaskBatch))
+    return (structure, *((leaf.shape[first:], leaf.dtype, leaf.device) for leaf in leaves))
 
 
 def check_tensors(name: str, batch: Batch) -> list[Tensor]:
@@ -70,6 +72,7 @@ class TaskBatch:
 
     support: Batch
     query: Batch
+    _tasks: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         counts: dict[str, set[int]] = {}
@@ -84,12 +87,14 @@ class TaskBatch:
                 f"Got {sorted(counts['support'])} in support and {sorted(counts['query'])} in query. "
                 "For tasks of different sizes pass a list of Task."
             )
-        if len(self) == 0:
+        [tasks] = counts["support"]
+        object.__setattr__(self, "_tasks", tasks)
+        if tasks == 0:
             raise ValueError("A TaskBatch needs at least one task. Got 0.")
 
     def __len__(self) -> int:
         """The number of tasks."""
-        return int(tree_flatten(self.support)[0][0].shape[0])
+        return self._tasks
 
     @overload
     def __getitem__(self, index: int) -> Task: ...
@@ -100,6 +105,8 @@ class TaskBatch:
     def __getitem__(self, index: int | slice) -> Task | TaskBatch:
         """One `Task` for an integer, a smaller `TaskBatch` for a slice; both are views."""
         if isinstance(index, slice):
+            if index.indices(len(self)) == (0, len(self), 1):
+                return self
             return TaskBatch(
                 support=tree_map(lambda t: t[index], self.support), query=tree_map(lambda t: t[index], self.query)
             )

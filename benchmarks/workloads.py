@@ -140,7 +140,7 @@ WORKLOADS = {
         lr=0.01,
         steps=(1, 4, 16, 32, 64),
         families=("exact", "implicit", "first-order"),
-        regularization=10.0,  # with the 2 of the others the system is indefinite
+        regularization=10.0,  # with 2, as elsewhere, the system is indefinite for some K
         attention=True,
     ),
     "W4": Workload(
@@ -151,6 +151,7 @@ WORKLOADS = {
         lr=0.01,
         steps=(1, 4, 16),
         families=("exact", "implicit", "first-order"),
+        regularization=10.0,
         attention=True,
     ),
     "tiny": Workload(

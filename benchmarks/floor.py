@@ -1,10 +1,10 @@
 """How far a meta-gradient is from what its arithmetic must take.
 
-    python -m benchmarks.floor [--workloads W1 W2] [--steps 5] [--methods "imaml MAML" ...]
+    python -m benchmarks.floor [--workloads W1 W2] [--steps 5] [--methods "imaml MAML" ...] [--repeats 5]
 
-For every method: the time of a call; the *kernels'*, which matrix products and convolutions take of it (torch.profiler,
-so a part of a slower call); and the *arithmetic's*, their operations at the rate of one large matrix product. What is
-left beside the kernels is elementwise work, copies and dispatch.
+For every method: the time of a call, where the methods take turns in one process; the *kernels'*, which matrix products
+and convolutions take of it (torch.profiler, so a part of a slower call); and the *arithmetic's*, their operations at
+the rate of one large matrix product. What is left beside the kernels is elementwise work, copies and dispatch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.rivals import METHODS, Call
 from benchmarks.workloads import WORKLOADS
-from imaml.measure import counted, timed
+from imaml.measure import counted, timed, timed_in_turn
 
 KERNELS = (
     *("aten::mkldnn_convolution", "aten::convolution_backward", "aten::_convolution", "aten::_slow_conv2d_forward"),
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="*", choices=WORKLOADS, default=["W1", "W2"])
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=["imaml MAML", "create_graph loop"])
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -54,11 +55,11 @@ def main() -> None:
     table = Table("workload", "method", "ms", "kernels, ms", "arithmetic, ms", box=box.SIMPLE_HEAD)
     for name in options.workloads:
         problem = WORKLOADS[name].problem(options.steps)
-        for method in options.methods:
-            call = METHODS[method].prepare(problem)
-            seconds, kernels = timed(call, repeats=3).median, in_kernels(call)
-            floor = counted(call).flops / per_second
-            table.add_row(name, method, *(f"{1e3 * s:.3g}" for s in (seconds, kernels, floor)))
+        calls = [METHODS[method].prepare(problem) for method in options.methods]
+        timings = timed_in_turn(calls, repeats=options.repeats)
+        for method, call, timing in zip(options.methods, calls, timings, strict=True):
+            kernels, floor = in_kernels(call), counted(call).flops / per_second
+            table.add_row(name, method, *(f"{1e3 * s:.3g}" for s in (timing.median, kernels, floor)))
     console = Console()
     console.print(table)
     console.print(f"{per_second / 1e9:.0f} GFLOP/s in a product of {SIZE} x {SIZE} matrices, {options.threads} threads")

@@ -94,7 +94,7 @@ def test_maml_holds_its_states_and_two_vectors_beside_a_product():
 
 
 def test_implicit_maml_holds_seven_vectors_beside_a_product():
-    """Phi, the query gradient, the slope, and those of CG: b, x, r and p. Theta is not held while a system is solved."""
+    """Phi, the query gradient, the slope, and those of CG: b, x, r and p; theta is not among them."""
     theta, product = problem()[2], of_a_product()
     options = {"solver": CG(max_steps=3, rtol=0.0), "linearize": False, "on_failure": "ignore"}
     (peak,) = peaks(ImplicitMAML, steps=(4,), **options)

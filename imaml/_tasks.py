@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
@@ -72,7 +72,6 @@ class TaskBatch:
 
     support: Batch
     query: Batch
-    _tasks: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         counts: dict[str, set[int]] = {}
@@ -87,14 +86,12 @@ class TaskBatch:
                 f"Got {sorted(counts['support'])} in support and {sorted(counts['query'])} in query. "
                 "For tasks of different sizes pass a list of Task."
             )
-        [tasks] = counts["support"]
-        object.__setattr__(self, "_tasks", tasks)
-        if tasks == 0:
+        if len(self) == 0:
             raise ValueError("A TaskBatch needs at least one task. Got 0.")
 
     def __len__(self) -> int:
         """The number of tasks."""
-        return self._tasks
+        return int(tree_flatten(self.support)[0][0].shape[0])
 
     @overload
     def __getitem__(self, index: int) -> Task: ...

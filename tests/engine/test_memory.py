@@ -71,7 +71,7 @@ def test_the_error_bound_needs_one_vector_more_than_the_solve():
 
 
 def of_a_product():
-    """What one takes, linearised or not, besides the parameters it is taken at and the vector it is taken along."""
+    """What one takes besides the parameters it is taken at and the vector it is taken along, nothing being kept."""
     objective, tasks, _ = problem()
     context = Context.of(objective)
     phi = context.theta.unsqueeze(0).clone()

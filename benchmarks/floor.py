@@ -5,11 +5,13 @@
 For every method: the time of a call, where the methods take turns in one process; the *kernels'*, which matrix products
 and convolutions take of it (torch.profiler, so a part of a slower call); and the *arithmetic's*, their operations at
 the rate of one large matrix product. What is left beside the kernels is elementwise work, copies and dispatch.
+Rivals are found where `python -m benchmarks.compare` has put them.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 
 import torch
 from rich import box
@@ -17,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.rivals import METHODS, Call
+from benchmarks.rivals import METHODS, Call, environment
 from benchmarks.workloads import WORKLOADS
 from imaml.measure import counted, timed, timed_in_turn
 
@@ -50,6 +52,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    sys.path.extend(environment.search_path())
     torch.set_num_threads(options.threads)
     per_second = rate()
     table = Table("workload", "method", "ms", "kernels, ms", "arithmetic, ms", box=box.SIMPLE_HEAD)

@@ -10,6 +10,7 @@ import tyro
 
 from imaml._curvature import HvpMode
 from imaml._nonfinite import OnNonfinite
+from imaml._storage import Storage
 from imaml.training import CheckpointError, Plan
 
 Dataset = Literal["sinusoid", "glyphs", "omniglot", "banking77"]
@@ -54,8 +55,10 @@ class EngineOptions:
         inner_steps: Its steps.
         regularization: Weight of the proximal term.
         cg_steps: imaml: conjugate gradient steps of a solve.
-        checkpoints: maml: inner states kept in memory; None keeps all.
-        chunk_size: Tasks vectorised at once; None: all of a batch.
+        checkpoints: maml: inner states kept; None keeps all.
+        storage: maml: where they are kept, device, cpu, or disk (a temporary file).
+        chunk_size: Tasks vectorised at once; None: as many as save 32 MiB (not on a CPU: 256); auto: as many as the
+            free memory holds, so that a run repeats bit for bit only with the same memory free.
         hvp: maml, imaml: how Hessian-vector products are computed.
         curvature: imaml: the Hessian of the support loss, or its Gauss-Newton matrix.
         compile: Compile the derivatives of the losses, once for each shape: for small models without dropout.
@@ -68,7 +71,8 @@ class EngineOptions:
     regularization: float | None = None
     cg_steps: int | None = None
     checkpoints: int | None = None
-    chunk_size: int | None = None
+    storage: Storage | None = None
+    chunk_size: int | Literal["auto"] | None = None
     hvp: HvpMode | None = None
     curvature: Literal["hessian", "ggn"] | None = None
     compile: bool | None = None

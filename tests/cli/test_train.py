@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from imaml.cli import _train as train
 from imaml.cli import main
 from imaml.training import RunFolder, load_checkpoint
 
@@ -56,6 +57,18 @@ def test_a_compiled_run_finds_the_same(tmp_path, monkeypatch):
         assert tiny(tmp_path / name, "--strategy", "fomaml", *options) == 0
     losses = [[record["loss"] for record in metrics(tmp_path / name)] for name in ("plain", "compiled")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5) and len(compiled) >= 2
+
+
+@pytest.mark.parametrize(("name", "value"), [("storage", "disk"), ("chunk_size", "auto")])
+def test_options_of_memory_reach_the_engine_and_change_no_number(tmp_path, monkeypatch, name, value):
+    engines = []
+    build = train.build_engine
+    monkeypatch.setattr(train, "build_engine", lambda *of: engines.append(build(*of)) or engines[-1])
+    assert tiny(tmp_path / "plain") == 0
+    assert tiny(tmp_path / "other", "--" + name.replace("_", "-"), value) == 0
+    assert [getattr(engine, name) == value for engine in engines] == [False, True]
+    losses = [[record["loss"] for record in metrics(tmp_path / run)] for run in ("plain", "other")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_classification_on_omniglot(tmp_path, data_folder, capsys):
@@ -116,6 +129,8 @@ def test_ctrl_c_in_a_process_leaves_a_checkpoint_and_says_how_to_resume(tmp_path
         (["--strategy", "fomaml", "--cg-steps", "3"], "--cg-steps does not apply to --strategy fomaml. Got 3"),
         (["--strategy", "fomaml", "--hvp", "auto"], "--hvp does not apply to --strategy fomaml"),
         (["--strategy", "imaml", "--checkpoints", "2"], "--checkpoints does not apply to --strategy imaml"),
+        (["--strategy", "fomaml", "--storage", "disk"], "--storage does not apply to --strategy fomaml"),
+        (["--chunk-size", "0"], "`chunk_size`"),
         (["--strategy", "imaml", "--regularization", "0"], "`regularization`"),
         (["--inner-lr", "-1"], "`lr`"),
         (["--shots", "0"], "`shots`"),

@@ -24,8 +24,8 @@ demo: env ## compare the strategies on real characters (a few minutes)
 bench: env ## time and memory of a meta-gradient beside other libraries (most of an hour, on an idle machine)
 	$(BIN)/python -m benchmarks.compare
 
-test: env ## run the tests
-	$(BIN)/python -m pytest
+test: env ## run the tests, on two cores
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # mutmut wants both packages side by side. MUTANTS='*_cg.*' runs a part: patterns of mutants' names.
 mutation: env ## break the numerical core on purpose and count what the tests notice (hours)

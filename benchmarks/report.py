@@ -1,4 +1,4 @@
-"""The page `report.html`: tables, goals and plots in one file."""
+"""The page `report.html`, tables, goals and plots in one file, and the plots as PNG files beside it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from typing import Any
 
 from benchmarks import plots, tables
 from benchmarks.summary import Figure
-from imaml.cli._page import Section, write_page
+from imaml.cli._page import Section, save_figures, write_page
 
 
 def write(path: Path, figures: Sequence[Figure], about: dict[str, Any]) -> None:
+    sections = list(_sections(figures))
+    plotted = path.parent / "plots"
+    plotted.mkdir(exist_ok=True)
+    save_figures(plotted, sections)
     write_page(
         path,
         "costs.html.j2",
         title="One meta-gradient, side by side",
         lead="imaml and other libraries: the same initial parameters and tasks, every measurement in a fresh process.",
         advice=[],
-        sections=list(_sections(figures)),
+        sections=sections,
         notes=[note.replace("*", "").replace("`", "") for note in tables.NOTES],
         settings=about,
     )

@@ -34,9 +34,15 @@ def settings(strategy: Strategy, engine: MetaGradient, *, tasks: int, given: Map
         Settings of different names.
     """
     for changes in _variations(strategy, engine, tasks):
-        if not changes.keys() & given.keys():
+        if changes.keys() & given.keys():
+            continue
+        try:
+            changed = replace(engine, **changes)
+        except ValueError:
+            continue  # they exclude something that the engine has
+        if not changes or changed != engine:
             name = ", ".join([NAMES[strategy], *(f"{option}={value!r}" for option, value in changes.items())])
-            yield Setting(strategy=strategy, name=name, engine=replace(engine, **changes))
+            yield Setting(strategy=strategy, name=name, engine=changed)
 
 
 def _variations(strategy: Strategy, engine: MetaGradient, tasks: int) -> Iterator[dict[str, Any]]:

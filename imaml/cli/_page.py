@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import jinja2
 from matplotlib.figure import Figure
 
-from imaml.cli._figures import DARK, LIGHT, Theme
+from imaml.cli._figures import DARK, LIGHT, Theme, save_png
 from imaml.training import replace_file
 
 Drawing = Callable[[Theme], Figure]
@@ -61,6 +62,18 @@ def write_page(path: Path, template: str, **content: Any) -> None:
     )
     page = templates.get_template(template).render(**content)
     replace_file(path, lambda stream: stream.write(page.encode()))
+
+
+def save_figures(folder: Path, sections: Iterable[Section]) -> None:
+    """Write every figure of the sections as a PNG file, named after its section and its caption."""
+    for section in sections:
+        for caption, drawing in section.drawings.items():
+            save_png(folder / f"{_slug(section.title)}-{_slug(caption)}.png", drawing(LIGHT))
+
+
+def _slug(text: str) -> str:
+    """The words before a colon or semicolon, in lower case, joined by dashes."""
+    return "-".join(re.findall("[a-z0-9]+", re.split("[:;]", text)[0].lower()))
 
 
 def data_uri(figure: Figure, form: str) -> str:

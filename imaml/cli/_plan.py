@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
-
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from imaml import MetaGradient
-from imaml.cli._bench import DEFAULTS, like
-from imaml.cli._factory import Made, make
+from imaml.cli._engines import engines
+from imaml.cli._factory import make
 from imaml.cli._options import MachineOptions, Strategy
 from imaml.cli._outcome import NAMES
 from imaml.cli._plan_options import Forecast as Options
-from imaml.cli._problem import applies, build_engine, set_up
+from imaml.cli._problem import set_up
 from imaml.cli._progress import say
 from imaml.planning import Forecast
 from imaml.planning._forecast import HEADINGS, cells
@@ -40,13 +36,14 @@ def plan(options: Options) -> int:
         ValueError: Bad input, said in one sentence.
     """
     console = Console()
-    if not options.strategies:
-        raise ValueError("--strategies needs at least one strategy. Got none.")
     memory = None if options.memory is None else parse(options.memory)
     set_up(MachineOptions(threads=options.threads))
     made = make(options.problem)
     found: dict[Strategy, Forecast] = {}
-    for strategy, engine in _engines(made, options):
+    for strategy, engine in engines(made, options.strategies, options.engine):
+        if isinstance(engine, str):
+            say(console, f"{NAMES[strategy]} is left out: {engine}")
+            continue
         with console.status(NAMES[strategy]):
             try:
                 found[strategy] = engine.plan(made.objective, made.tasks, memory=memory)
@@ -58,18 +55,6 @@ def plan(options: Options) -> int:
     took = sum(forecast.gradients for forecast in found.values()), sum(forecast.hvps for forecast in found.values())
     say(console, f"{_COST} Looking took {took[0]} gradients and {took[1]} products.")
     return 0
-
-
-def _engines(made: Made, options: Options) -> Iterator[tuple[Strategy, MetaGradient]]:
-    """The problem's own engine for its strategy, unless options change it, and the others with its inner loop."""
-    given = {name: value for name, value in vars(options.engine).items() if value is not None}
-    for strategy in options.strategies:
-        own = {name: value for name, value in given.items() if applies(name, strategy)}
-        engine = build_engine(strategy, replace(DEFAULTS[strategy], **own))
-        if not own and isinstance(made.subject, MetaGradient) and type(made.subject) is type(engine):
-            yield strategy, made.subject
-        else:
-            yield strategy, like(engine, made.subject, own)
 
 
 def _table(found: dict[Strategy, Forecast]) -> Table:

@@ -121,7 +121,12 @@ def flag(name: str) -> str:
 
 def applies(name: str, strategy: Strategy) -> bool:
     """Whether the engine option `name` means something to `strategy`."""
-    return name in _OF_ALL or _FIELD_OF.get(name, name) in _names(_ENGINES[strategy])
+    return name in _OF_ALL or field_of(name) in _names(_ENGINES[strategy])
+
+
+def field_of(name: str) -> str:
+    """What the option `name` is called where it is passed on."""
+    return _FIELD_OF.get(name, name)
 
 
 def _names(kind: type) -> set[str]:
@@ -132,7 +137,7 @@ def _applicable(options: Any, kind: type, chosen: str, *, aside: tuple[str, ...]
     """The given options as fields of `kind`; those of `aside` are kept as they are."""
     known, given = _names(kind), {}
     for name, value in vars(options).items():
-        key = _FIELD_OF.get(name, name)
+        key = field_of(name)
         if value is None or name == "dataset":
             continue
         if key not in known and name not in aside:

@@ -99,6 +99,9 @@ def test_every_measurement_becomes_a_line_of_json(run, tmp_path):
     assert "| imaml MAML |" in (tmp_path / "README.md").read_text()
     page = (tmp_path / "report.html").read_text()
     assert "imaml MAML" in page and page.count("data:image/png;base64,") == 4  # two figures, light and dark
+    plots = {path.name: path.read_bytes() for path in (tmp_path / "plots").iterdir()}
+    assert plots.keys() == {f"tiny-k-1-{name}-against-time.png" for name in ("memory", "error-in-float64")}
+    assert all(content.startswith(b"\x89PNG") for content in plots.values())
     assert read(tmp_path / "results.jsonl")[0].verdict == "right"
 
 

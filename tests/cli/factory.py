@@ -4,7 +4,7 @@ FACTORY = """
 import torch
 from torch import nn
 from torch.nn import functional as F
-from imaml import MAML, GradientDescent, Objective, TaskBatch
+from imaml import MAML, GradientDescent, ImplicitMAML, NewtonCG, Objective, TaskBatch
 
 def make():
     torch.manual_seed(0)

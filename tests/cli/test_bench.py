@@ -9,7 +9,8 @@ import pytest
 from matplotlib.image import imread
 
 from imaml.cli import main
-from imaml.cli._bench import Cost, _advice
+from imaml.cli._bench import _advice
+from imaml.cli._costs import Cost
 from tests.cli.factory import FACTORY
 
 MODULE = (
@@ -17,6 +18,29 @@ MODULE = (
     + """
 def with_engine():
     return *make(), MAML(inner=GradientDescent(lr=0.2, steps=4), regularization=0.5)
+
+def with_newton():
+    return *make(), ImplicitMAML(inner=NewtonCG(steps=2), on_failure="raise")
+
+class Cube(torch.autograd.Function):
+    # without a forward derivative
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * ctx.saved_tensors[0] ** 2 * g
+
+def without_forward_derivative():
+    objective, tasks = make()
+    return Objective(objective.model, lambda out, y: F.mse_loss(Cube.apply(out), y)), tasks
+
+def fails():
+    objective, tasks = make()
+    return Objective(objective.model, lambda out, y: F.mse_loss(out @ torch.ones(3, 2), y)), tasks
 """
 )
 
@@ -57,6 +81,28 @@ def test_the_inner_loop_of_a_given_engine_and_fixed_options_are_kept(run):
     assert shorter[0]["error"] < biased
 
 
+def test_an_inner_loop_without_derivative_leaves_the_exact_strategy_out(run, capsys):
+    code, rows = run("user_bench:with_newton")
+    assert code == 0 and {row["strategy"] for row in rows} == {"fomaml", "imaml"}
+    assert all(row["seconds"] > 0 and row["error"] is None for row in rows)
+    assert "MAML is left out: MAML differentiates" in capsys.readouterr().out
+
+
+def test_a_setting_that_fails_is_a_row_with_its_reason(run, capsys):
+    code, rows = run("user_bench:without_forward_derivative", "--strategies", "maml")
+    reasons = {row["setting"]: row["reason"] for row in rows}
+    assert code == 0 and reasons.pop("MAML, hvp='forward-over-reverse'") == "failed"
+    assert set(reasons.values()) == {None}
+    assert "MAML, hvp='forward-over-reverse' failed: " in capsys.readouterr().out
+
+
+def test_figures_are_files_of_their_own_too(run, tmp_path):
+    run("user_bench:make", "--strategies", "fomaml")
+    for name in ("memory", "error"):
+        content = (tmp_path / "out" / f"every-setting-{name}-against-time.png").read_bytes()
+        assert content.startswith(b"\x89PNG")
+
+
 def test_settings_over_the_limit_are_not_timed(run, capsys):
     _, rows = run("user_bench:make", "--strategies", "fomaml", "--memory", "0.00001")
     assert all(row["seconds"] is None and row["reason"] == "over 1e-05 MB" for row in rows)
@@ -69,6 +115,7 @@ def test_settings_over_the_limit_are_not_timed(run, capsys):
         ([], "Expected a problem as module:function"),
         (["user_bench:make", "--strategies"], "--strategies needs at least one"),
         (["user_bench:make", "--threads", "0"], "--threads must be at least 1. Got 0"),
+        (["user_bench:fails"], "shapes cannot be multiplied"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(run, capsys, args, message):

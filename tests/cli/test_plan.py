@@ -13,6 +13,9 @@ MODULE = (
 def with_engine():
     return *make(), MAML(inner=GradientDescent(lr=0.2, steps=40), regularization=0.5)
 
+def with_newton():
+    return *make(), ImplicitMAML(inner=NewtonCG(steps=2))
+
 def fails():
     raise OSError("no such file")
 """
@@ -56,6 +59,12 @@ def test_the_engine_of_the_problem_is_planned_as_it_is(run, capsys):
     for name in ("MAML", "FOMAML"):  # 2 tasks of 40 steps and a query gradient
         row = next(line for line in out.splitlines() if line.split()[:1] == [name] and "as it is" in line)
         assert "82" in row.split()
+
+
+def test_a_strategy_that_cannot_take_the_inner_loop_is_left_out(run, capsys):
+    assert run("user_plan:with_newton", "--strategies", "maml", "fomaml") == 0
+    out = capsys.readouterr().out
+    assert "MAML is left out: MAML differentiates" in out and "FOMAML: Use" in out
 
 
 @pytest.mark.parametrize(

@@ -107,11 +107,11 @@ def test_ctrl_c_in_a_process_leaves_a_checkpoint_and_says_how_to_resume(tmp_path
     command = [sys.executable, "-m", "imaml", *TINY, "--steps", "100000", "--out", str(out)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 100
         while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        printed, complained = process.communicate(timeout=30)
+        printed, complained = process.communicate(timeout=100)
     finally:
         process.kill()
     assert (process.returncode, complained) == (130, "")

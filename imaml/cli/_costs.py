@@ -1,0 +1,117 @@
+"""What a meta-gradient of a user's problem costs in every setting, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from imaml import MetaGradient
+from imaml.cli._bench_settings import Setting
+from imaml.cli._exact_gradient import exact_gradient, flat
+from imaml.cli._factory import Made
+from imaml.cli._options import Strategy
+from imaml.inner import InnerOptimizer
+from imaml.measure import peak_memory, timed_in_turn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one setting was measured to cost; None: not measured."""
+
+    strategy: Strategy
+    setting: str
+    bytes: int | None = None
+    seconds: float | None = None
+    spread: float | None = None
+    equivalents: float | None = None
+    error: float | None = None
+    reason: str | None = None
+    """Why something was not measured, in a few words."""
+    failure: str | None = None
+    """What the setting raised."""
+
+
+def measure(
+    made: Made, settings: Sequence[Setting], *, memory: float | None, repeats: int, console: Console
+) -> list[Cost]:
+    """Memory first; then times, in turn, of what stays within the limit; then errors.
+
+    Args:
+        made: The problem.
+        settings: Ways to compute its meta-gradient.
+        memory: The limit, in MB; None for none.
+        repeats: Rounds of timing.
+        console: Shows what is being measured.
+
+    Returns:
+        One cost for each setting, in their order.
+
+    Raises:
+        ValueError: The problem fails in every setting.
+    """
+    costs: dict[str, Cost] = {}
+    for setting in settings:
+        with console.status(f"{setting.name}: memory"):
+            costs[setting.name] = _peak(made, setting, memory)
+    failures = [cost.failure for cost in costs.values() if cost.failure]
+    if len(failures) == len(costs):
+        raise ValueError(failures[0])
+    ran = [setting for setting in settings if costs[setting.name].reason is None]
+    with console.status("Timing"):
+        calls = [_call(made, setting.engine) for setting in ran]
+        unit, *timings = timed_in_turn([partial(_support_gradients, made), *calls], repeats=repeats)
+    exact: dict[str, Tensor | None] = {}
+    for setting, timing in zip(ran, timings, strict=True):
+        with console.status(f"{setting.name}: error"):
+            costs[setting.name] = replace(
+                costs[setting.name],
+                seconds=timing.median,
+                spread=timing.spread,
+                equivalents=timing.median / unit.median,
+                error=_error(made, setting.engine, exact),
+            )
+    return list(costs.values())
+
+
+def _call(made: Made, engine: MetaGradient) -> Callable[[], object]:
+    return partial(engine.value_and_grad, made.objective, made.tasks)
+
+
+def _peak(made: Made, setting: Setting, limit: float | None) -> Cost:
+    cost = Cost(strategy=setting.strategy, setting=setting.name)
+    call, device = _call(made, setting.engine), next(iter(made.objective.parameters().values())).device
+    try:
+        call()  # what torch sets up once is not counted
+        size = peak_memory(call, device=device)
+    except torch.OutOfMemoryError:
+        return replace(cost, reason="out of memory")
+    except (TypeError, RuntimeError) as error:
+        return replace(cost, reason="failed", failure=" ".join(str(error).split()))
+    return replace(cost, bytes=size, reason=f"over {limit:g} MB" if limit is not None and size > 1e6 * limit else None)
+
+
+def _error(made: Made, engine: MetaGradient, exact: dict[str, Tensor | None]) -> float | None:
+    """Relative, against the exact derivative; `exact` holds those that are known."""
+    key = repr((engine.inner, engine.regularization))
+    if key not in exact:
+        differentiable = isinstance(engine.inner, InnerOptimizer) and engine.inner.stationarity is None
+        exact[key] = exact_gradient(engine, made.objective, made.tasks, chunk_size=1) if differentiable else None
+    true = exact[key]
+    if true is None:
+        return None
+    found = flat(engine.value_and_grad(made.objective, made.tasks)[1])
+    return float((found - true).norm() / true.norm())
+
+
+def _support_gradients(made: Made) -> None:
+    """One plain gradient of every task's support loss, the unit of gradient-equivalents."""
+    values = made.objective.parameters()
+    wanted = [values[name] for name in made.objective.adapted]
+    for task in made.tasks:
+        loss, _ = made.objective.evaluate(values | made.objective.constants(), task.support)
+        torch.autograd.grad(loss, wanted, allow_unused=True)

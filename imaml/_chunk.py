@@ -68,6 +68,14 @@ def _cannot_vectorise(error: RuntimeError) -> bool:
     return any(sign in str(error).lower() for sign in ("vmap", "batching rule", "functorch"))
 
 
+def _rows(values: Sequence[Tensor], tasks: int) -> Iterator[list[Tensor]]:
+    """Each task's own tensors, by views whose derivatives write no zeros, as those of v[i] do for all other tasks."""
+    if tasks == 1:
+        yield [v.squeeze(0) for v in values]
+    else:
+        yield from map(list, zip(*(v.unbind() for v in values), strict=True))
+
+
 @dataclass(frozen=True)
 class ChunkLoss:
     """L(phi) of every task of a chunk, on its support or its query set.
@@ -162,7 +170,7 @@ class ChunkLoss:
                 if not _cannot_vectorise(error):
                     raise
                 self.context.is_vectorised = False
-        found = [one([v[i] for v in values], tree_map(lambda t, i=i: t[i], batch)) for i in range(self.tasks)]
+        found = [one(own, tree_map(lambda t, i=i: t[i], batch)) for i, own in enumerate(_rows(values, self.tasks))]
         return tuple(torch.stack(tensors) for tensors in zip(*found, strict=True))
 
     def _named(self, adapted: Sequence[Tensor], fixed: Sequence[Tensor]) -> dict[str, Tensor]:

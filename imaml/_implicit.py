@@ -236,8 +236,12 @@ def _system(curvature: Curvature | GaussNewton, root: Tensor, shift: float) -> L
 
     def mv(x: Tensor) -> Tensor:
         w = x.to(root.dtype)
-        product = curvature.product(w)[0] / root.square() if root.ndim == 0 else curvature.product(w / root)[0] / root
-        return x + product if shift else product.to(x.dtype)
+        if root.ndim == 0:
+            product = curvature.product(w)[0].div_(root.square())
+        else:
+            product = curvature.product(w / root)[0].div_(root)
+        product = product.to(x.dtype)
+        return product.add_(x) if shift else product
 
     return LinearOperator(mv)
 

@@ -110,6 +110,11 @@ class MAML(MetaGradient):
         """The first inner step that is differentiated."""
         return 0 if self.truncate is None else max(0, self.inner.steps - self.truncate)
 
+    @property
+    def _states(self) -> int:
+        assert isinstance(self.inner, InnerOptimizer)
+        return (self.inner.steps - self._first) * (1 + self.inner.buffers)
+
     def _sweep(self, problem: Problem, kept: Store) -> Pullback:
         phi, points = self._adapt(problem, kept)
         query = problem.judge(phi)

@@ -17,6 +17,8 @@ VECTORISED = {"cpu": 32 * 2**20}
 """Bytes that the graphs of tasks vectorised together save at most, by device type. On a CPU vectorising pays as long
 as the work of a task is small and what it saves stays in the caches."""
 VECTORISED_ELSEWHERE = 256 * 2**20
+STORED = 3
+"""Times as many bytes that the inner states of such tasks take at most, where all are kept."""
 KEPT = 192 * 2**20
 """Bytes of the graphs that an inner loop may keep for its reverse sweep."""
 _AGAIN = 6
@@ -40,7 +42,9 @@ class Plan:
 ONE_BY_ONE = Plan(1, 1, keeps_graphs=False)
 
 
-def plan(support: ChunkLoss | Microbatched, query: ChunkLoss | Microbatched, theta: Tensor, steps: int) -> Plan:
+def plan(
+    support: ChunkLoss | Microbatched, query: ChunkLoss | Microbatched, theta: Tensor, steps: int, states: int
+) -> Plan:
     """Decide from one task's losses at theta `(1, n)`: two forward passes.
 
     Args:
@@ -48,6 +52,7 @@ def plan(support: ChunkLoss | Microbatched, query: ChunkLoss | Microbatched, the
         query: Of the same.
         theta: The initial parameters.
         steps: Inner steps whose graphs might be kept.
+        states: Vectors that the inner states of a task are.
 
     Returns:
         The plan; it depends on shapes and dtypes alone.
@@ -55,6 +60,7 @@ def plan(support: ChunkLoss | Microbatched, query: ChunkLoss | Microbatched, the
     room = VECTORISED.get(theta.device.type, VECTORISED_ELSEWHERE)
     bytes_support, bytes_query = (max(1, saved_bytes(loss.parts[0][1], theta)) for loss in (support, query))
     tasks, query_tasks = (max(1, room // each) for each in (bytes_support, bytes_query))
+    tasks = max(1, min(tasks, STORED * room // max(1, states * theta.nbytes)))
     with_graphs = min(tasks, KEPT // (_AGAIN * max(1, steps) * bytes_support))
     is_enough = with_graphs == tasks or with_graphs * bytes_support >= _ENOUGH
     keeps = is_enough and len(support.parts) == 1

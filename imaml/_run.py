@@ -175,7 +175,7 @@ class Run:
             theta = one.theta
             one.support.check(theta)
             one.query.check(theta)
-            plans[key] = given or plan(one.support, one.query, theta, self.engine.inner.steps)
+            plans[key] = given or plan(one.support, one.query, theta, self.engine.inner.steps, self.engine._states)
             trial.context.replay.undo()
         return plans[key]
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imaml_solvers._iteration import Iteration, KrylovSolver, choose
+from imaml_solvers._iteration import Iteration, KrylovSolver
 from imaml_solvers._solution import Status
-from imaml_solvers._start import RUNNING, dot, largest_entry, norm
+from imaml_solvers._start import RUNNING
+from imaml_solvers._vectors import add_where, choose, dot, largest_of_sum, norm_of_sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,8 @@ class CG(KrylovSolver):
     `smallest_eigenvalue`: T_jj = 1 / alpha_j + beta_{j-1} / alpha_{j-1}, T_j,j+1 = sqrt(beta_j) / alpha_j.
 
     Cost: one product a step, of the whole batch, until the slowest system stops; so `max_steps` products for a
-    budget; besides those that build a preconditioner. Memory: b, x, r and p, and besides what a product takes, or two
-    more. Not for indefinite A: see `MINRES`; nor for unsymmetric A: see `ScipySolver`.
+    budget; besides those that build a preconditioner. Memory: b, x, r and p, and besides what a product takes, or
+    another p. Not for indefinite A: see `MINRES`; nor for unsymmetric A: see `ScipySolver`.
 
     Args:
         max_steps: Most steps for a system; None is 10 n.
@@ -64,10 +65,9 @@ class _Run(Iteration):
         largest = self._largest.maximum(curvature / self._size)
         broken = torch.isfinite(curvature) & (curvature <= self._eps * largest * self._size)
         alpha = self._rho / curvature
-        r = torch.addcmul(self._r, alpha.unsqueeze(-1), q, value=-1)
-        del q  # as many vectors at once as here are all that a step holds
-        x = torch.addcmul(self._x, alpha.unsqueeze(-1), self._p)
-        residual, size = norm(r), largest_entry(x) * self._unit.squeeze(-1)
+        step = alpha.unsqueeze(-1)
+        residual = norm_of_sum(self._r, -step, q)
+        size = largest_of_sum(self._x, step, self._p) * self._unit.squeeze(-1)
         finite = torch.isfinite(curvature) & torch.isfinite(residual) & torch.isfinite(size)
         self._lowest = (curvature / self._size).where(running & broken, self._lowest)
         self._end(running & broken, Status.BREAKDOWN)
@@ -75,7 +75,10 @@ class _Run(Iteration):
         moved = running & ~broken & finite
         self._note(alpha.where(moved, 0), residual)
         self._largest = largest.where(moved, self._largest)
-        self._keep(moved, x, r, residual)
+        add_where(moved, self._r, -step, q)
+        del q  # as many vectors at once as here are all that a step holds
+        add_where(moved, self._x, step, self._p)
+        self._count(moved, residual)
         self._begin(torch.zeros_like(moved))
 
     def _note(self, alpha: Tensor, residual: Tensor) -> None:
@@ -94,6 +97,7 @@ class _Run(Iteration):
         self._end(running & (rho <= 0), Status.BREAKDOWN)
         running = self._status == RUNNING
         beta = (rho / self._rho).masked_fill(systems, 0)
+        # a new vector, since the operator may have kept the last one
         self._p = choose(running, torch.addcmul(z, beta.unsqueeze(-1), self._p), self._p)
         self._fresh, self._carried = systems, self._carried.masked_fill(systems, 0)
         self._size = (rho + beta.square() * self._size).where(running, self._size)

@@ -14,7 +14,8 @@ from imaml_solvers._operator import LinearOperator
 from imaml_solvers._preconditioner import Preconditioner, check_preconditioner, chosen
 from imaml_solvers._solution import Solution, Status
 from imaml_solvers._solver import LinearSolver
-from imaml_solvers._start import RUNNING, Start, check_stopping, default_stopping, norm, start
+from imaml_solvers._start import RUNNING, Start, check_stopping, default_stopping, start
+from imaml_solvers._vectors import choose, norm
 
 _CLAIMED = -2
 """The status of a system whose recursive residual met the tolerance, before b - A x is looked at."""
@@ -100,7 +101,7 @@ class Iteration(ABC):
             if not self._any(RUNNING) and self._any(_CLAIMED):
                 self._verify()
         residual = self._residual * self._unit.squeeze(-1)
-        return Solution(self._x * self._unit, self._status, self._num_steps, residual, self._smallest_eigenvalue())
+        return Solution(self._x.mul_(self._unit), self._status, self._num_steps, residual, self._smallest_eigenvalue())
 
     @abstractmethod
     def _step(self) -> None:
@@ -110,9 +111,8 @@ class Iteration(ABC):
     def _begin(self, systems: Tensor) -> None:
         """Begin anew from the residual, in these systems."""
 
-    def _keep(self, moved: Tensor, x: Tensor, r: Tensor, residual: Tensor) -> None:
-        """Take the new x and r, of norm `residual`, where a system `moved`, and look who is done."""
-        self._x, self._r = choose(moved, x, self._x), choose(moved, r, self._r)
+    def _count(self, moved: Tensor, residual: Tensor) -> None:
+        """Note the step, which led to residuals of these norms where a system `moved`, and look who is done."""
         self._residual = residual.where(moved, self._residual)
         self._num_steps = self._num_steps + moved
         self._end(moved & (residual <= self._claim), self._met)
@@ -152,8 +152,3 @@ class Iteration(ABC):
 
     def _end(self, systems: Tensor, status: int) -> None:
         self._status = self._status.masked_fill(systems, status)
-
-
-def choose(systems: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """`new` where chosen, else `old`; written into `new`."""
-    return torch.where(systems.unsqueeze(-1), new, old, out=new)

@@ -10,7 +10,7 @@ from torch import Tensor
 from imaml_solvers._dense import assemble
 from imaml_solvers._operator import LinearOperator
 from imaml_solvers._preconditioner import Preconditioner, probe
-from imaml_solvers._start import largest_entry
+from imaml_solvers._vectors import largest_entry
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from imaml_solvers._operator import LinearOperator
-from imaml_solvers._start import dot, norm
+from imaml_solvers._vectors import dot, norm
 
 _MOST_ROWS = 200
 """Rows of T whose eigenvalues are computed."""

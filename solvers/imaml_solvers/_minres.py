@@ -9,7 +9,8 @@ from torch import Tensor
 
 from imaml_solvers._iteration import Iteration, KrylovSolver
 from imaml_solvers._solution import Status
-from imaml_solvers._start import RUNNING, dot, largest_entry, norm
+from imaml_solvers._start import RUNNING
+from imaml_solvers._vectors import choose, dot, largest_entry, norm
 
 _SINGULAR = 0.75
 """A is singular to this power of eps: worse conditioned, its least squares are dominated by rounding."""
@@ -105,7 +106,8 @@ class _Run(Iteration):
         self._end(running & ~broken & ~moved, Status.NONFINITE)
         self._rows.append((alpha.where(running & known, torch.inf), beta, self._fresh))
         self._largest = largest.where(moved, self._largest)
-        self._keep(moved, x, r, residual)
+        self._x, self._r = choose(moved, x, self._x), choose(moved, r, self._r)
+        self._count(moved, residual)
 
         going = (self._status == RUNNING).unsqueeze(-1)
         self._before, self._y = self._y.where(going, 0), y.where(going, 0)

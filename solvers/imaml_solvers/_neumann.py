@@ -11,7 +11,8 @@ from torch import Tensor
 from imaml_solvers._operator import LinearOperator
 from imaml_solvers._solution import Solution, Status
 from imaml_solvers._solver import LinearSolver
-from imaml_solvers._start import RUNNING, check_stopping, norm, start
+from imaml_solvers._start import RUNNING, check_stopping, start
+from imaml_solvers._vectors import norm
 
 _POWER_STEPS = 10
 

@@ -12,7 +12,8 @@ from imaml_solvers._preconditioner import Preconditioner
 from imaml_solvers._sketch import sketch
 from imaml_solvers._solution import Solution, Status
 from imaml_solvers._solver import LinearSolver
-from imaml_solvers._start import RUNNING, check_stopping, largest_entry, norm, start
+from imaml_solvers._start import RUNNING, check_stopping, start
+from imaml_solvers._vectors import largest_entry, norm
 
 
 @dataclass(frozen=True, kw_only=True)

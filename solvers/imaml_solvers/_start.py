@@ -9,26 +9,10 @@ from torch import Tensor
 
 from imaml_solvers._operator import LinearOperator
 from imaml_solvers._solution import Status
+from imaml_solvers._vectors import largest_entry, norm
 
 RUNNING = -1
 """The status of a system that still iterates."""
-
-
-def dot(x: Tensor, y: Tensor) -> Tensor:
-    """The inner products over the last dimension, `(*batch,)`."""
-    return (x * y).sum(-1)
-
-
-def norm(x: Tensor) -> Tensor:
-    """The 2-norms over the last dimension, `(*batch,)`."""
-    size: Tensor = torch.linalg.vector_norm(x, dim=-1)
-    return size
-
-
-def largest_entry(x: Tensor) -> Tensor:
-    """The largest absolute value over the last dimension, `(*batch,)`; NaN where there is one."""
-    size: Tensor = torch.linalg.vector_norm(x, ord=torch.inf, dim=-1)
-    return size
 
 
 def check_stopping(max_steps: int | None, rtol: float | None, atol: float) -> None:
@@ -48,7 +32,7 @@ def default_stopping(max_steps: int | None, rtol: float | None, b: Tensor) -> tu
 
 @dataclass(frozen=True)
 class Start:
-    """A batch of systems before the first step; b, x, r and the tolerance are in multiples of `unit`."""
+    """A batch of systems before the first step; b, x, r, all new, and the tolerance are in multiples of `unit`."""
 
     b: Tensor
     x: Tensor
@@ -64,8 +48,7 @@ class Start:
 
 def start(op: LinearOperator, b: Tensor, x0: Tensor | None, rtol: float, atol: float) -> Start:
     """The start at x0, or at 0: without a product if x0 is None."""
-    zero = (b == 0).all(-1, keepdim=True)
-    x = torch.zeros_like(b) if x0 is None else x0.masked_fill(zero, 0)
+    x = torch.zeros_like(b) if x0 is None else x0.masked_fill((b == 0).all(-1, keepdim=True), 0)
     r = b if x0 is None else b - op.mv(x)
     bad = ~(torch.isfinite(largest_entry(x)) & torch.isfinite(largest_entry(r))).unsqueeze(-1)
     x = x.masked_fill_(bad, 0)
@@ -73,7 +56,7 @@ def start(op: LinearOperator, b: Tensor, x0: Tensor | None, rtol: float, atol: f
         r = torch.where(bad, b, r, out=r)
     unit = power_of_two(largest_entry(b).maximum(largest_entry(r)).unsqueeze(-1))
     b, x = b / unit, x.div_(unit)
-    r = b if x0 is None else r.div_(unit)
+    r = b.clone() if x0 is None else r.div_(unit)
     least = torch.finfo(b.dtype).eps if rtol == atol == 0 else rtol
     tolerance = (least * norm(b)).maximum(atol / unit.squeeze(-1))
     status = torch.full(b.shape[:-1], RUNNING, device=b.device)

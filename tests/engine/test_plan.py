@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, Objective, TaskBatch, _plan
+from imaml import CG, FOMAML, MAML, Adam, GradientDescent, ImplicitMAML, Objective, TaskBatch, _plan
 from imaml._chunk import QUERY, SUPPORT, ChunkLoss
 from imaml._context import Context
 from tests.engine.cases import classification, mlp, problem
@@ -56,10 +56,22 @@ def test_the_plan_fits_the_room(monkeypatch):
     for kept, enough, expected in ((0, ten, many), (room_for_ten, ten, few), (room_for_ten, 1.1 * ten, many)):
         monkeypatch.setattr(_plan, "KEPT", kept)
         monkeypatch.setattr(_plan, "_ENOUGH", enough)
-        assert _plan.plan(support, query, theta, INNER.steps) == expected
+        assert _plan.plan(support, query, theta, INNER.steps, 0) == expected
     monkeypatch.setattr(_plan, "VECTORISED", {"cpu": 10})
     monkeypatch.setattr(_plan, "KEPT", 0)
-    assert _plan.plan(support, query, theta, INNER.steps) == _plan.ONE_BY_ONE
+    assert _plan.plan(support, query, theta, INNER.steps, 0) == _plan.ONE_BY_ONE
+
+
+def test_the_states_of_many_steps_leave_room_for_fewer_tasks(monkeypatch):
+    context, support, query = losses(*wide())
+    theta = context.theta.unsqueeze(0)
+    monkeypatch.setattr(_plan, "VECTORISED", {"cpu": 5 * LAYER * 20})
+    monkeypatch.setattr(_plan, "KEPT", 0)
+    states = _plan.STORED * 5 * LAYER * 20 // theta.nbytes
+    for count, tasks in ((0, 20), (states // 20, 20), (states // 4, 4), (states, 1), (9 * states, 1)):
+        assert _plan.plan(support, query, theta, 100, count).tasks == tasks
+    assert MAML(inner=INNER, truncate=2)._states == 2
+    assert MAML(inner=Adam(lr=0.1, steps=4))._states == 12 and FOMAML(inner=INNER)._states == 0
 
 
 @pytest.mark.parametrize("strategy", [MAML, FOMAML, ImplicitMAML])

@@ -35,7 +35,7 @@ def pair(request):
         (["*.bias"], ["0.bias", "2.bias"]),
         (["2.bias", "0.weight"], ["0.weight", "2.bias"]),
         (("0", "0.weight"), ["0.weight", "0.bias"]),
-        ((n for n in ["2"]), ["2.weight", "2.bias"]),
+        pytest.param((n for n in ["2"]), ["2.weight", "2.bias"], id="generator"),
     ],
     ids=str,
 )

@@ -69,11 +69,14 @@ def _cannot_vectorise(error: RuntimeError) -> bool:
 
 
 def _rows(values: Sequence[Tensor], tasks: int) -> Iterator[list[Tensor]]:
-    """Each task's own tensors, by views whose derivatives write no zeros, as those of v[i] do for all other tasks."""
+    """Each task's own tensors. The derivative of `v[i]` would write zeros for all other tasks.
+
+    Copies, since outputs of `unbind` cannot be written to, as a model or a loss may.
+    """
     if tasks == 1:
         yield [v.squeeze(0) for v in values]
     else:
-        yield from map(list, zip(*(v.unbind() for v in values), strict=True))
+        yield from ([row.clone() for row in rows] for rows in zip(*(v.unbind() for v in values), strict=True))
 
 
 @dataclass(frozen=True)

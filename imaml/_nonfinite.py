@@ -66,8 +66,7 @@ def check_chunk(pullback: Pullback, positions: list[int], context: Context, how:
     Raises:
         NonFiniteError: It is not; of all tasks where a sum over them is not.
     """
-    theta = pullback.theta
-    bad = ~(theta.amax(-1).isfinite() & theta.amin(-1).isfinite())  # both are NaN where an entry is
+    bad = ~pullback.theta.isfinite().all(-1)
     status = pullback.outcome.solver_status
     if how == "skip" and status is not None:
         bad = bad | (status == Status.NONFINITE)

@@ -69,7 +69,7 @@ class MetaGradient(ABC):
             or a function of the objective's meta-parameters that returns either. None: no proximal term.
         chunk_size: How many tasks run at once, vectorised; memory grows with it. None: as many as save at most 32 MiB
             for a gradient on a CPU (256 MiB elsewhere), the support and the query sets each by themselves, and whose
-            inner states, where `MAML` keeps all, take at most three times as much; found by a forward pass of one task
+            inner states, were `MAML` to keep all, take at most three times as much; found by a forward pass of one task
             when an engine first sees its shapes; that depends on shapes alone, and does not ask whether the memory is
             there. "auto": the most whose peak, as `plan` predicts it, fits into four fifths of the memory that is free
             when an engine first sees its shapes, on a CPU at most as many as None takes, since more are slower there;

@@ -56,7 +56,10 @@ def bench(options: Bench) -> int:
     set_up(MachineOptions(threads=options.threads))
     made = make(options.problem)
     chosen = list(_settings(made, options, console))
-    costs = measure(made, chosen, memory=options.memory, repeats=options.repeats, console=console)
+    try:
+        costs = measure(made, chosen, memory=options.memory, repeats=options.repeats, console=console)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{options.problem}: {error}") from error
     advice = [*_advice(costs, options.memory), *_failures(costs)]
     console.print(_table(costs))
     for line in advice:

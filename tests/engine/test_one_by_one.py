@@ -56,3 +56,17 @@ def test_the_cost_is_linear_in_the_tasks(engine):
         with Written() as written[count]:
             engine(objective, batch)
     assert written[16].entries <= 8 * 1.05 * written[2].entries
+
+
+def test_a_loss_may_write_into_the_output():
+    def loss(out, y):
+        out.sub_(F.one_hot(y, 3))
+        return out.square().mean()
+
+    found = [
+        ImplicitMAML(inner=INNER, curvature="ggn", chunk_size=size).value_and_grad(
+            Objective(Branching(), loss), tasks(3)
+        )
+        for size in (1, 3)
+    ]
+    assert all(loss.isfinite() for loss, _ in found)

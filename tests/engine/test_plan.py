@@ -65,9 +65,9 @@ def test_the_plan_fits_the_room(monkeypatch):
 def test_the_states_of_many_steps_leave_room_for_fewer_tasks(monkeypatch):
     context, support, query = losses(*wide())
     theta = context.theta.unsqueeze(0)
-    monkeypatch.setattr(_plan, "VECTORISED", {"cpu": 5 * LAYER * 20})
+    monkeypatch.setattr(_plan, "VECTORISED", {"cpu": 5 * LAYER * 20 + 5 * LAYER // 2})
     monkeypatch.setattr(_plan, "KEPT", 0)
-    states = _plan.STORED * 5 * LAYER * 20 // theta.nbytes
+    states = _plan.STORED * (5 * LAYER * 20 + 5 * LAYER // 2) // theta.nbytes
     for count, tasks in ((0, 20), (states // 20, 20), (states // 4, 4), (states, 1), (9 * states, 1)):
         assert _plan.plan(support, query, theta, 100, count).tasks == tasks
     assert MAML(inner=INNER, truncate=2)._states == 2

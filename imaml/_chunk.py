@@ -69,9 +69,10 @@ def _cannot_vectorise(error: RuntimeError) -> bool:
 
 
 def _rows(values: Sequence[Tensor], tasks: int) -> Iterator[list[Tensor]]:
-    """Each task's own tensors. The derivative of `v[i]` would write zeros for all other tasks.
+    """Each task's own tensors, without `v[i]`, whose derivative writes zeros for all other tasks.
 
-    Copies, since outputs of `unbind` cannot be written to, as a model or a loss may.
+    Yields:
+        Copies, where there are several tasks: a model or a loss may write to its tensors, but not to parts of `unbind`.
     """
     if tasks == 1:
         yield [v.squeeze(0) for v in values]

@@ -63,10 +63,7 @@ def test_a_loss_may_write_into_the_output():
         out.sub_(F.one_hot(y, 3))
         return out.square().mean()
 
-    found = [
-        ImplicitMAML(inner=INNER, curvature="ggn", chunk_size=size).value_and_grad(
-            Objective(Branching(), loss), tasks(3)
-        )
-        for size in (1, 3)
-    ]
-    assert all(loss.isfinite() for loss, _ in found)
+    objective = Objective(Branching(), loss)
+    engines = [ImplicitMAML(inner=INNER, curvature="ggn", chunk_size=size) for size in (1, 3)]
+    alone, together = (engine.value_and_grad(objective, tasks(3))[0] for engine in engines)
+    torch.testing.assert_close(alone, together)

@@ -121,7 +121,7 @@ class Iteration(ABC):
     def _verify(self) -> None:
         """Compare b - A x with the tolerance where the recursive residual met it; what fails runs on from there."""
         claimed = self._status == _CLAIMED
-        r = self._b - self._op.mv(self._x)
+        r = self._b - self._op.mv(self._x.clone())  # the operator may keep it
         residual = norm(r)
         finite = torch.isfinite(residual)
         self._stalls = (self._stalls + 1).where(residual > self._checked / 2, 0)
@@ -136,7 +136,7 @@ class Iteration(ABC):
         self._begin(claimed)
 
     def _precondition(self, r: Tensor) -> Tensor:
-        return r if self._preconditioner is None else self._preconditioner.mv(r)
+        return r if self._preconditioner is None else self._preconditioner.mv(r.clone())  # it may keep it
 
     def _smallest_eigenvalue(self) -> Tensor | None:
         """From the rows of T; with a preconditioner they are those of another matrix."""

@@ -73,3 +73,18 @@ def test_a_step_holds_no_vector_besides():
     solver, op = CG(max_steps=4), LinearOperator(lambda x: x * diagonal)
     solver.solve(op, b)
     assert peak_memory(lambda: solver.solve(op, b)) <= 5.6 * b.nbytes
+
+
+def test_operator_and_preconditioner_may_keep_what_they_are_given():
+    diagonal = torch.linspace(1, 9, 12, dtype=torch.float64).repeat(2, 1)
+    seen = []
+
+    def kept(factor):
+        def mv(x):
+            seen.append((x, x.clone()))
+            return factor * x
+
+        return LinearOperator(mv)
+
+    solution = CG(rtol=1e-10).solve(kept(diagonal), torch.ones_like(diagonal), preconditioner=kept(diagonal**-0.5))
+    assert bool(solution.success.all()) and all(torch.equal(x, before) for x, before in seen)

@@ -112,8 +112,10 @@ class MAML(MetaGradient):
 
     @property
     def _states(self) -> int:
+        if self.storage != "device":
+            return 0
         assert isinstance(self.inner, InnerOptimizer)
-        return (self.inner.steps - self._first) * (1 + self.inner.buffers)
+        return most_states(self.inner.steps - self._first, self.checkpoints) * (1 + self.inner.buffers)
 
     def _sweep(self, problem: Problem, kept: Store) -> Pullback:
         phi, points = self._adapt(problem, kept)

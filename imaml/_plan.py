@@ -18,7 +18,7 @@ VECTORISED = {"cpu": 32 * 2**20}
 as the work of a task is small and what it saves stays in the caches."""
 VECTORISED_ELSEWHERE = 256 * 2**20
 STORED = 3
-"""Times as many bytes that the inner states of such tasks take at most, where all are kept."""
+"""What the inner states that these tasks hold take at most, in the same bytes."""
 KEPT = 192 * 2**20
 """Bytes of the graphs that an inner loop may keep for its reverse sweep."""
 _AGAIN = 6
@@ -52,7 +52,7 @@ def plan(
         query: Of the same.
         theta: The initial parameters.
         steps: Inner steps whose graphs might be kept.
-        states: Vectors that the inner states of a task are.
+        states: Vectors of inner states that a task holds.
 
     Returns:
         The plan; it depends on shapes and dtypes alone.

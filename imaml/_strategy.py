@@ -68,15 +68,14 @@ class MetaGradient(ABC):
         regularization: lambda >= 0, the weight of the proximal term: one number, or one per adapted parameter by name,
             or a function of the objective's meta-parameters that returns either. None: no proximal term.
         chunk_size: How many tasks run at once, vectorised; memory grows with it. None: as many as save at most 32 MiB
-            for a gradient on a CPU (256 MiB elsewhere), the support and the query sets each by themselves, and whose
-            inner states, were `MAML` to keep all, take at most three times as much; found by a forward pass of one task
-            when an engine first sees its shapes; that depends on shapes alone, and does not ask whether the memory is
-            there. "auto": the most whose peak, as `plan` predicts it, fits into four fifths of the memory that is free
-            when an engine first sees its shapes, on a CPU at most as many as None takes, since more are slower there;
-            graphs are kept where they fit too. Which it is may change with the free memory. 1 runs task by task without
-            `torch.func.vmap`. A model that cannot be vectorised (LSTM, control flow that depends on the data) runs task
-            by task in any case, though the graphs of a chunk are held together. The numbers are the same (without
-            dropout).
+            for a gradient on a CPU (256 MiB elsewhere), the support and the query sets each by themselves, and as hold
+            at most three times as much of inner states; found by a forward pass of one task when an engine first sees
+            its shapes; that depends on shapes alone, and does not ask whether the memory is there. "auto": the most
+            whose peak, as `plan` predicts it, fits into four fifths of the memory that is free when an engine first
+            sees its shapes, on a CPU at most as many as None takes, since more are slower there; graphs are kept where
+            they fit too. Which it is may change with the free memory. 1 runs task by task without `torch.func.vmap`. A
+            model that cannot be vectorised (LSTM, control flow that depends on the data) runs task by task in any case,
+            though the graphs of a chunk are held together. The numbers are the same (without dropout).
         microbatch_size: How many examples of a support or query set are seen at once; gradients and products accumulate
             over slices, so that the memory is that of one slice, for the same numbers where the loss is a mean over
             independent examples (the first two slices are compared the first time; not with dropout). None: all.
@@ -245,7 +244,7 @@ class MetaGradient(ABC):
 
     @property
     def _states(self) -> int:
-        """Vectors that the inner states of a task are, where it keeps all of them."""
+        """Vectors of inner states that a task holds on the device during the sweep."""
         return 0
 
     def _keep(self, problem: Problem, pullback: Pullback) -> None:  # noqa: B027

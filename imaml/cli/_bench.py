@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from imaml import ImplicitMAML
 from imaml.cli._bench_figures import scatter
 from imaml.cli._bench_options import Bench
 from imaml.cli._bench_settings import Setting, settings
@@ -94,6 +95,8 @@ def _settings(made: Made, options: Bench, console: Console) -> Iterator[Setting]
         if isinstance(engine, str):
             say(console, f"{NAMES[strategy]} is left out: {engine}")
         else:
+            if isinstance(engine, ImplicitMAML):  # the same tasks are solved over and over
+                engine = replace(engine, warm_start=False, on_failure="ignore")
             yield from settings(strategy, engine, tasks=len(made.tasks), given=given(options.engine))
 
 
@@ -103,8 +106,8 @@ def _advice(costs: list[Cost], limit: float | None) -> Iterator[str]:
     for strategy in dict.fromkeys(cost.strategy for cost in costs):
         own = [cost for cost in costs if cost.strategy == strategy and cost.seconds is not None]
         if not own:
-            ran = any(cost.failure is None for cost in costs if cost.strategy == strategy)
-            yield f"{NAMES[strategy]}: no setting {'stays' if ran else 'runs'}{within or ' in memory' if ran else ''}."
+            failed = all(cost.failure for cost in costs if cost.strategy == strategy)
+            yield f"{NAMES[strategy]}: no setting " + ("runs." if failed else f"stays{within or ' in memory'}.")
             continue
         first = min(own, key=_seconds)
         alike = [cost for cost in own if _seconds(cost) <= _seconds(first) + (first.spread or 0)]

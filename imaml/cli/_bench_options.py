@@ -15,9 +15,9 @@ from imaml.cli._options import STRATEGIES, EngineOptions, Strategy
 class Bench:
     """Measure what a meta-gradient of your own problem costs with every strategy and setting, and say which to use.
 
-    A problem is a function without arguments that returns (objective, tasks), or (objective, tasks, engine): then the
-    inner loop, regularization and solver are those of the engine. An engine option that is given holds for every
-    setting.
+    A problem is a function without arguments that returns (objective, tasks), or (objective, tasks, engine): that
+    engine is measured as it is, and the other strategies with its inner loop and regularization. An engine option that
+    is given holds for every setting.
 
     Args:
         problem: module:function, imported with the current folder on the path.

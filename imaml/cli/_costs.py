@@ -18,6 +18,9 @@ from imaml.cli._options import Strategy
 from imaml.inner import InnerOptimizer
 from imaml.measure import peak_memory, timed_in_turn
 
+_RAISED = (TypeError, ValueError, RuntimeError, FloatingPointError)
+"""By a problem that a strategy is not for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
@@ -33,7 +36,7 @@ class Cost:
     reason: str | None = None
     """Why something was not measured, in a few words."""
     failure: str | None = None
-    """What the setting raised."""
+    """What the setting raised, or the exact derivative that it is compared with."""
 
 
 def measure(
@@ -52,7 +55,7 @@ def measure(
         One cost for each setting, in their order.
 
     Raises:
-        ValueError: The problem fails in every setting.
+        RuntimeError: The problem fails in every setting, or no plain gradient of it can be taken.
     """
     costs: dict[str, Cost] = {}
     for setting in settings:
@@ -60,21 +63,24 @@ def measure(
             costs[setting.name] = _peak(made, setting, memory)
     failures = [cost.failure for cost in costs.values() if cost.failure]
     if len(failures) == len(costs):
-        raise ValueError(failures[0])
+        raise RuntimeError(failures[0])
     ran = [setting for setting in settings if costs[setting.name].reason is None]
     with console.status("Timing"):
         calls = [_call(made, setting.engine) for setting in ran]
         unit, *timings = timed_in_turn([partial(_support_gradients, made), *calls], repeats=repeats)
     exact: dict[str, Tensor | None] = {}
     for setting, timing in zip(ran, timings, strict=True):
+        cost = replace(
+            costs[setting.name],
+            seconds=timing.median,
+            spread=timing.spread,
+            equivalents=timing.median / unit.median,
+        )
         with console.status(f"{setting.name}: error"):
-            costs[setting.name] = replace(
-                costs[setting.name],
-                seconds=timing.median,
-                spread=timing.spread,
-                equivalents=timing.median / unit.median,
-                error=_error(made, setting.engine, exact),
-            )
+            try:
+                costs[setting.name] = replace(cost, error=_error(made, setting.engine, exact))
+            except _RAISED as error:
+                costs[setting.name] = replace(cost, reason="unknown", failure=f"in float64, {_sentence(error)}")
     return list(costs.values())
 
 
@@ -90,9 +96,13 @@ def _peak(made: Made, setting: Setting, limit: float | None) -> Cost:
         size = peak_memory(call, device=device)
     except torch.OutOfMemoryError:
         return replace(cost, reason="out of memory")
-    except (TypeError, RuntimeError) as error:
-        return replace(cost, reason="failed", failure=" ".join(str(error).split()))
+    except _RAISED as error:
+        return replace(cost, reason="failed", failure=_sentence(error))
     return replace(cost, bytes=size, reason=f"over {limit:g} MB" if limit is not None and size > 1e6 * limit else None)
+
+
+def _sentence(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _error(made: Made, engine: MetaGradient, exact: dict[str, Tensor | None]) -> float | None:

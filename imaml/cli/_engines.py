@@ -19,14 +19,12 @@ DEFAULTS: dict[Strategy, EngineOptions] = {
 }
 _OF_THE_PROBLEM = ("regularization", "microbatch_size", "hvp", "on_nonfinite", "compile")
 """What the strategies have in common, and the problem's own engine passes on to the others."""
-_OF_A_RUN = ("warm_start", "on_failure")
-"""What means nothing where the same tasks are solved over and over."""
 
 
 def engines(
     made: Made, strategies: tuple[Strategy, ...], options: EngineOptions
 ) -> Iterator[tuple[Strategy, MetaGradient | str]]:
-    """Every strategy for a problem: its own engine as it is, the others with its inner loop.
+    """Every strategy for a problem: its own engine as it is, the others with its inner loop and what they share.
 
     Args:
         made: The problem.
@@ -66,9 +64,7 @@ def given(options: EngineOptions) -> dict[str, Any]:
 def _kept(engine: MetaGradient, subject: MetaGradient, own: Mapping[str, Any]) -> dict[str, Any]:
     """What an engine takes over from the problem's own."""
     names = {field.name for field in fields(engine) if field.init} & {field.name for field in fields(subject)}
-    if type(engine) is type(subject):
-        names -= set(_OF_A_RUN)
-    else:
+    if type(engine) is not type(subject):
         names &= set(_OF_THE_PROBLEM)
         if isinstance(engine, ImplicitMAML) and not subject.regularization:
             names.discard("regularization")  # it needs one

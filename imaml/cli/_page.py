@@ -65,8 +65,10 @@ def write_page(path: Path, template: str, **content: Any) -> None:
 
 
 def save_figures(folder: Path, sections: Iterable[Section]) -> None:
-    """Write every figure of the sections as a PNG file, named after its section and its caption."""
+    """Write every figure of the sections as a PNG file, named by section and caption, in place of old ones."""
     for section in sections:
+        for old in folder.glob(f"{_slug(section.title)}-*.png"):
+            old.unlink()
         for caption, drawing in section.drawings.items():
             save_png(folder / f"{_slug(section.title)}-{_slug(caption)}.png", drawing(LIGHT))
 

@@ -14,9 +14,9 @@ from imaml.cli._options import STRATEGIES, EngineOptions, Strategy
 class Forecast:
     """Predict what a meta-gradient of your own problem takes with every strategy and setting, before any of them runs.
 
-    A problem is a function without arguments that returns (objective, tasks), or (objective, tasks, engine): then the
-    inner loop, regularization and solver are those of the engine. An engine option that is given holds for every
-    setting. A few gradients and Hessian-vector products of one to three tasks are computed.
+    A problem is a function without arguments that returns (objective, tasks), or (objective, tasks, engine): that
+    engine is planned as it is, and the other strategies with its inner loop and regularization. An engine option that
+    is given holds for every setting. A few gradients and Hessian-vector products of one to three tasks are computed.
 
     Args:
         problem: module:function, imported with the current folder on the path.

@@ -45,7 +45,7 @@ def forecast(
     for options in _options(engine, variants, count):
         chosen = replace(engine, **options) if options else engine
         size = engine.chunk_size if "chunk_size" not in options else options["chunk_size"]
-        plans = [auto(engine, batch, limit) if size == "auto" else batch.plan(size) for batch in batches]
+        plans = [auto(chosen, batch, limit) if size == "auto" else batch.plan(chosen, size) for batch in batches]
         found = predict(chosen, batches, plans, stacked=stacked)
         settings.append(
             Setting(
@@ -103,7 +103,11 @@ def look(
     """Measure the stages of a few tasks of equal shapes, as far as these stay within the room."""
     engines = [replace(engine, chunk_size=1, compile=False, **changes) for changes in variants]
     with torch.inference_mode(False), torch.no_grad():
-        usual = Run.of(replace(engine, chunk_size=None, compile=False), objective, derivatives=True)._plan(batch)
+        usual = {}
+        for one in (engine, *engines):
+            if one._states not in usual:
+                run = Run.of(replace(one, chunk_size=None, compile=False), objective, derivatives=True)
+                usual[one._states] = run._plan(batch)
         fixed = engine.chunk_size if isinstance(engine.chunk_size, int) else None
         most = min(len(batch), MOST_TASKS if fixed is None else min(fixed, MOST_TASKS))
         costs = [costs_of(one) for one in engines]
@@ -139,7 +143,7 @@ def room_of(device: torch.device) -> float | None:
 
 def auto(engine: MetaGradient, batch: Batch, room: float | None) -> Plan:
     """The fastest plan, by prediction, that stays within the room; the leanest where none does."""
-    device, usual = batch.probe.facts.device, batch.usual
+    device, usual = batch.probe.facts.device, batch.usual[engine._states]
     most = min(batch.tasks, usual.tasks) if device.type in VECTORISED else batch.tasks
     counts = range(ceil(batch.tasks / most), batch.tasks + 1)
     plans = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING
@@ -28,12 +28,12 @@ class Batch:
 
     tasks: int
     probe: Probe
-    usual: Plan
-    """What runs at once where `chunk_size` is None."""
+    usual: Mapping[int, Plan]
+    """What runs at once where `chunk_size` is None, by the vectors of inner states that a task holds."""
 
-    def plan(self, chunk_size: int | None) -> Plan:
+    def plan(self, engine: MetaGradient, chunk_size: int | None) -> Plan:
         """How they run."""
-        return self.usual if chunk_size is None else Plan(chunk_size, chunk_size, keeps_graphs=False)
+        return self.usual[engine._states] if chunk_size is None else Plan(chunk_size, chunk_size, keeps_graphs=False)
 
     def chunks(self, size: int) -> list[int]:
         """The tasks of each."""

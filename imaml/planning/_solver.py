@@ -39,7 +39,8 @@ def solve(solver: LinearSolver, n: int, like: Tensor, *, starts: bool) -> Solve:
         starts: Whether it is given a start.
 
     Returns:
-        Its needs: exact for n up to 1024, and for a solver of a few vectors or a matrix beyond.
+        Its needs: exact for n up to 1024, and for a solver of a few vectors or a matrix beyond; at most a vector too
+        much where it goes through long ones block by block.
     """
     found = [_of_size(solver, min(size, n), like, starts) for size in (_SIZES if n > _SIZES[-1] else _SIZES[-1:])]
     peaks, at_products, products = ([float(one[i]) for one in found] for i in range(3))

@@ -35,7 +35,7 @@ class CG(KrylovSolver):
 
     Cost: one product a step, of the whole batch, until the slowest system stops; so `max_steps` products for a
     budget; besides those that build a preconditioner. Memory: b, x, r and p, and besides what a product takes, or
-    another p. Not for indefinite A: see `MINRES`; nor for unsymmetric A: see `ScipySolver`.
+    two more. Not for indefinite A: see `MINRES`; nor for unsymmetric A: see `ScipySolver`.
 
     Args:
         max_steps: Most steps for a system; None is 10 n.
@@ -52,6 +52,8 @@ class CG(KrylovSolver):
 
 class _Run(Iteration):
     def _prepare(self) -> None:
+        if self._r is self._b:  # r is written in place
+            self._r = self._b.clone()
         self._p = torch.zeros_like(self._r)
         self._rho = torch.ones_like(self._residual)
         self._size = torch.zeros_like(self._residual)

@@ -32,7 +32,7 @@ def default_stopping(max_steps: int | None, rtol: float | None, b: Tensor) -> tu
 
 @dataclass(frozen=True)
 class Start:
-    """A batch of systems before the first step; b, x, r, all new, and the tolerance are in multiples of `unit`."""
+    """A batch of systems before the first step; b, x, r and the tolerance are in multiples of `unit`."""
 
     b: Tensor
     x: Tensor
@@ -56,7 +56,7 @@ def start(op: LinearOperator, b: Tensor, x0: Tensor | None, rtol: float, atol: f
         r = torch.where(bad, b, r, out=r)
     unit = power_of_two(largest_entry(b).maximum(largest_entry(r)).unsqueeze(-1))
     b, x = b / unit, x.div_(unit)
-    r = b.clone() if x0 is None else r.div_(unit)
+    r = b if x0 is None else r.div_(unit)
     least = torch.finfo(b.dtype).eps if rtol == atol == 0 else rtol
     tolerance = (least * norm(b)).maximum(atol / unit.squeeze(-1))
     status = torch.full(b.shape[:-1], RUNNING, device=b.device)

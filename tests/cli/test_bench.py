@@ -38,6 +38,18 @@ def without_forward_derivative():
     objective, tasks = make()
     return Objective(objective.model, lambda out, y: F.mse_loss(Cube.apply(out), y)), tasks
 
+def with_learned_step():
+    objective, tasks = make()
+    objective = Objective(objective.model, F.mse_loss, meta={"log_lr": torch.tensor(-2.0, requires_grad=True)})
+    return objective, tasks, MAML(inner=GradientDescent(lr=lambda meta: meta["log_lr"].exp(), steps=3))
+
+class Single(nn.Linear):
+    def forward(self, x):
+        return super().forward(torch.cat([x[..., :1].float(), torch.zeros(len(x), 1)], -1))
+
+def in_float32_alone():
+    return Objective(Single(2, 2), F.mse_loss), make()[1]
+
 def fails():
     objective, tasks = make()
     return Objective(objective.model, lambda out, y: F.mse_loss(out @ torch.ones(3, 2), y)), tasks
@@ -96,8 +108,25 @@ def test_a_setting_that_fails_is_a_row_with_its_reason(run, capsys):
     assert "MAML, hvp='forward-over-reverse' failed: " in capsys.readouterr().out
 
 
+def test_a_strategy_that_a_learned_step_size_is_not_for(run, capsys):
+    code, rows = run("user_bench:with_learned_step", "--strategies", "maml", "fomaml")
+    assert code == 0
+    assert {(row["strategy"], row["seconds"] is None) for row in rows} == {("maml", False), ("fomaml", True)}
+    printed = capsys.readouterr().out
+    assert "FOMAML: no setting runs." in printed and "The meta-gradient for the meta-parameter 'log_lr'" in printed
+
+
+def test_a_model_in_float32_alone_has_times_and_no_error(run, capsys):
+    code, rows = run("user_bench:in_float32_alone", "--strategies", "fomaml")
+    assert code == 0 and all(row["seconds"] > 0 and row["error"] is None for row in rows)
+    assert "failed: in float64, " in capsys.readouterr().out
+
+
 def test_figures_are_files_of_their_own_too(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "every-setting-of-before.png").write_bytes(b"")
     run("user_bench:make", "--strategies", "fomaml")
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
     for name in ("memory", "error"):
         content = (tmp_path / "out" / f"every-setting-{name}-against-time.png").read_bytes()
         assert content.startswith(b"\x89PNG")

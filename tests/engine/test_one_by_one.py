@@ -58,6 +58,22 @@ def test_the_cost_is_linear_in_the_tasks(engine):
     assert written[16].entries <= 8 * 1.05 * written[2].entries
 
 
+class Clamped(Branching):
+    """Writes to its own parameters."""
+
+    def forward(self, x):
+        sign = 1 if bool(x.sum() > 0) else -1
+        with torch.no_grad():
+            self.layers[0].weight.clamp_(-1, 1)
+        return self.layers(sign * x)
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: type(engine).__name__)
+def test_a_model_may_write_to_its_parameters(engine):
+    found = engine.value_and_grad(Objective(Clamped(), F.cross_entropy), tasks(3))[1]
+    assert all(gradient.isfinite().all() for gradient in found.values())
+
+
 def test_a_loss_may_write_into_the_output():
     def loss(out, y):
         out.sub_(F.one_hot(y, 3))

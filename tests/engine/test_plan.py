@@ -70,8 +70,13 @@ def test_the_states_of_many_steps_leave_room_for_fewer_tasks(monkeypatch):
     states = _plan.STORED * (5 * LAYER * 20 + 5 * LAYER // 2) // theta.nbytes
     for count, tasks in ((0, 20), (states // 20, 20), (states // 4, 4), (states, 1), (9 * states, 1)):
         assert _plan.plan(support, query, theta, 100, count).tasks == tasks
-    assert MAML(inner=INNER, truncate=2)._states == 2
-    assert MAML(inner=Adam(lr=0.1, steps=4))._states == 12 and FOMAML(inner=INNER)._states == 0
+
+
+def test_only_states_that_a_task_holds_count():
+    adam = Adam(lr=0.1, steps=4)
+    assert MAML(inner=INNER)._states == 2 and MAML(inner=INNER, truncate=2)._states == 1
+    assert MAML(inner=adam)._states == 9 and MAML(inner=adam, checkpoints=1)._states == 3
+    assert MAML(inner=adam, storage="disk")._states == FOMAML(inner=INNER)._states == 0
 
 
 @pytest.mark.parametrize("strategy", [MAML, FOMAML, ImplicitMAML])

@@ -38,6 +38,20 @@ def test_only_the_chosen_change(shape, every):
     torch.testing.assert_close(x[chosen], (before + factor * y)[chosen])
 
 
+@pytest.mark.usefixtures("small_blocks")
+def test_vectors_that_are_differentiated_stay_whole():
+    x = torch.randn(3, 17, requires_grad=True)
+    (largest_entry(x) + dot(x, x)).sum().backward()
+    torch.testing.assert_close(x.grad, torch.autograd.grad((x.abs().amax(-1) + (x * x).sum(-1)).sum(), x)[0])
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_many_systems_stay_whole():
+    x = torch.randn(300, 4)
+    assert [scratch for scratch, _ in _vectors._blocks(x)] == [None]
+    assert len(list(_vectors._blocks(x[:2]))) == 1 and len(list(_vectors._blocks(x[:3]))) == 2
+
+
 def test_a_solve_is_the_same_in_blocks(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     factors = torch.randn(3, 20, 20, generator=generator, dtype=torch.float64)

@@ -68,16 +68,11 @@ def _cannot_vectorise(error: RuntimeError) -> bool:
     return any(sign in str(error).lower() for sign in ("vmap", "batching rule", "functorch"))
 
 
-def _rows(values: Sequence[Tensor], tasks: int) -> Iterator[list[Tensor]]:
-    """Each task's own tensors, without `v[i]`, whose derivative writes zeros for all other tasks.
-
-    Yields:
-        Copies, where there are several tasks: a model or a loss may write to its tensors, but not to parts of `unbind`.
-    """
+def _rows(values: Sequence[Tensor], tasks: int) -> list[list[Tensor]]:
+    """Each task's own tensors, as views, without `v[i]`, whose derivative writes zeros for all other tasks."""
     if tasks == 1:
-        yield [v.squeeze(0) for v in values]
-    else:
-        yield from ([row.clone() for row in rows] for rows in zip(*(v.unbind() for v in values), strict=True))
+        return [[v.squeeze(0) for v in values]]
+    return [list(rows) for rows in zip(*(v.unbind() for v in values), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -143,7 +138,8 @@ class ChunkLoss:
 
         def judge(leaves: list[Tensor], batch: Batch) -> tuple[Tensor, ...]:
             named = dict(zip(self.context.fixed_layout.names, fixed, strict=True))
-            return (self.context.objective.judge(structure[0].unflatten(leaves), named, batch),)
+            own = [leaf.clone() for leaf in leaves]  # a loss may write to the output
+            return (self.context.objective.judge(structure[0].unflatten(own), named, batch),)
 
         with self.draws(step):
             outputs = list(self._each(predict, list(adapted), self.batch))
@@ -174,7 +170,15 @@ class ChunkLoss:
                 if not _cannot_vectorise(error):
                     raise
                 self.context.is_vectorised = False
-        found = [one(own, tree_map(lambda t, i=i: t[i], batch)) for i, own in enumerate(_rows(values, self.tasks))]
+        try:
+            found = [one(own, tree_map(lambda t, i=i: t[i], batch)) for i, own in enumerate(_rows(values, self.tasks))]
+        except RuntimeError as error:
+            if "of unbind" not in str(error).lower():
+                raise
+            raise RuntimeError(
+                "The model writes to its parameters in place while several tasks are evaluated one by one. Expected a "
+                f"forward pass that leaves them alone. Got a write, to {self.tasks} tasks: use chunk_size=1."
+            ) from error
         return tuple(torch.stack(tensors) for tensors in zip(*found, strict=True))
 
     def _named(self, adapted: Sequence[Tensor], fixed: Sequence[Tensor]) -> dict[str, Tensor]:

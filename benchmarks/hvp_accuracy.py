@@ -48,7 +48,7 @@ def main() -> None:
         labels = torch.randint(0, 5, (2, 4, shape[0]))
         tasks = TaskBatch(support=(torch.rand(4, *shape), labels[0]), query=(torch.rand(4, *shape), labels[1]))
         exact = None
-        for dtype in (torch.float64, torch.float32):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
             objective = Objective(copy.deepcopy(model).to(dtype), F.cross_entropy)
             engines = [
                 MAML(inner=inner, hvp="reverse-over-reverse"),

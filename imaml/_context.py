@@ -39,6 +39,8 @@ class Context:
     """How Hessian-vector products were computed; None before the first."""
     hvp_error: float | None = None
     """Of those by finite differences; None before the first."""
+    hvp_move: float | None = None
+    """How far those move phi, in its norms; None before the first."""
     gauss_newton: bool = False
     """Whether the products were those of the Gauss-Newton matrix."""
     is_vectorised: bool = True
@@ -64,12 +66,13 @@ class Context:
 
     def mark(self) -> Callable[[], None]:
         """What takes back all that a chunk adds to from here on, but what it cost."""
-        take_back, chunks, error = self.hyper.mark(), len(self.statistics), self.hvp_error
+        take_back, chunks = self.hyper.mark(), len(self.statistics)
+        move, error = self.hvp_move, self.hvp_error
 
         def undo() -> None:
             take_back()
             del self.statistics[chunks:]
-            self.hvp_error = error
+            self.hvp_move, self.hvp_error = move, error
 
         return undo
 

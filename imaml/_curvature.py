@@ -9,7 +9,8 @@ from torch import Tensor
 
 from imaml._chunk import ChunkLoss, Gradient
 from imaml._compiled import CompiledLoss, CompiledProduct
-from imaml._hvp import Accumulated, FiniteDifference, ForwardOverReverse, Graph, Product, ReverseOverReverse
+from imaml._finite_difference import FiniteDifference
+from imaml._hvp import Accumulated, ForwardOverReverse, Graph, Product, ReverseOverReverse
 from imaml._microbatch import Microbatched
 
 T = TypeVar("T")

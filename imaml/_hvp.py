@@ -1,4 +1,4 @@
-"""Hessian-vector products of a chunk's loss at one point, in three modes.
+"""Exact Hessian-vector products of a chunk's loss at one point; for the inexact ones see `_finite_difference`.
 
 For w `(tasks, n)` a product returns H w `(tasks, n)` and, if `mixed`, the derivative `(m,)` of g' w, summed over tasks,
 by the fixed parameters that the loss uses besides (None where there are none). Both are the derivative of the full
@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten
 
 from imaml._chunk import ChunkLoss, Gradient
-from imaml._microbatch import Microbatched
 
 Graph = Literal["rebuild", "keep", "once"]
 """Whether reverse-over-reverse builds the graph of the gradient anew for every product, keeps one, or keeps one for a
@@ -161,43 +160,3 @@ class ForwardOverReverse:
         plain = self._loss.gradient(self._phi, self._step).adapted
         if (primal - plain).norm() > torch.finfo(plain.dtype).eps ** 0.5 * plain.norm():
             raise RuntimeError("the loss draws its random numbers in another order under forward AD")
-
-
-class FiniteDifference:
-    """(g(phi + h w) - g(phi - h w)) / 2h: two gradients a product, first derivatives only, inexact.
-
-    Each task's step moves phi by a fraction r of its norm, h = r (1 + |phi|) / |w|. For a smooth loss r = eps^(1/3)
-    balances the truncation error O(h^2) against the rounding error O(eps / h), and is used below float64. A ReLU that
-    switches between the two points adds O(1 / h), with a probability of O(h): float64 can afford r = eps^(1/2), where
-    that is rare.
-
-    The first product of a call is computed with 2h too: both errors depend on h, so the difference is about the error.
-    """
-
-    gradient: Gradient | None = None
-
-    def __init__(self, loss: ChunkLoss | Microbatched, phi: Tensor, step: int) -> None:
-        self._loss, self._phi, self._step = loss, phi, step
-        self._move = torch.finfo(phi.dtype).eps ** (1 / 2 if phi.dtype == torch.float64 else 1 / 3) * (
-            1 + phi.norm(dim=-1, keepdim=True)
-        )
-
-    def __call__(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
-        product, fixed = self._with_step(w, 1.0, mixed=mixed)
-        context = self._loss.context
-        if context.hvp_error is None:
-            difference = (self._with_step(w, 2.0, mixed=False)[0] - product).norm(dim=-1)
-            size = product.norm(dim=-1)
-            context.hvp_error = torch.where(size > 0, difference / size, difference).max().item()
-        return product, fixed
-
-    def _with_step(self, w: Tensor, factor: float, *, mixed: bool) -> tuple[Tensor, Tensor | None]:
-        norm = w.norm(dim=-1, keepdim=True)
-        h = factor * self._move / torch.where(norm > 0, norm, torch.ones_like(norm))
-        weights = (1 / (2 * h)).squeeze(-1)
-        ahead, behind = (
-            self._loss.gradient(torch.addcmul(self._phi, h, w, value=s), self._step, fixed=mixed, weights=weights)
-            for s in (1, -1)
-        )
-        fixed = None if ahead.fixed is None or behind.fixed is None else ahead.fixed - behind.fixed
-        return ahead.adapted.sub_(behind.adapted), fixed

@@ -216,13 +216,15 @@ def test_a_step_size_whose_derivative_alone_overflows():
 def test_the_error_of_finite_differences_is_of_a_task_that_counts():
     w = {"w": torch.ones(1, dtype=torch.float64, requires_grad=True)}
 
-    def with_a_cliff(params, batch):
+    def with_cliffs(params, batch):
+        """Of task 0, one in reach of the first product, at 0.75, and one of the second, at 1."""
         x = params["w"] * batch
-        return (x.square() * torch.where(x > 1, torch.nan, 1.0)).sum()
+        factor = torch.where((x > 0.75) & (x < 0.9), 1e6, 1.0)
+        return (x.square() * torch.where(x > 1, torch.nan, factor)).sum()
 
-    objective = Objective.from_function(with_a_cliff, w, outer_loss=lambda w, batch: (w["w"] * batch).square().sum())
+    objective = Objective.from_function(with_cliffs, w, outer_loss=lambda w, batch: (w["w"] * batch).square().sum())
     tasks = TaskBatch(support=torch.tensor([[1.0], [0.5]]).double(), query=torch.ones(2, 1).double())
-    report = MAML(inner=GradientDescent(lr=0.1, steps=1), hvp="finite-difference", **SKIP)(objective, tasks).report
+    report = MAML(inner=GradientDescent(lr=0.125, steps=2), hvp="finite-difference", **SKIP)(objective, tasks).report
     assert report.skipped == (0,) and report.hvp_error < 1e-3
 
 

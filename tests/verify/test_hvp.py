@@ -11,7 +11,8 @@ from torch.autograd.function import once_differentiable
 
 import imaml
 from imaml import Objective
-from imaml._hvp import FiniteDifference, ForwardOverReverse, ReverseOverReverse
+from imaml._finite_difference import FiniteDifference
+from imaml._hvp import ForwardOverReverse, ReverseOverReverse
 from imaml._random import Replay
 from imaml.models import MLP, Conv4
 from imaml.verify._modes import MODES, find

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -75,6 +75,19 @@ class Context:
             self.hvp_move, self.hvp_error = move, error
 
         return undo
+
+    def without_path(self, through_hyper: Collection[str]) -> list[str]:
+        """Learned meta-parameters, or groups of them, that no derivative was taken by.
+
+        Args:
+            through_hyper: Names of those that have one through a hyper-parameter.
+
+        Returns:
+            Their keys.
+        """
+        learned, reached = self.objective.meta.learned().keys(), {*through_hyper, *self.used_fixed}
+        groups = {key: learned & group.keys() for key, group in self.objective.meta.groups().items()}
+        return [key for key, names in groups.items() if names and not names & reached]
 
     def mean_statistics(self) -> dict[str, Tensor]:
         """The mean over all tasks of the running statistics after their inner loops, in their dtypes."""

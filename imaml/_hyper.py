@@ -180,7 +180,8 @@ class Hyperparameters:
         if not pairs:
             return {}
         values, cotangents = zip(*pairs, strict=True)
-        found = torch.autograd.grad(values, list(self.leaves.values()), cotangents, allow_unused=True)
+        leaves = list(self.leaves.values())
+        found = torch.autograd.grad(values, leaves, cotangents, retain_graph=True, allow_unused=True)
         return {n: g for n, g in zip(self.leaves, found, strict=True) if g is not None}
 
 

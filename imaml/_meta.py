@@ -68,6 +68,14 @@ class MetaParameters:
         return MetaParameters(self.like_given(copies))
 
 
+def no_gradient(key: str, why: str) -> ValueError:
+    """The refusal of a meta-parameter that no derivative leads to."""
+    return ValueError(
+        f"The meta-gradient for the meta-parameter {key!r} is zero: {why}. Leave it out of `meta`, detach it, or use "
+        "it where it counts."
+    )
+
+
 def foreign_leaf(values: Iterable[Tensor], leaves: Iterable[Tensor]) -> bool:
     """Whether a value depends on a leaf that requires grad and is not among these."""
     known = {id(leaf) for leaf in leaves}

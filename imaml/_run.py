@@ -17,6 +17,7 @@ from imaml._context import Context
 from imaml._distributed import check_alike, check_group, over_ranks
 from imaml._errors import NonFiniteError
 from imaml._layout import Layout
+from imaml._meta import no_gradient
 from imaml._microbatch import Microbatched
 from imaml._nonfinite import check_chunk, skipping
 from imaml._objective import Objective
@@ -135,14 +136,9 @@ class Run:
     def _through_hyperparameters(self) -> Tensor:
         """The part of the summed meta-gradient `(m,)` that passes through learned hyper-parameters."""
         context = self.context
-        found, learned = context.hyper.gradients(), context.objective.meta.learned()
-        for key, group in context.objective.meta.groups().items():
-            names = learned.keys() & group.keys()
-            if names and not names & (found.keys() | context.used_fixed):
-                raise ValueError(
-                    f"The meta-gradient for the meta-parameter {key!r} is zero: {self.engine._without_path}. Leave it "
-                    "out of `meta`, detach it, or use it where it counts."
-                )
+        found = context.hyper.gradients()
+        for key in context.without_path(found):
+            raise no_gradient(key, self.engine._without_path)
         for name, gradient in found.items():
             if not bool(gradient.isfinite().all()):
                 raise NonFiniteError(

@@ -40,6 +40,7 @@ def plan(options: Options) -> int:
     set_up(MachineOptions(threads=options.threads))
     made = make(options.problem)
     found: dict[Strategy, Forecast] = {}
+    reasons: list[str] = []
     for strategy, engine in engines(made, options.strategies, options.engine):
         if isinstance(engine, str):
             say(console, f"{NAMES[strategy]} is left out: {engine}")
@@ -47,8 +48,13 @@ def plan(options: Options) -> int:
         with console.status(NAMES[strategy]):
             try:
                 found[strategy] = engine.plan(made.objective, made.tasks, memory=memory)
+            except ValueError as error:
+                reasons.append(str(error))
+                say(console, f"{NAMES[strategy]} is left out: {error}")
             except (TypeError, RuntimeError) as error:
                 raise ValueError(f"{options.problem}: {error}") from error
+    if not found:
+        raise ValueError(reasons[0])
     console.print(_table(found))
     for strategy, forecast in found.items():
         say(console, f"{NAMES[strategy]}: {forecast.advice}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -64,6 +64,8 @@ class Facts:
     """Of a linear system, where the strategy solves any."""
     per_step: tuple[float, float] = (1, 0)
     """Gradients and products of an inner step."""
+    without_path: Collection[str] = ()
+    """Meta-parameters that no derivative leads to, as far as a measurement tells."""
 
     @property
     def itemsize(self) -> int:
@@ -150,7 +152,13 @@ class Costs(ABC):
                 judged = problem.query_gradient(stages.after, fixed=True, metric=True)
             del judged
         self._measure(problem, stages)
-        return replace(facts, mode=context.hvp_mode or facts.mode, is_vectorised=context.is_vectorised)
+        through_hyper = self._through_hyper(problem)
+        return replace(
+            facts,
+            mode=context.hvp_mode or facts.mode,
+            is_vectorised=context.is_vectorised,
+            without_path=[] if through_hyper is None else context.without_path(through_hyper),
+        )
 
     def _inner_loop(self, problem: Problem, stages: Stages) -> Facts:
         context, inner = problem.support.context, problem.inner
@@ -211,6 +219,10 @@ class Costs(ABC):
 
     def _measure(self, problem: Problem, stages: Stages) -> None:  # noqa: B027
         """Measure the strategy's own stages."""
+
+    def _through_hyper(self, problem: Problem) -> Collection[str] | None:
+        """Meta-parameters with a derivative through hyper-parameters; None where measuring does not go all ways."""
+        return None
 
     @abstractmethod
     def peak(self, chunk: Chunk) -> float:

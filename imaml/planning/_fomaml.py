@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+from imaml._problem import Problem
 from imaml.planning._costs import LINEARISED, Chunk, Costs, Facts, Work
 
 
 class FOMAMLCosts(Costs):
     """The inner loop, then the gradient of the query loss."""
+
+    def _through_hyper(self, problem: Problem) -> Collection[str]:
+        return ()
 
     def peak(self, chunk: Chunk) -> float:
         """See the class."""

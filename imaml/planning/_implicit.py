@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -48,6 +49,12 @@ class ImplicitCosts(Costs):
             if mixed:
                 stages.product(f"{kind} mixed", curvature, torch.ones_like(phi), mixed=True)
             del curvature, gradient
+
+    def _through_hyper(self, problem: Problem) -> Collection[str]:
+        hyper = problem.support.context.hyper
+        if "regularization" in hyper.learned:
+            hyper.add({"regularization": torch.zeros_like(problem.theta)}, 0)
+        return hyper.gradients()
 
     def solve(self, theta: Tensor) -> Solve:
         """See `Costs`."""

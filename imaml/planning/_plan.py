@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from imaml._meta import no_gradient
 from imaml._objective import Objective
 from imaml._plan import VECTORISED, Plan
 from imaml._run import Run
@@ -40,6 +41,8 @@ def forecast(
         limit = free(device)
     variants = costs_of(engine).variants(device)
     batches = [look(engine, variants, objective, batch, room_of(device)) for batch in groups]
+    for key in set[str].intersection(*(set(batch.probe.facts.without_path) for batch in batches)):
+        raise no_gradient(key, engine._without_path)
     count, stacked = max(map(len, groups)), 0 if isinstance(tasks, TaskBatch) else sum(map(size_of, groups))
     settings = []
     for options in _options(engine, variants, count):

@@ -16,6 +16,12 @@ def with_engine():
 def with_newton():
     return *make(), ImplicitMAML(inner=NewtonCG(steps=2))
 
+def with_learned_step_size():
+    objective, tasks = make()
+    meta = {"lr": torch.tensor(0.1, requires_grad=True)}
+    objective = Objective(objective.model, F.mse_loss, meta=meta)
+    return objective, tasks, MAML(inner=GradientDescent(lr=lambda meta: meta["lr"], steps=2))
+
 def fails():
     raise OSError("no such file")
 """
@@ -67,9 +73,16 @@ def test_a_strategy_that_cannot_take_the_inner_loop_is_left_out(run, capsys):
     assert "MAML is left out: MAML differentiates" in out and "FOMAML: Use" in out
 
 
+def test_a_strategy_that_cannot_learn_the_meta_parameters_is_left_out(run, capsys):
+    assert run("user_plan:with_learned_step_size", "--strategies", "maml", "fomaml") == 0
+    out = capsys.readouterr().out
+    assert "FOMAML is left out: The meta-gradient for the meta-parameter 'lr' is zero" in out and "MAML: Use" in out
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["user_plan:with_learned_step_size", "--strategies", "fomaml"], "meta-parameter 'lr' is zero"),
         ([], "Expected a problem as module:function. Got none."),
         (["user_plan:make", "--memory", "4 gigs"], '`memory` must be an amount such as "4GiB"'),
         (["user_plan:make", "--strategies"], "--strategies needs at least one strategy"),

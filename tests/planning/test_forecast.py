@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from imaml import (
     CG,
@@ -17,6 +18,7 @@ from imaml import (
     Neumann,
     Objective,
     Task,
+    TaskBatch,
     TorchOptimizer,
 )
 from imaml._hvp import Accumulated
@@ -199,6 +201,40 @@ def test_a_strategy_without_costs_and_a_running_profiler_are_refused():
         pytest.raises(RuntimeError, match="Plan before profiling"),
     ):
         FOMAML(inner=descent()).plan(objective, tasks)
+
+
+WAYS = {
+    "a step size": ({"lr": lambda meta: meta["a"].exp()}, None),
+    "lambda": ({"regularization": lambda meta: meta["a"].exp()}, None),
+    "the support loss": ({}, lambda output, target, meta: F.mse_loss(output, target) * meta["a"].exp()),
+    "nothing": ({}, None),
+}
+"""How a meta-parameter acts: hyper-parameters of the engine, and the support loss."""
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("strategy", [MAML, FOMAML, ImplicitMAML])
+def test_what_a_call_refuses_to_learn_is_not_recommended(strategy, way):
+    hyper, loss = WAYS[way]
+    torch.manual_seed(0)
+    tasks = TaskBatch(support=tuple(torch.randn(2, 3, 5, 2)), query=tuple(torch.randn(2, 3, 5, 2)))
+    meta = {"a": torch.tensor(-1.0, requires_grad=True)}
+    objective = Objective(nn.Linear(2, 2), loss or F.mse_loss, outer_loss=F.mse_loss, meta=meta)
+    inner = GradientDescent(lr=hyper.get("lr", 0.1), steps=2)
+    options = {"regularization": hyper["regularization"]} if "regularization" in hyper else {}
+    engine = strategy(inner=inner, **options)
+    try:
+        engine(objective, tasks)
+    except ValueError as refusal:
+        if strategy is MAML:  # all ways would have to be gone to tell
+            return
+        with pytest.raises(ValueError, match="is zero") as planned:
+            engine.plan(objective, tasks)
+        assert str(planned.value) == str(refusal)
+        with torch.no_grad():
+            assert replace(engine, chunk_size="auto")(objective, tasks).loss.isfinite()
+    else:
+        assert engine.plan(objective, tasks).best.options is not None
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 12, 32])

@@ -2,66 +2,78 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from imaml._chunk import ChunkLoss, Gradient
 from imaml._microbatch import Microbatched
 
-_LONGER, _ATTEMPTS = 8.0, 6
-"""What a move grows by, and how many moves are compared with the next at most."""
-_CLOSE = 0.05
-"""The relative difference of two products from which a move is long enough."""
+_SHORTER = 8
+"""What a move is divided by for the next."""
 
 
 class FiniteDifference:
     """(g(phi + h w) - g(phi - h w)) / 2h: two gradients a product, first derivatives only, inexact.
 
-    Each task's step moves phi by a fraction r of its norm, h = r (1 + |phi|) / |w|. A product errs by rounding,
-    O(eps / r), by truncation, O(r^2) for a smooth loss, and at kinks: a ReLU that switches between the two points adds
-    O(1 / r), with a probability of O(r). A network has thousands of them, and no estimate at one point tells of those
-    near the next. So r is short: eps^(1/2) in float64, and below 2 eps, where rounding costs a few percent.
-
-    Gradients can be rounded more coarsely than phi is, as under autocast. So the first product of a call is computed
-    with 8r too. If the two differ by more than 5 %, in the median over tasks, r grows by factors of 8, at most to 8^5,
-    and the call uses the r whose product differs least from that of 8r. The difference of the worst task is the
+    Each task's step moves phi by a fraction r of its norm, h = r (1 + |phi|) / |w|. A product errs by truncation,
+    O(r^2) for a smooth loss, by rounding, O(eps / r), and at kinks: a ReLU that switches between the two points adds
+    O(1 / r), with a probability of O(r). So r is about eps^(1/3), which balances the first two, or shorter where kinks
+    are near: the first product of a call is computed with r = eps^(1/3), r / 8, r / 64 and so on, not below eps / 4,
+    until two in a row agree to eps^(1/3) in every task. The call uses the shorter of these, or if none agree the
+    shorter of the two that differ least, in the mean over tasks. What they differ by, in the worst task, is the
     estimate of the error.
+
+    eps is that of the coarsest dtype among phi and the tensors that autograd saves: that of autocast, for one.
     """
 
     gradient: Gradient | None = None
 
     def __init__(self, loss: ChunkLoss | Microbatched, phi: Tensor, step: int) -> None:
         self._loss, self._phi, self._step = loss, phi, step
-        self._length = 1 + phi.norm(dim=-1, keepdim=True)
+        self._length = 1 + _norm(phi)
 
     def __call__(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
         move = self._loss.context.hvp_move
         return self._first(w, mixed) if move is None else self._moved_by(move, w, mixed)
 
     def _first(self, w: Tensor, mixed: bool) -> tuple[Tensor, Tensor | None]:
-        """The product, and the move for the rest of the call."""
+        """The product, and the move for the rest of the call; products of zeros tell nothing of it."""
         context, least = self._loss.context, float("inf")
-        eps = torch.finfo(w.dtype).eps
-        shortest = eps**0.5 if w.dtype == torch.float64 else 2 * eps
-        context.hvp_move, context.hvp_error = shortest, 0.0
-        found = self._moved_by(shortest, w, mixed)
-        product = found[0]
-        for attempt in range(_ATTEMPTS):
-            move = shortest * _LONGER**attempt
-            longer = self._moved_by(_LONGER * move, w, mixed=False)[0]
-            size = longer.norm(dim=-1)
-            difference = torch.where(size > 0, (longer - product).norm(dim=-1), torch.nan)
-            relative = difference / size
-            typical = difference.nanmedian().item()
-            if typical < least:
-                least, context.hvp_move, context.hvp_error = typical, move, relative.nan_to_num().max().item()
-            if relative.nanmedian().item() < _CLOSE:
-                break
-            product = longer
-        return found if context.hvp_move == shortest else self._moved_by(context.hvp_move, w, mixed)
+        eps, found = self._longest(w, mixed)
+        close = move = eps ** (1 / 3)
+        while move / _SHORTER >= eps / 4:
+            longer, move = found[0], move / _SHORTER
+            found = self._moved_by(move, w, mixed)
+            difference = _difference(longer, found[0])
+            worst, mean = difference.nan_to_num().max().item(), difference.nanmean().item()
+            if math.isnan(mean):
+                context.hvp_error = 0.0
+                return found
+            if worst <= close or mean < least:
+                least, context.hvp_move, context.hvp_error = mean, move, worst
+            if worst <= close:
+                return found
+        assert context.hvp_move is not None
+        return found if context.hvp_move == move else self._moved_by(context.hvp_move, w, mixed)
+
+    def _longest(self, w: Tensor, mixed: bool) -> tuple[float, tuple[Tensor, Tensor | None]]:
+        """The eps of the loss, and the product by its longest move."""
+        dtypes = {w.dtype}
+
+        def pack(saved: Tensor) -> Tensor:
+            dtypes.add(saved.dtype)
+            return saved
+
+        with saved_tensors_hooks(pack, lambda saved: saved):
+            found = self._moved_by(torch.finfo(w.dtype).eps ** (1 / 3), w, mixed)
+        eps = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
+        return eps, found if eps == torch.finfo(w.dtype).eps else self._moved_by(eps ** (1 / 3), w, mixed)
 
     def _moved_by(self, move: float, w: Tensor, mixed: bool) -> tuple[Tensor, Tensor | None]:
-        norm = w.norm(dim=-1, keepdim=True)
+        norm = _norm(w)
         h = move * self._length / torch.where(norm > 0, norm, torch.ones_like(norm))
         weights = (1 / (2 * h)).squeeze(-1)
         ahead, behind = (
@@ -70,3 +82,16 @@ class FiniteDifference:
         )
         fixed = None if ahead.fixed is None or behind.fixed is None else ahead.fixed - behind.fixed
         return ahead.adapted.sub_(behind.adapted), fixed
+
+
+def _difference(x: Tensor, y: Tensor) -> Tensor:
+    """|x - y| relative to the larger norm, `(tasks,)`; NaN where both are zero or one is not finite."""
+    return (_norm(x - y) / torch.maximum(_norm(x), _norm(y))).squeeze(-1)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """The 2-norms `(tasks, 1)`, of which no square over- or underflows."""
+    unit = x.abs().amax(-1, keepdim=True)
+    unit = torch.where(unit > 0, unit, torch.ones_like(unit))
+    size: Tensor = unit * (x / unit).norm(dim=-1, keepdim=True)
+    return size

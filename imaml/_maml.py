@@ -53,8 +53,8 @@ class MAML(MetaGradient):
             small, at most 192 MiB. The modes other than reverse-over-reverse always evaluate anew.
         hvp: How Hessian-vector products are computed. "auto" uses "reverse-over-reverse", or "finite-difference" where
             the model has an operation without second derivatives; the report says which. "forward-over-reverse" is
-            exact too. Finite differences are off by a percent in float32, and useless there for a convolutional network
-            with ReLU: docs/numerics.md has figures.
+            exact too. Finite differences are inexact, and useless in float32 for a convolutional network with ReLU:
+            docs/numerics.md has figures.
     """
 
     _costs: ClassVar[type[Costs] | None] = MAMLCosts

@@ -60,8 +60,8 @@ class Report(Outcome):
     hvp_mode: str | None
     """How the products were computed, "gauss-newton" for those of that matrix; None if there were none."""
     hvp_error: float | None
-    """Estimated relative error of a product by finite differences: how far those with steps h and 8h are apart, of the
-    first product, for the worst task of its chunk; a kink within 8h makes it large too. None for the exact modes."""
+    """Estimated relative error of a product by finite differences: how far the first is from one with a step eight
+    times as long, for the worst task of its chunk; from about 1 up they are of no use. None for the exact modes."""
     unused: tuple[str, ...]
     """Adapted parameters that the support loss does not depend on: the inner loop leaves them as they are."""
     buffers: dict[str, Tensor]

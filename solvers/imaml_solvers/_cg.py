@@ -24,7 +24,8 @@ class CG(KrylovSolver):
 
     A system stops, each on its own and its x frozen bit for bit, when
     - |r| <= max(rtol |b|, atol). Once all have stopped, b - A x is computed (one product). CONVERGED if it meets the
-      tolerance too; else the system goes on from it, and is STAGNATED if it was not halved twice in a row;
+      tolerance too; else the system goes on from it, and is STAGNATED if it was not halved twice in a row. This comes
+      early where |r| <= eps |r_0|: beyond, from an x0 far away, the recursion would carry nothing but rounding;
     - the tolerances are zero, and the steps are spent (BUDGET_SPENT; b - A x is not computed) or |r| <= eps |b|;
     - p'Ap or r'Mr is not positive, or p'Ap / p'M^-1 p is below eps times the largest so far (A is singular to working
       precision): BREAKDOWN, x before the step;

@@ -15,7 +15,7 @@ from imaml_solvers._preconditioner import Preconditioner, check_preconditioner, 
 from imaml_solvers._solution import Solution, Status
 from imaml_solvers._solver import LinearSolver
 from imaml_solvers._start import RUNNING, Start, check_stopping, default_stopping, start
-from imaml_solvers._vectors import choose, norm
+from imaml_solvers._vectors import choose, largest_entry, norm, power_of_two
 
 _CLAIMED = -2
 """The status of a system whose recursive residual met the tolerance, before b - A x is looked at."""
@@ -78,9 +78,9 @@ class Iteration(ABC):
         self._spent = Status.BUDGET_SPENT if is_budget else Status.MAX_STEPS
         self._met = Status.CONVERGED if is_budget else _CLAIMED
         self._eps = torch.finfo(begun.b.dtype).eps
-        self._claim = begun.tolerance.maximum(self._eps * norm(begun.b))
         self._x, self._r, self._status = begun.x, begun.r, begun.status
         self._residual = norm(begun.r)
+        self._claim = begun.tolerance if is_budget else self._credible()
         self._num_steps = torch.zeros_like(begun.status)
         self._checked = torch.full_like(self._residual, torch.inf)
         self._stalls = torch.zeros_like(begun.status)
@@ -133,7 +133,24 @@ class Iteration(ABC):
         self._r = choose(claimed & finite, r, self._r)
         self._residual = residual.where(claimed & finite, self._residual)
         self._checked = self._residual.where(claimed, self._checked)
-        self._begin(claimed)
+        if self._any(RUNNING):
+            self._rescale()
+            self._begin(claimed)
+
+    def _rescale(self) -> None:
+        """Measure what runs on in multiples of what is left of it."""
+        peak = largest_entry(self._b).maximum(largest_entry(self._r))
+        unit = power_of_two(peak.where(self._status == RUNNING, 1))
+        self._b, self._x, self._r = (vector / unit.unsqueeze(-1) for vector in (self._b, self._x, self._r))
+        self._tolerance, self._residual, self._checked = (
+            size / unit for size in (self._tolerance, self._residual, self._checked)
+        )
+        self._unit = self._unit * unit.unsqueeze(-1)
+        self._claim = self._credible()
+
+    def _credible(self) -> Tensor:
+        """The tolerance, or more where a recursion that starts at this residual would carry nothing but rounding."""
+        return self._tolerance.maximum(self._eps * self._residual.maximum(norm(self._b)))
 
     def _precondition(self, r: Tensor) -> Tensor:
         return r if self._preconditioner is None else self._preconditioner.mv(r.clone())  # it may keep it

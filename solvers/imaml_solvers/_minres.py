@@ -10,7 +10,7 @@ from torch import Tensor
 from imaml_solvers._iteration import Iteration, KrylovSolver
 from imaml_solvers._solution import Status
 from imaml_solvers._start import RUNNING
-from imaml_solvers._vectors import choose, dot, largest_entry, norm
+from imaml_solvers._vectors import choose, dot, largest_entry, norm, power_of_two
 
 _SINGULAR = 0.75
 """A is singular to this power of eps: worse conditioned, its least squares are dominated by rounding."""
@@ -120,4 +120,7 @@ class _Run(Iteration):
 
     def _size(self, y: Tensor, z: Tensor) -> Tensor:
         """The norm (y'My)^1/2 of y, from z = M y; 0 where M is not positive."""
-        return norm(y) if self._preconditioner is None else dot(y, z).clamp(min=0).sqrt()
+        if self._preconditioner is None:
+            return norm(y)
+        unit = power_of_two(largest_entry(y).unsqueeze(-1))
+        return dot(y / unit, z / unit).clamp(min=0).sqrt() * unit.squeeze(-1)

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from imaml_solvers._operator import LinearOperator
 from imaml_solvers._preconditioner import probe
-from imaml_solvers._start import power_of_two
-from imaml_solvers._vectors import largest_entry
+from imaml_solvers._vectors import largest_entry, power_of_two
 
 _ROUNDING = 10.0
 """What rounding makes of a sum, in units of eps."""

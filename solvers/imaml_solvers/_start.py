@@ -9,7 +9,7 @@ from torch import Tensor
 
 from imaml_solvers._operator import LinearOperator
 from imaml_solvers._solution import Status
-from imaml_solvers._vectors import largest_entry, norm
+from imaml_solvers._vectors import largest_entry, norm, power_of_two
 
 RUNNING = -1
 """The status of a system that still iterates."""
@@ -62,10 +62,3 @@ def start(op: LinearOperator, b: Tensor, x0: Tensor | None, rtol: float, atol: f
     status = torch.full(b.shape[:-1], RUNNING, device=b.device)
     status = status.masked_fill(norm(r) <= tolerance, Status.CONVERGED).masked_fill(bad.squeeze(-1), Status.NONFINITE)
     return Start(b, x, r, unit, tolerance, status)
-
-
-def power_of_two(peak: Tensor) -> Tensor:
-    """A power of two within a factor of two of `peak`; 1 where peak is zero or not finite."""
-    usable = (peak > 0) & torch.isfinite(peak)
-    safe = peak.where(usable, 1)
-    return safe / (2 * torch.frexp(safe).mantissa)

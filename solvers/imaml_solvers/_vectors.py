@@ -5,7 +5,7 @@ Fresh memory costs a CPU more than arithmetic: of vectors of 90 MB, x + a y take
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -24,9 +24,19 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
 
 
 def norm(x: Tensor) -> Tensor:
-    """The 2-norms over the last dimension, `(*batch,)`."""
+    """The 2-norms over the last dimension, `(*batch,)`, also where squares overflow or underflow."""
     size: Tensor = torch.linalg.vector_norm(x, dim=-1)
-    return size
+    if bool(((size > torch.finfo(size.dtype).tiny ** 0.25) & (size < torch.inf)).all()):
+        return size
+    unit = power_of_two(largest_entry(x).unsqueeze(-1))
+    return _norm(torch.div(a, unit, out=scratch) for scratch, a in _blocks(x)) * unit.squeeze(-1)
+
+
+def power_of_two(peak: Tensor) -> Tensor:
+    """A power of two within a factor of two of `peak`; 1 where peak is zero or not finite."""
+    usable = (peak > 0) & torch.isfinite(peak)
+    safe = peak.where(usable, 1)
+    return safe / (2 * torch.frexp(safe).mantissa)
 
 
 def largest_entry(x: Tensor) -> Tensor:
@@ -36,9 +46,8 @@ def largest_entry(x: Tensor) -> Tensor:
 
 
 def norm_of_sum(x: Tensor, factor: Tensor, y: Tensor) -> Tensor:
-    """The 2-norms of x + factor y, `(*batch,)`."""
-    parts = [norm(torch.addcmul(a, factor, b, out=scratch)) for scratch, a, b in _blocks(x, y)]
-    return parts[0] if len(parts) == 1 else norm(torch.stack(parts, -1))
+    """The 2-norms of x + factor y, `(*batch,)`, for entries whose squares neither overflow nor underflow."""
+    return _norm(torch.addcmul(a, factor, b, out=scratch) for scratch, a, b in _blocks(x, y))
 
 
 def largest_of_sum(x: Tensor, factor: Tensor, y: Tensor) -> Tensor:
@@ -79,6 +88,13 @@ def _blocks(*vectors: Tensor) -> Iterator[tuple[Any, ...]]:
     scratch = torch.empty_like(first[..., :columns])
     for parts in zip(*(v.split(columns, -1) for v in vectors), strict=True):
         yield scratch[..., : parts[0].shape[-1]], *parts
+
+
+def _norm(blocks: Iterable[Tensor]) -> Tensor:
+    """The 2-norms of vectors that come block by block."""
+    parts = [torch.linalg.vector_norm(block, dim=-1) for block in blocks]
+    size: Tensor = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts, -1), dim=-1)
+    return size
 
 
 def _largest(x: Tensor) -> Tensor:

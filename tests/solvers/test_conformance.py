@@ -75,6 +75,29 @@ def test_scale_does_not_matter_even_where_squares_leave_the_range(solver, size_a
 
 
 @every_solver
+@pytest.mark.parametrize("size", [1e-20, 1e20])
+def test_nor_does_that_of_the_matrix_alone(solver, size):
+    solver = dataclasses.replace(solver, rtol=1e-4) if hasattr(solver, "rtol") else solver
+    matrix, b = rotated(spread(5, 10)).float(), noise(5).float()
+    solution = solver.solve(size * matrix, b)
+    assert solution.status == Status.CONVERGED
+    torch.testing.assert_close(solution.x * size, solver.solve(matrix, b).x, rtol=1e-3, atol=1e-3)
+
+
+@every_solver
+@pytest.mark.parametrize("size", [1e-10, 1e-20, 1e-30])
+def test_converged_is_true_of_a_start_far_larger_than_the_solution(solver, size):
+    if solver._uses_x0:
+        solver = dataclasses.replace(solver, rtol=1e-5)
+        matrix, b = rotated(spread(5, 10)).float(), size * noise(5).float()
+        solution = solver.solve(matrix, b, x0=torch.ones(5))
+        left = residual(matrix.double(), solution.x.double(), b.double()) / b.double().norm()
+        if solution.status == Status.CONVERGED:
+            assert left <= 1.1e-5
+        assert solution.status == Status.CONVERGED or not isinstance(solver, CG | MINRES)
+
+
+@every_solver
 def test_float32_stays_float32(solver):
     solver = dataclasses.replace(solver, rtol=1e-4) if hasattr(solver, "rtol") else solver
     matrix, b = rotated(spread(8, 20)), noise(8)

@@ -5,7 +5,7 @@ import torch
 
 from imaml.measure import peak_memory
 from imaml_solvers import CG, LinearOperator, Status, _vectors
-from imaml_solvers._vectors import add_where, dot, largest_entry, largest_of_sum, norm_of_sum
+from imaml_solvers._vectors import add_where, dot, largest_entry, largest_of_sum, norm, norm_of_sum
 
 SHAPES = [(17,), (1, 17), (3, 17), (2, 3, 17), (0, 17)]
 
@@ -24,6 +24,15 @@ def test_sums_are_those_of_whole_vectors(shape):
     torch.testing.assert_close(norm_of_sum(x, factor, y), total.norm(dim=-1))
     torch.testing.assert_close(largest_of_sum(x, factor, y), total.abs().amax(-1))
     assert torch.equal(largest_entry(x), x.abs().amax(-1))
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_norms_outlast_squares_that_leave_the_range():
+    x = torch.randn(5, 17)
+    scale = torch.tensor([1e-38, 1e-21, 1.0, 1e19, 1e37]).unsqueeze(-1)
+    torch.testing.assert_close(norm(x * scale) / scale.squeeze(-1), norm(x), rtol=1e-5, atol=0)
+    bad = torch.tensor([[0.0, 0.0], [torch.inf, 1.0], [torch.nan, 1.0]])
+    torch.testing.assert_close(norm(bad), torch.tensor([0.0, torch.inf, torch.nan]), equal_nan=True)
 
 
 @pytest.mark.usefixtures("small_blocks")

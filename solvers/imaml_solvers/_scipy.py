@@ -14,6 +14,7 @@ from imaml_solvers._operator import LinearOperator
 from imaml_solvers._solution import Solution, Status
 from imaml_solvers._solver import LinearSolver
 from imaml_solvers._start import check_stopping
+from imaml_solvers._vectors import norm
 
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 # Not tfqmr: with a preconditioner, that of scipy 1.17 mixes two kinds of residual and stops far from the solution.
@@ -23,11 +24,15 @@ _CYCLES = {"gmres": ("restart", 20), "lgmres": ("inner_m", 30), "gcrotmk": ("m",
 """Methods whose `maxiter` counts cycles: the keyword and scipy's default for the length of a cycle."""
 
 _EPS = float(np.finfo(np.float64).eps)
-_MINRES_BREAKDOWNS = ("indefinite preconditioner", "non-symmetric matrix")
+_BREAKDOWNS = ("indefinite preconditioner", "non-symmetric matrix", "Preconditioner returned a zero vector")
+"""How errors begin by which scipy's MINRES and LGMRES say that they broke down."""
 
 
-class _NonFiniteProductError(ArithmeticError):
-    """Leaves scipy from inside a product; never leaves this module."""
+class _StoppedError(ArithmeticError):
+    """Leaves scipy with the status of the system; never leaves this module."""
+
+    def __init__(self, status: Status) -> None:
+        self.status = status
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +44,8 @@ class ScipySolver(LinearSolver):
     CONVERGED is decided by the true residual, |b - A x| <= max(rtol |b|, atol), and not by what scipy reports: its
     MINRES stops by |A| |x|, its CG does not see negative curvature. Where scipy is content and the residual is not, the
     next round solves for what is left; three rounds in a row that do not halve the residual are STAGNATED. MAX_STEPS is
-    scipy's spent `maxiter`, BREAKDOWN its negative codes and values that are not finite, NONFINITE a product that is
-    not finite. Its x is the result of the round of least residual.
+    scipy's spent `maxiter`, BREAKDOWN its negative codes, errors and values that are not finite, and a round that comes
+    to 0, NONFINITE a product of finite values that is not finite. Its x is the result of the round of least residual.
 
     Cost: systems are solved one by one in float64 on the CPU, with products in the dtype and on the device of b. A
     product evaluates the whole batch, with zeros for the other systems: solve large systems one at a time. `num_steps`
@@ -79,7 +84,8 @@ class ScipySolver(LinearSolver):
         for index in np.ndindex(b.shape[:-1]):
             apply = _product(op, b, index)
             precondition = None if preconditioner is None else _product(preconditioner, b, index)
-            outcome = self._solve_one(apply, _to_numpy(b[index]), _to_numpy(start[index]), precondition)
+            with np.errstate(all="ignore"):
+                outcome = self._solve_one(apply, _to_numpy(b[index]), _to_numpy(start[index]), precondition)
             x[index] = torch.as_tensor(outcome[0]).to(b)
             status[index], num_steps[index], residual[index] = outcome[1:]
         return Solution(x, status, num_steps, residual)
@@ -95,8 +101,8 @@ class ScipySolver(LinearSolver):
         if not b.any():
             return np.zeros_like(b), Status.CONVERGED, 0, 0.0
         if not (np.isfinite(b).all() and np.isfinite(x).all()):
-            return np.zeros_like(b), Status.NONFINITE, 0, float(np.linalg.norm(b))
-        tolerance = max(self.rtol * float(np.linalg.norm(b)), self.atol)
+            return np.zeros_like(b), Status.NONFINITE, 0, _norm(b)
+        tolerance = max(self.rtol * _norm(b), self.atol)
         products, stalls, gain = 0, 0, 1.0
 
         def counted(v: Vector) -> Vector:
@@ -108,13 +114,13 @@ class ScipySolver(LinearSolver):
         x = np.zeros_like(b)
         try:
             r, x = (b - apply(start), start) if start.any() else (r, x)
-            while (size := float(np.linalg.norm(r))) > tolerance:
+            while (size := _norm(r)) > tolerance:
                 target = max(tolerance / size / gain, _EPS)
                 d, info = self._call(counted, r / size, target, precondition)
-                if not np.isfinite(d).all():
+                if not info and not d.any():
                     return x, Status.BREAKDOWN, products, size
                 left = b - apply(x + size * d)
-                share = float(np.linalg.norm(left)) / size
+                share = _norm(left) / size
                 if share < 1:
                     r, x = left, x + size * d
                 stalls = stalls + 1 if share > 0.5 else 0
@@ -123,8 +129,8 @@ class ScipySolver(LinearSolver):
                 if share * size > tolerance and (info or stalls == 3):
                     status = Status.MAX_STEPS if info > 0 else Status.BREAKDOWN if info else Status.STAGNATED
                     return x, status, products, min(share, 1.0) * size
-        except _NonFiniteProductError:
-            return x, Status.NONFINITE, products, float(np.linalg.norm(r))
+        except _StoppedError as stopped:
+            return x, stopped.status, products, _norm(r)
         return x, Status.CONVERGED, products, size
 
     def _call(
@@ -139,7 +145,7 @@ class ScipySolver(LinearSolver):
 
         n = len(b)
         # scipy's MINRES compares parts of A with |b| and with eps: it would stop at once where |A| is far below 1.
-        size = (float(np.linalg.norm(apply(b))) or 1.0) if self.method == "minres" else 1.0
+        size = (_norm(apply(b)) or 1.0) if self.method == "minres" else 1.0
         max_steps = 10 * n if self.max_steps is None else self.max_steps
         options: dict[str, Any] = {"rtol": rtol, "maxiter": max_steps}
         if self.method in _CYCLES:
@@ -152,12 +158,11 @@ class ScipySolver(LinearSolver):
             options["M"] = linalg.LinearOperator((n, n), matvec=precondition, dtype=np.float64)
         matrix = linalg.LinearOperator((n, n), matvec=lambda v: apply(v) / size, dtype=np.float64)
         try:
-            with np.errstate(all="ignore"):
-                x, info = getattr(linalg, self.method)(matrix, b, **options)
-        except ValueError as error:
-            if str(error) not in _MINRES_BREAKDOWNS:
+            x, info = getattr(linalg, self.method)(matrix, b, **options)
+        except (ValueError, RuntimeError) as error:
+            if not str(error).startswith(_BREAKDOWNS):
                 raise
-            return np.zeros_like(b), -1
+            raise _StoppedError(Status.BREAKDOWN) from None
         return x / size, int(info)
 
 
@@ -167,12 +172,18 @@ def _product(op: LinearOperator, b: Tensor, index: tuple[int, ...]) -> Callable[
     def apply(v: Vector) -> Vector:
         x = torch.zeros_like(b)
         x[index] = torch.as_tensor(v).to(b)
+        if not torch.isfinite(x[index]).all():
+            raise _StoppedError(Status.BREAKDOWN)
         y = _to_numpy(op.mv(x)[index])
         if not np.isfinite(y).all():
-            raise _NonFiniteProductError
+            raise _StoppedError(Status.NONFINITE)
         return y
 
     return apply
+
+
+def _norm(v: Vector) -> float:
+    return norm(torch.from_numpy(v)).item()
 
 
 def _to_numpy(x: Tensor) -> Vector:

@@ -71,6 +71,35 @@ def test_an_indefinite_preconditioner_of_minres_is_a_breakdown():
     assert solution.status == Status.BREAKDOWN and (solution.x == 0).all()
 
 
+@pytest.mark.parametrize("method", ["cg", "minres", "bicgstab", "cgs"])
+@pytest.mark.parametrize("diagonal", [[1.0, -1.0], [0.0, 0.0]])
+def test_values_that_scipy_itself_makes_infinite_are_a_breakdown(method, diagonal):
+    matrix, b = torch.diag(torch.tensor(diagonal, dtype=F64)), torch.ones(2, dtype=F64)
+    solution = ScipySolver(method=method).solve(matrix, b)
+    solved = method == "minres" and any(diagonal)
+    assert solution.status == (Status.CONVERGED if solved else Status.BREAKDOWN)
+
+
+@pytest.mark.parametrize("method", ["lgmres", "minres", "cg", "gmres", "bicgstab", "cgs"])
+def test_a_preconditioner_of_zero_is_a_breakdown(method):
+    solution = ScipySolver(method=method).solve(rotated(spread(5, 10)), noise(5), preconditioner=lambda r: 0 * r)
+    assert solution.status == Status.BREAKDOWN and (solution.x == 0).all()
+
+
+@pytest.mark.parametrize("method", ["cg", "minres", *GENERAL])
+def test_a_solution_that_overflows_is_a_breakdown(method):
+    solution = ScipySolver(method=method).solve(1e-30 * torch.eye(3, dtype=F64), torch.full((3,), 1e300, dtype=F64))
+    assert solution.status == Status.BREAKDOWN and (solution.x == 0).all()
+
+
+@pytest.mark.parametrize("method", ["cg", "minres", *GENERAL])
+@pytest.mark.parametrize("scale", [1e-300, 1e-170, 1e156, 1e300])
+def test_right_hand_sides_whose_squares_leave_the_range_are_solved(method, scale):
+    matrix, b = rotated(spread(12, 50)), noise(12)
+    solution = ScipySolver(method=method, rtol=1e-8).solve(matrix, scale * b)
+    assert solution.status == Status.CONVERGED and residual(matrix, solution.x / scale, b) <= 1.001e-8 * b.norm()
+
+
 def test_an_error_of_the_users_own_product_comes_through():
     def mv(x):
         raise ValueError("the product itself failed")

@@ -54,7 +54,7 @@ class LinearOperator:
                     f"The vector must fit the matrix {tuple(matrix.shape)} of {matrix.dtype}. "
                     f"Got {tuple(x.shape)} of {x.dtype}."
                 )
-            return (matrix @ x.unsqueeze(-1)).squeeze(-1)
+            return x @ matrix.mT if matrix.ndim == 2 else (matrix @ x.unsqueeze(-1)).squeeze(-1)
 
         return cls(mv)
 

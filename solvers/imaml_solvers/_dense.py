@@ -10,15 +10,17 @@ from torch import Tensor
 from imaml_solvers._operator import LinearOperator
 from imaml_solvers._solution import Solution, Status
 from imaml_solvers._solver import LinearSolver
+from imaml_solvers._vectors import largest_entry, norm, power_of_two
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dense(LinearSolver):
     """Assembles A from its products with the unit vectors, and solves by LU with partial pivoting.
 
-    For any regular A, symmetric or not. CONVERGED means solved to rounding: |b - A x| is of the order of eps |A| |x|.
-    BREAKDOWN, with x = 0, where that is not below 0.01 |b|: A is singular to working precision. NONFINITE, with x = 0,
-    where b or A is not finite. `smallest_eigenvalue` is that of (A + A') / 2.
+    For any regular A, symmetric or not, in float32 at least; its rows are scaled alike first. CONVERGED means solved to
+    rounding: |b - A x| is of the order of eps | |A| |x| |, with absolute values of every entry. BREAKDOWN, with x = 0,
+    where that is not below 0.01 |b|, so that A is singular to working precision, or where x overflows. NONFINITE, with
+    x = 0, where b or A is not finite. `smallest_eigenvalue` is that of (A + A') / 2.
 
     Cost: n products of the whole batch (`num_steps` is n), O(n^3) work and O(n^2) memory a system: for small n, and as
     a reference.
@@ -27,25 +29,30 @@ class Dense(LinearSolver):
     def _solve(
         self, op: LinearOperator, b: Tensor, x0: Tensor | None, preconditioner: LinearOperator | None
     ) -> Solution:
-        n, eps = b.shape[-1], torch.finfo(b.dtype).eps
-        matrix = assemble(op, b).to(torch.promote_types(b.dtype, torch.float32))
-        rhs = b.to(matrix.dtype)
+        n, dtype = b.shape[-1], torch.promote_types(b.dtype, torch.float32)
+        matrix, rhs = assemble(op, b).to(dtype), b.to(dtype)
+        unit = power_of_two(largest_entry(rhs).unsqueeze(-1))
+        rhs = rhs / unit
         zero = (b == 0).all(-1)
         finite = torch.isfinite(matrix).flatten(-2).all(-1) & torch.isfinite(b).all(-1)
         usable = finite & ~zero
         identity = torch.eye(n, dtype=matrix.dtype, device=b.device)
         matrix = torch.where(usable[..., None, None], matrix, identity)
-        factors, pivots, _ = torch.linalg.lu_factor_ex(matrix)
-        x = torch.linalg.lu_solve(factors, pivots, rhs.unsqueeze(-1)).squeeze(-1).to(b.dtype)
-        rounding = eps * matrix.abs().sum(-1).amax(-1) * x.abs().amax(-1)
-        solved = (usable & (rounding < 0.01 * b.abs().amax(-1))) | zero
+        rows = power_of_two(largest_entry(matrix))
+        balanced, target = matrix / rows.unsqueeze(-1), rhs / rows
+        factors, pivots, _ = torch.linalg.lu_factor_ex(balanced)
+        x = torch.linalg.lu_solve(factors, pivots, target.unsqueeze(-1)).squeeze(-1)
+        rounding = torch.finfo(dtype).eps * (balanced.abs() @ x.abs().unsqueeze(-1)).squeeze(-1)
+        regular = largest_entry(rounding) < 0.01 * largest_entry(target)
+        x = (x * unit).to(b.dtype)
+        solved = (usable & regular & torch.isfinite(x).all(-1)) | zero
         x = torch.where(solved.unsqueeze(-1), x, 0)
-        residual = rhs - (matrix @ x.to(matrix.dtype).unsqueeze(-1)).squeeze(-1)
+        residual = norm(rhs - (matrix @ (x / unit).unsqueeze(-1)).squeeze(-1)) * unit.squeeze(-1)
         status = torch.full(b.shape[:-1], Status.BREAKDOWN, device=b.device)
         status = status.masked_fill(~finite, Status.NONFINITE).masked_fill(solved, Status.CONVERGED)
         num_steps = torch.full_like(status, n).masked_fill(zero, 0)
         lowest = torch.linalg.eigvalsh((matrix + matrix.mT) / 2)[..., 0].to(b.dtype)
-        return Solution(x, status, num_steps, torch.linalg.vector_norm(residual, dim=-1).to(b.dtype), lowest)
+        return Solution(x, status, num_steps, residual.to(b.dtype), lowest)
 
 
 def assemble(op: LinearOperator, like: Tensor) -> Tensor:

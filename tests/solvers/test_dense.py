@@ -55,9 +55,39 @@ def test_the_residual_of_a_system_that_is_not_finite_is_that_of_zero():
 
 @pytest.mark.parametrize(("share", "status"), [(0.1, Status.BREAKDOWN), (0.001, Status.CONVERGED)])
 def test_singular_is_where_rounding_reaches_a_hundredth_of_b(share, status):
-    least = torch.finfo(F64).eps / share
-    solution = Dense().solve(torch.diag(torch.tensor([1.0, least], dtype=F64)), torch.tensor([0.0, 1.0], dtype=F64))
-    assert solution.status == status
+    matrix = torch.ones(2, 2, dtype=F64)
+    matrix[1, 1] += 2 * torch.finfo(F64).eps / share
+    assert Dense().solve(matrix, torch.tensor([0.0, 1.0], dtype=F64)).status == status
+
+
+@pytest.mark.parametrize(
+    ("diagonal", "dtype"),
+    [([1.0, 1.5], torch.bfloat16), ([1.0, 20.0], torch.float16), ([1e4, 1e-4], torch.float32)],
+)
+def test_a_regular_matrix_is_solved_in_every_dtype_and_whatever_the_scale_of_its_rows(diagonal, dtype):
+    diagonal = torch.tensor(diagonal, dtype=dtype)
+    solution = Dense().solve(torch.diag(diagonal), torch.ones(2, dtype=dtype))
+    assert solution.status == Status.CONVERGED
+    torch.testing.assert_close(solution.x, 1 / diagonal)
+
+
+@pytest.mark.parametrize("least", [0.0, 0.5])
+def test_the_scale_of_rows_and_columns_hides_no_singular_matrix_and_makes_none(least):
+    rows, columns = torch.logspace(-8, 8, 6, dtype=F64).unsqueeze(-1), torch.logspace(6, -6, 6, dtype=F64)
+    matrix = rotated([least, 1.0, 1.5, 2.0, 3.0, 4.0])
+    solution = Dense().solve(rows * matrix * columns, rows.squeeze(-1) * noise(6))
+    assert solution.status == (Status.CONVERGED if least else Status.BREAKDOWN)
+    if least:
+        torch.testing.assert_close(solution.x * columns, torch.linalg.solve(matrix, noise(6)))
+
+
+@pytest.mark.parametrize(("dtype", "power"), [(torch.float32, -100), (torch.float32, 100), (F64, -700), (F64, 700)])
+def test_the_residual_outlasts_squares_that_leave_the_range(dtype, power):
+    matrix, b, size = rotated(spread(8, 1e5)).to(dtype), noise(8).to(dtype), 2.0**power
+    plain, scaled = Dense().solve(matrix, b), Dense().solve(matrix, size * b)
+    assert scaled.residual_norm.item() / size == plain.residual_norm > 0
+    zero = Dense().solve(0 * matrix, size * b)
+    assert zero.residual_norm.item() / size == pytest.approx(b.norm().item())
 
 
 def test_a_singular_or_large_matrix_stays_with_its_system_in_a_batch_of_two_dimensions():

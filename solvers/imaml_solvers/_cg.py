@@ -35,8 +35,10 @@ class CG(KrylovSolver):
     `smallest_eigenvalue`: T_jj = 1 / alpha_j + beta_{j-1} / alpha_{j-1}, T_j,j+1 = sqrt(beta_j) / alpha_j.
 
     Cost: one product a step, of the whole batch, until the slowest system stops; so `max_steps` products for a
-    budget; besides those that build a preconditioner. Memory: b, x, r and p, and besides what a product takes, or
-    two more. Not for indefinite A: see `MINRES`; nor for unsymmetric A: see `ScipySolver`.
+    budget; besides those that build a preconditioner. Without one, k steps end with the eigenvalues of T, work of
+    min(k, 200)^3 a system: for 200 rows 5 to 25 ms on one core of a CPU, more than all of the products where those
+    are cheap. Memory: b, x, r and p, and besides what a product takes, or two more. Not for indefinite A: see `MINRES`;
+    nor for unsymmetric A: see `ScipySolver`.
 
     Args:
         max_steps: Most steps for a system; None is 10 n.

@@ -39,8 +39,8 @@ class MINRES(KrylovSolver):
     Without a preconditioner T also gives `smallest_eigenvalue`, below zero for indefinite A.
 
     Cost: one product a step, of the whole batch, until the slowest system stops; besides those that build a
-    preconditioner. Memory: b, x and seven vectors, one more with M, besides what a product takes. For definite A `CG`
-    takes about as many steps with less memory, and sees that A is definite.
+    preconditioner, and the eigenvalues of T as for `CG`. Memory: b, x and seven vectors, one more with M, besides what
+    a product takes. For definite A `CG` takes about as many steps with less memory, and sees that A is definite.
 
     Args:
         max_steps: Most steps for a system; None is 10 n.

@@ -141,7 +141,11 @@ class Iteration(ABC):
         """Measure what runs on in multiples of what is left of it."""
         peak = largest_entry(self._b).maximum(largest_entry(self._r))
         unit = power_of_two(peak.where(self._status == RUNNING, 1))
-        self._b, self._x, self._r = (vector / unit.unsqueeze(-1) for vector in (self._b, self._x, self._r))
+        if bool((unit == 1).all()):
+            return
+        self._b = self._b / unit.unsqueeze(-1)
+        self._x = self._x / unit.unsqueeze(-1)
+        self._r = self._r / unit.unsqueeze(-1)
         self._tolerance, self._residual, self._checked = (
             size / unit for size in (self._tolerance, self._residual, self._checked)
         )

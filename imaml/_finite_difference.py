@@ -10,6 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from imaml._chunk import ChunkLoss, Gradient
 from imaml._microbatch import Microbatched
+from imaml_solvers._vectors import norm
 
 _SHORTER = 8
 """What a move is divided by for the next."""
@@ -33,7 +34,7 @@ class FiniteDifference:
 
     def __init__(self, loss: ChunkLoss | Microbatched, phi: Tensor, step: int) -> None:
         self._loss, self._phi, self._step = loss, phi, step
-        self._length = 1 + _norm(phi)
+        self._length = 1 + norm(phi)
 
     def __call__(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
         move = self._loss.context.hvp_move
@@ -73,11 +74,11 @@ class FiniteDifference:
         return eps, found if eps == torch.finfo(w.dtype).eps else self._moved_by(eps ** (1 / 3), w, mixed)
 
     def _moved_by(self, move: float, w: Tensor, mixed: bool) -> tuple[Tensor, Tensor | None]:
-        norm = _norm(w)
-        h = move * self._length / torch.where(norm > 0, norm, torch.ones_like(norm))
-        weights = (1 / (2 * h)).squeeze(-1)
+        size = norm(w)
+        h = move * self._length / torch.where(size > 0, size, torch.ones_like(size))
+        step, weights = h.unsqueeze(-1), 1 / (2 * h)
         ahead, behind = (
-            self._loss.gradient(torch.addcmul(self._phi, h, w, value=s), self._step, fixed=mixed, weights=weights)
+            self._loss.gradient(torch.addcmul(self._phi, step, w, value=s), self._step, fixed=mixed, weights=weights)
             for s in (1, -1)
         )
         fixed = None if ahead.fixed is None or behind.fixed is None else ahead.fixed - behind.fixed
@@ -86,12 +87,4 @@ class FiniteDifference:
 
 def _difference(x: Tensor, y: Tensor) -> Tensor:
     """|x - y| relative to the larger norm, `(tasks,)`; NaN where both are zero or one is not finite."""
-    return (_norm(x - y) / torch.maximum(_norm(x), _norm(y))).squeeze(-1)
-
-
-def _norm(x: Tensor) -> Tensor:
-    """The 2-norms `(tasks, 1)`, of which no square over- or underflows."""
-    unit = x.abs().amax(-1, keepdim=True)
-    unit = torch.where(unit > 0, unit, torch.ones_like(unit))
-    size: Tensor = unit * (x / unit).norm(dim=-1, keepdim=True)
-    return size
+    return norm(x - y) / torch.maximum(norm(x), norm(y))

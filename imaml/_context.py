@@ -49,6 +49,8 @@ class Context:
     """Adapted parameters that the support loss of some task depends on."""
     used_fixed: set[str] = field(default_factory=set)
     """The others that some derivative was taken by and not found to be zero for want of a path."""
+    graphs: set[tuple[int, ...]] = field(default_factory=set)
+    """Of gradients, found to be differentiable again: which part of which chunk, and how many nodes it took."""
     statistics: list[dict[str, Tensor]] = field(default_factory=list)
     """Running statistics after the inner loop by name, `(tasks, *shape)`, of every chunk so far; none unless asked."""
 

@@ -45,7 +45,7 @@ class Curvature:
         self._mode = (self._context.hvp_mode or "reverse-over-reverse") if mode == "auto" else mode
         self._product: Product = self._or_finite_difference(lambda: self._build(graph))
         if self._product.gradient is not None:
-            self._context.hvp_mode = self._mode
+            self._context.hvp_mode = self._context.hvp_mode or self._mode
 
     def take_gradient(self) -> Gradient | None:
         """The support loss and its gradient at phi, where the mode has it at no cost; it is kept no longer."""
@@ -59,7 +59,7 @@ class Curvature:
         if isinstance(result, FiniteDifference):
             self._product = result
             result = result(w, mixed=mixed)
-        self._context.hvp_mode = self._mode
+        self._context.hvp_mode = self._context.hvp_mode or self._mode
         return result
 
     def _build(self, graph: Graph) -> Product:

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _get_sequence_nr
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten
 
@@ -53,12 +54,15 @@ class ReverseOverReverse:
 
     @torch.enable_grad()
     def _graph(self) -> tuple[Tensor, _Graph]:
-        adapted, fixed = self._loss.leaves(self._phi, fixed=True)
+        loss, before = self._loss, _get_sequence_nr()
+        adapted, fixed = loss.leaves(self._phi, fixed=True)
         with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
-            losses, _ = self._loss.losses(adapted, fixed, self._loss.batch, self._step)
-            grads = self._loss.differentiate(losses, adapted, create_graph=True)
-        if self._loss.context.hvp_mode is None:
+            losses, _ = loss.losses(adapted, fixed, loss.batch, self._step)
+            grads = loss.differentiate(losses, adapted, create_graph=True)
+        graph = (loss.kind, loss.start, *loss.part, _get_sequence_nr() - before)
+        if graph not in loss.context.graphs:
             check_twice_differentiable([losses, *(g for g in grads if g is not None)])
+            loss.context.graphs.add(graph)
         return losses.detach(), (adapted, fixed, grads)
 
     def __call__(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:

@@ -79,6 +79,32 @@ def test_auto_turns_to_finite_differences_and_says_so(function, chunk_size, adap
         assert relative_error(engine.value_and_grad(objective, tasks)[1], expected) <= 1e-6
 
 
+def test_an_operation_that_only_later_tasks_have():
+    """Tasks of other sizes, of which the first has none that is differentiable once."""
+    short, long = (classification((4,), tasks=1, support=n)[0] for n in (4, 8))
+    objective = Objective(network(lambda x: OldStyle.apply(x) if len(x) > 4 else torch.tanh(x)), F.cross_entropy)
+    for engine in (MAML(inner=INNER), MAML(inner=INNER, linearize=False), ImplicitMAML(inner=INNER)):
+        expected = engine.value_and_grad(Objective(network(torch.tanh), F.cross_entropy), [short, long])[1]
+        assert relative_error(engine.value_and_grad(objective, [short, long])[1], expected) <= 1e-6
+
+
+def test_an_operation_that_only_later_steps_have():
+    """The data decide, not the shapes."""
+    tasks, means, bound = classification((4,), tasks=1), [], torch.inf
+
+    def changing(x):
+        means.append(x.detach().abs().mean())
+        return OldStyle.apply(x) if means[-1] > bound else torch.sinh(x) / torch.cosh(x)
+
+    engine = MAML(inner=INNER, chunk_size=1, linearize=True)
+    objective = Objective(network(changing), F.cross_entropy)
+    expected = engine.value_and_grad(objective, tasks)[1]
+    assert means[0] < means[1]
+    bound = (means[0] + means[1]) / 2
+    assert engine(objective, tasks).report.hvp_mode == "finite-difference"
+    assert relative_error(engine.value_and_grad(objective, tasks)[1], expected) <= 1e-6
+
+
 def test_an_error_of_the_models_own_is_raised_at_once():
     """It is no reason to run task by task, which would only meet it again."""
     seen = []

@@ -13,45 +13,41 @@ from torch import Tensor
 class Replay:
     """Replays random numbers by key, for losses that draw any (dropout).
 
-    `at(kind, ...)` sets the generators so that equal keys give equal draws. Whether the losses of a kind draw at all is
-    observed at its first evaluation; where they do not, `at` costs nothing.
+    `at(...)` sets the generators so that equal keys give equal draws, from the first evaluation on that draws: its own
+    are those that the user's generators gave. Until then `at` only looks whether an evaluation has moved them.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._accelerator: Any = None if device.type == "cpu" else torch.get_device_module(device)
         self._device = device
-        self._before = self._after = self._states()
+        self._before = self._start = self._after = self._states()
         generator = torch.Generator()
         generator.set_state(self._before[0])
         self._base = int(torch.randint(2**31, (), generator=generator))
-        self._draws: dict[int, bool] = {}
         self._first: tuple[int, ...] | None = None
 
     @property
     def draws(self) -> bool:
         """Whether any loss has drawn random numbers so far."""
-        return any(self._draws.values())
+        return self._first is not None
 
     @contextmanager
-    def at(self, kind: int, *key: int) -> Iterator[None]:
+    def at(self, *key: int) -> Iterator[None]:
         """Evaluate one loss with the draws that belong to its key."""
-        known = kind in self._draws
-        if known and not self._draws[kind]:
+        if _is_traced():  # after an evaluation that drew nothing
             yield
-            return
-        if self._first in (None, (kind, *key)):
-            self._set(self._before)
+        elif self._first is None:
+            start = self._states()
+            yield
+            after = self._states()
+            if any(not torch.equal(a, b) for a, b in zip(start, after, strict=True)):
+                self._first, self._start, self._after = key, start, after
         else:
-            self._seed(hash((self._base, kind, *key)) & 0x7FFF_FFFF_FFFF_FFFF)
-        if known:
+            if key == self._first:
+                self._set(self._start)
+            else:
+                self._seed(hash((self._base, *key)) & 0x7FFF_FFFF_FFFF_FFFF)
             yield
-            return
-        before = self._states()
-        yield
-        after = self._states()
-        self._draws[kind] = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
-        if self._draws[kind] and self._first is None:
-            self._first, self._after = (kind, *key), after
 
     def restore(self) -> None:
         """Leave the user's generators as if one forward pass had run."""
@@ -77,3 +73,7 @@ class Replay:
         if self._accelerator is not None:
             with self._accelerator.device(self._device):
                 self._accelerator.manual_seed(seed)
+
+
+def _is_traced() -> bool:
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None

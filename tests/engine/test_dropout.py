@@ -171,10 +171,27 @@ def test_attention_dropout(hvp):
             assert relative_error(got, expected) <= 1e-10
 
 
-def test_the_gradient_is_that_of_the_loss_with_these_masks(setup):
+class LongDropout(nn.Module):
+    """Drops entries of sets of more than four examples alone."""
+
+    def forward(self, x):
+        return F.dropout(x, 0.5) if len(x) > 4 else x
+
+
+def draws_at_once():
+    return Objective(noisy(), F.cross_entropy), classification((4,))
+
+
+def draws_late():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), LongDropout(), nn.Linear(8, 3)).double()
+    return Objective(model, F.cross_entropy), [classification((4,), tasks=1, support=n, query=4)[0] for n in (4, 8)]
+
+
+@pytest.mark.parametrize("make", [draws_at_once, draws_late])
+def test_the_gradient_is_that_of_the_loss_with_these_masks(make):
     """The slope of the seeded loss along a direction, by central differences."""
-    objective, tasks = setup
-    engine = MAML(inner=INNER)
+    objective, tasks = make()
+    engine = MAML(inner=INNER, linearize=False)
     gradient = seeded(engine, objective, tasks)
     parameters = objective.parameters()
     direction = {n: torch.randn_like(p) for n, p in parameters.items()}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import ismethod
 from typing import TYPE_CHECKING
+from weakref import WeakMethod, ref
 
 import torch
 from torch import Tensor
@@ -155,11 +157,10 @@ class Run:
 
     def _plan(self, batch: TaskBatch) -> Plan:
         """How tasks of these shapes run; looked at once per engine."""
-        size, plans = self.engine.chunk_size, self.engine._plans
-        given = Plan(size, size, keeps_graphs=False) if isinstance(size, int) else None
-        if given is not None and self.engine.microbatch_size is None:
-            return given
-        context = self.context
+        self.check(batch)
+        size, plans, context = self.engine.chunk_size, self.engine._plans, self.context
+        if isinstance(size, int):
+            return Plan(size, size, keeps_graphs=False)
         key = (context.layout, context.fixed_layout, context.like.device, signature(batch))
         if size == "auto":
             from imaml.planning._plan import automatic  # noqa: PLC0415
@@ -168,12 +169,22 @@ class Run:
         if key not in plans:
             trial = Run.of(self.engine, context.objective, derivatives=bool(self.layouts))
             one = trial.problem([0], batch[:1], ONE_BY_ONE)
-            theta = one.theta
-            one.support.check(theta)
-            one.query.check(theta)
-            plans[key] = given or plan(one.support, one.query, theta, self.engine.inner.steps, self.engine._states)
+            plans[key] = plan(one.support, one.query, one.theta, self.engine.inner.steps, self.engine._states)
             trial.context.replay.undo()
         return plans[key]
+
+    def check(self, batch: TaskBatch, *, query: bool = True) -> None:
+        """Raise unless the losses can be taken slice by slice, if they are; looked at once per objective and shapes."""
+        objective, checked = self.context.objective, self.engine._checked
+        key = None if self.engine.microbatch_size is None else (_identity(objective), signature(batch), query)
+        if key is None or key in checked:
+            return
+        trial = Run.of(self.engine, objective, derivatives=False)
+        one = trial.problem([0], batch[:1], ONE_BY_ONE)
+        for loss in (one.support, one.query) if query else (one.support,):
+            loss.check(one.theta)
+        trial.context.replay.undo()
+        checked[key] = True
 
     def problem(self, positions: list[int], batch: TaskBatch, plan: Plan) -> Problem:
         """The inner problem and the query loss of these tasks."""
@@ -209,6 +220,14 @@ class Run:
         if isinstance(value, Tensor):
             return value if len(value) > 1 else value.reshape(())
         return self.context.like.new_tensor(value) if value else None
+
+
+def _identity(objective: Objective) -> Hashable:
+    """The model in its present mode, and the losses; equal for another objective of the same, and keeps none alive."""
+    parts = [part for part in (objective.model, objective.loss, objective.outer_loss) if part is not None]
+    modes = () if objective.model is None else tuple(module.training for module in objective.model.modules())
+    policy = getattr(objective._program, "buffers", None)
+    return (*((WeakMethod if ismethod(part) else ref)(part) for part in parts), policy, modes)
 
 
 def _if_sharded(

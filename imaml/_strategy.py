@@ -104,6 +104,7 @@ class MetaGradient(ABC):
     compile: bool = False
     _compiler: Compiler = field(default_factory=Compiler, init=False, repr=False, compare=False)
     _plans: dict[Any, Plan] = field(default_factory=Recent, init=False, repr=False, compare=False)
+    _checked: dict[Any, bool] = field(default_factory=Recent, init=False, repr=False, compare=False)
     _looks: dict[Any, Look] = field(default_factory=Recent, init=False, repr=False, compare=False)
     _alike: set[Any] = field(default_factory=set, init=False, repr=False, compare=False)
 
@@ -198,8 +199,10 @@ class MetaGradient(ABC):
         with torch.inference_mode(False), torch.no_grad():
             run = Run.of(self, objective, derivatives=False)
             context = run.context
+            tasks = TaskBatch(support=batch, query=batch)
+            run.check(tasks, query=False)
             try:
-                problem = run.problem([0], TaskBatch(support=batch, query=batch), ONE_BY_ONE)
+                problem = run.problem([0], tasks, ONE_BY_ONE)
                 phi = problem.adapt()
                 problem.finish()
             finally:

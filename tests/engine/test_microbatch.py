@@ -1,6 +1,8 @@
 """Sets that do not fit at once: slice by slice, the same numbers for the memory of a slice."""
 
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -88,14 +90,58 @@ def test_a_loss_that_is_no_mean_over_examples_is_refused(model, loss):
         MAML(inner=INNER, microbatch_size=2)(Objective(model(), loss), classification((4,)))
 
 
+def summed(output, target):
+    return F.cross_entropy(output, target, reduction="sum")
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, "auto"])
+def test_every_objective_is_looked_at(chunk_size):
+    """Another loss, another mode of the model: the shapes alone say nothing."""
+    engine, tasks = MAML(inner=INNER, microbatch_size=2, chunk_size=chunk_size), classification((4,))
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double().eval()
+    engine(Objective(model, F.cross_entropy), tasks)
+    for objective in (Objective(model, summed), Objective(model, F.cross_entropy, outer_loss=summed)):
+        with pytest.raises(ValueError, match="mean over independent examples"):
+            engine(objective, tasks)
+    model.train()
+    with pytest.raises(ValueError, match="mean over independent examples"):
+        engine(Objective(model, F.cross_entropy, buffers="batch"), tasks)
+
+
+def test_adapt_looks_at_the_support_loss():
+    engine, tasks = MAML(inner=INNER, microbatch_size=2), classification((4,))
+    with pytest.raises(ValueError, match="Got a support loss of"):
+        engine.adapt(Objective(mlp(), summed), tasks[0].support)
+    engine.adapt(Objective(mlp(), F.cross_entropy, outer_loss=summed), tasks[0].support)
+
+
+class Judge:
+    """A user's class that owns the loss and a metric of it."""
+
+    def loss(self, output, target):
+        return F.cross_entropy(output, target)
+
+
+def test_a_new_objective_of_the_same_parts_is_known_and_none_is_kept_alive():
+    engine, tasks, calls = FOMAML(inner=INNER, microbatch_size=2), classification((4,)), []
+    model, judge = mlp(), Judge()
+    model.register_forward_hook(lambda *_: calls.append(1))
+    counts = []
+    for _ in range(3):
+        calls.clear()
+        engine(Objective(model, judge.loss), tasks)
+        counts.append(len(calls))
+    assert counts[0] > counts[1] == counts[2]
+    alive = weakref.ref(model), weakref.ref(judge)
+    del model, judge
+    gc.collect()
+    assert [part() for part in alive] == [None, None]
+
+
 @pytest.mark.parametrize("kind", ["support", "query"])
 def test_the_refusal_says_what_was_computed(kind):
     """The first four examples of the first task, at once and as two slices of two."""
     model, tasks = mlp(), classification((4,), support=7, query=7)
-
-    def summed(output, target):
-        return F.cross_entropy(output, target, reduction="sum")
-
     both = {"loss": summed} if kind == "support" else {"loss": F.cross_entropy, "outer_loss": summed}
     x, y = getattr(tasks[0], kind)
     at_once = summed(model(x[:4]), y[:4]).item()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
 
 from imaml._hyper import Hyper, Hyperparameters
 from imaml._layout import Layout
@@ -29,6 +30,8 @@ class Context:
     """Their values."""
     constants: dict[str, Tensor]
     """Copies of the model's buffers; see `fresh_constants`."""
+    buffers: list[Tensor]
+    """The buffers themselves."""
     replay: Replay
     hyper: Hyperparameters
     """Of the inner loop."""
@@ -62,7 +65,10 @@ class Context:
 
     def fresh_constants(self) -> dict[str, Tensor]:
         """Copies of the model's buffers, new ones where a forward pass has changed the last."""
-        if any(buffer._version for buffer in self.constants.values()):
+        # torch.func's other transforms than `vmap` refuse writes to outer tensors, and inner ones end with them
+        if any(level.key() != TransformType.Vmap for level in get_interpreter_stack() or ()):
+            return self.objective.constants()
+        if any(map(_differ, self.constants.values(), self.buffers)):
             self.constants = self.objective.constants()
         return self.constants
 
@@ -137,6 +143,12 @@ class Context:
             fixed_layout=layout_of(fixed),
             fixed=list(fixed.values()),
             constants=objective.constants(),
+            buffers=[] if objective.model is None else list(objective.model.buffers()),
             replay=Replay(devices.pop()),
             hyper=Hyperparameters.of(hyper or {}, objective.meta, layout, like),
         )
+
+
+def _differ(copy: Tensor, buffer: Tensor) -> bool:
+    """Whether a copy was written to, be it through `.data`, which raises no version."""
+    return copy._version > 0 or (copy.layout is torch.strided and not torch.equal(copy, buffer))

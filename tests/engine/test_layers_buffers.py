@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 from imaml import FOMAML, MAML, Dense, GradientDescent, ImplicitMAML, Objective
-from tests.engine.cases import classification
+from tests.engine.cases import classification, mlp
 from tests.oracles import ORACLES, finite_difference, model_loss, relative_error, setting, unrolled
 
 INNER = GradientDescent(lr=0.1, steps=3)
@@ -224,3 +224,47 @@ def test_weights_made_by_hooks_are_as_before(strategy) -> None:
     before = model[2].weight
     engine_of(strategy)(Objective(model, F.cross_entropy), tasks)
     assert model[2].weight is before
+
+
+class Average(nn.Module):
+    """Subtracts a moving average that it writes to as code for vector quantisation does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.zeros(4).double())
+
+    def forward(self, x):
+        self.average.data.mul_(0.5).add_(x.detach().mean(0), alpha=0.5)
+        return x - self.average
+
+
+@pytest.mark.parametrize("strategy", [MAML, FOMAML, ImplicitMAML])
+def test_a_write_that_raises_no_version_leaks_to_no_other_step_or_task(strategy) -> None:
+    model = nn.Sequential(Average(), nn.Linear(4, 3).double())
+    objective, tasks = Objective(model, F.cross_entropy), list(classification((4,)))
+    engine = engine_of(strategy, chunk_size=1)
+    losses = engine(objective, tasks).report.query_loss
+    torch.testing.assert_close(engine(objective, tasks[::-1]).report.query_loss.flip(0), losses)
+    x, y = tasks[0].query
+    adapted = engine.adapt(objective, tasks[0].support)
+    torch.testing.assert_close(F.cross_entropy(functional_call(copy.deepcopy(model), adapted, (x,)), y), losses[0])
+    assert not model[0].average.any()
+
+
+def test_a_sparse_buffer() -> None:
+    model, tasks = mlp(), classification((4,))
+    expected = MAML(inner=INNER, chunk_size=1)(Objective(model, F.cross_entropy), tasks).loss
+    model.register_buffer("adjacency", torch.eye(4).to_sparse())
+    assert MAML(inner=INNER, chunk_size=1)(Objective(model, F.cross_entropy), tasks).loss == expected
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("strategy", [MAML, ImplicitMAML])
+def test_forward_over_reverse_with_dropout(strategy, policy) -> None:
+    model, tasks = nn.Sequential(*normalised(), nn.Dropout(0.4)), classification((4,))
+    found = []
+    for hvp in ("forward-over-reverse", "auto"):
+        torch.manual_seed(0)
+        engine = engine_of(strategy, hvp=hvp)
+        found.append(engine.value_and_grad(Objective(model, F.cross_entropy, buffers=policy), tasks)[1])
+    assert relative_error(*found) <= 1e-10

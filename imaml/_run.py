@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import ismethod
 from typing import TYPE_CHECKING
-from weakref import WeakMethod, ref
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -175,16 +175,19 @@ class Run:
 
     def check(self, batch: TaskBatch, *, query: bool = True) -> None:
         """Raise unless the losses can be taken slice by slice, if they are; looked at once per objective and shapes."""
+        if self.engine.microbatch_size is None:
+            return
         objective, checked = self.context.objective, self.engine._checked
-        key = None if self.engine.microbatch_size is None else (_identity(objective), signature(batch), query)
-        if key is None or key in checked:
+        parts, modes = _parts(objective)
+        key = (*map(id, parts), modes, signature(batch), query)
+        if key in checked and all(alive() is part for alive, part in zip(checked[key], parts, strict=True)):
             return
         trial = Run.of(self.engine, objective, derivatives=False)
         one = trial.problem([0], batch[:1], ONE_BY_ONE)
         for loss in (one.support, one.query) if query else (one.support,):
             loss.check(one.theta)
         trial.context.replay.undo()
-        checked[key] = True
+        checked[key] = [_weak(part) for part in parts]
 
     def problem(self, positions: list[int], batch: TaskBatch, plan: Plan) -> Problem:
         """The inner problem and the query loss of these tasks."""
@@ -222,12 +225,21 @@ class Run:
         return self.context.like.new_tensor(value) if value else None
 
 
-def _identity(objective: Objective) -> Hashable:
-    """The model in its present mode, and the losses; equal for another objective of the same, and keeps none alive."""
-    parts = [part for part in (objective.model, objective.loss, objective.outer_loss) if part is not None]
-    modes = () if objective.model is None else tuple(module.training for module in objective.model.modules())
-    policy = getattr(objective._program, "buffers", None)
-    return (*((WeakMethod if ismethod(part) else ref)(part) for part in parts), policy, modes)
+def _parts(objective: Objective) -> tuple[list[object], Hashable]:
+    """The model and the losses, which another objective of the same has too, and the modes that the model is in."""
+    model = objective.model
+    parts: list[object] = [] if model is None else [model]
+    for loss in (objective.loss, objective.outer_loss):
+        parts += [loss.__self__, loss.__func__] if ismethod(loss) else [loss]
+    modes = () if model is None else tuple(module.training for module in model.modules())
+    return parts, (getattr(objective._program, "buffers", None), modes)
+
+
+def _weak(part: object) -> Callable[[], object]:
+    try:
+        return ref(part)
+    except TypeError:  # None, or an object of a class that has no room for it
+        return lambda: part
 
 
 def _if_sharded(

@@ -16,7 +16,8 @@ class ExactDerivatives(TorchFunctionMode):
 
     - `torch._weight_norm` (the parametrization `weight_norm`): its second derivative is wrong by percents.
     - `F.embedding` with `padding_idx`: vectorised over tasks, the padding row of all tasks but the first receives a
-      gradient. With `sparse=True` its gradient has no second derivative: it is dense here.
+      gradient. With `sparse=True` its gradient has no second derivative: it is dense here, as that of
+      `F.embedding_bag`.
 
     An active mode also keeps `nn.TransformerEncoder` and `nn.MultiheadAttention` off their fast path, which has no
     derivative at all.
@@ -38,16 +39,36 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    if max_norm is not None:
-        raise ValueError(
-            f"An embedding with max_norm={max_norm} changes its weight in place, which is no function of the "
-            "parameters. Build it with max_norm=None, and bound the norm in the loss or after a meta-step."
-        )
+    _check_fixed(max_norm)
     found = F.embedding(input, weight, scale_grad_by_freq=scale_grad_by_freq)
     if padding_idx is None:
         return found
     is_padding = input == padding_idx % weight.shape[0]
     return torch.where(is_padding.unsqueeze(-1), found.detach(), found)
+
+
+def _embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    _check_fixed(max_norm)
+    return F.embedding_bag(input, weight, offsets, None, norm_type, scale_grad_by_freq, mode, False, *args, **kwargs)
+
+
+def _check_fixed(max_norm: float | None) -> None:
+    if max_norm is not None:
+        raise ValueError(
+            f"An embedding with max_norm={max_norm} changes its weight in place, which is no function of the "
+            "parameters. Build it with max_norm=None, and bound the norm in the loss or after a meta-step."
+        )
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -58,5 +79,6 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 _REPLACED: Mapping[Callable[..., Any], Callable[..., Any]] = {
     F.embedding: _embedding,
+    F.embedding_bag: _embedding_bag,
     torch._weight_norm: _weight_norm,
 }

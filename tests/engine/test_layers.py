@@ -114,13 +114,37 @@ def test_weight_norm_whose_second_derivative_torch_gets_wrong(name, chunk_size) 
         assert slope == pytest.approx(finite_difference(s, direction).item(), rel=1e-7, abs=1e-9)
 
 
-def test_an_embedding_that_renormalises_its_weight_is_refused() -> None:
-    model = Text(max_norm=1.0).double()
+class Bags(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.embed, self.head = nn.EmbeddingBag(WORDS, 4, **options), nn.Linear(4, WORDS)
+
+    def forward(self, x):
+        return self.head(self.embed(x))
+
+
+@pytest.mark.parametrize("kind", [Text, Bags])
+def test_an_embedding_that_renormalises_its_weight_is_refused(kind) -> None:
+    model = kind(max_norm=1.0).double()
     x, y = torch.randint(WORDS, (2, 4, 5)), torch.randint(WORDS, (2, 4))
     before = model.embed.weight.detach().clone()
     with pytest.raises(ValueError, match=r"max_norm=1.0 changes its weight in place.*max_norm=None"):
         MAML(inner=INNER)(Objective(model, F.cross_entropy), TaskBatch(support=(x, y), query=(x, y)))
     assert torch.equal(model.embed.weight, before)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("strategy", [MAML, FOMAML, ImplicitMAML])
+def test_bags_with_sparse_gradients_are_as_those_with_dense_ones(strategy, mode) -> None:
+    sparse = Bags(mode=mode, sparse=True, padding_idx=1).double()
+    dense = Bags(mode=mode, padding_idx=1).double()
+    dense.load_state_dict(sparse.state_dict())
+    x, y = torch.randint(WORDS, (3, 9, 5)), torch.randint(WORDS, (3, 9))
+    tasks = TaskBatch(support=(x[:, :4], y[:, :4]), query=(x[:, 4:], y[:, 4:]))
+    engine = strategy(inner=INNER)
+    found, expected = (engine.value_and_grad(Objective(m, F.cross_entropy), tasks)[1] for m in (sparse, dense))
+    assert relative_error(found, expected) == 0
 
 
 def test_dropout_of_a_model_that_cannot_be_vectorised_is_replayed() -> None:

@@ -35,12 +35,18 @@ class Problem:
     """Which tasks of the user's these are."""
     support_losses: list[Tensor] = field(default_factory=list)
     """L_support `(tasks,)` before each inner step."""
-    statistics: dict[str, Tensor] = field(default_factory=dict)
-    """Running statistics of each task so far, where they follow the inner loop."""
+    statistics: dict[str, Tensor] = field(init=False)
+    """Running statistics of each task so far, from the model's own, where they follow the inner loop."""
     stopped: Tensor | None = None
     """Which tasks have stopped early, `(tasks,)`; None for none."""
     _theta: Tensor | None = None
     _is_over: bool = False
+
+    def __post_init__(self) -> None:
+        context, tasks = self.support.context, self.support.tasks
+        constants = context.fresh_constants()
+        own = {n: constants[n].clone() for n in context.objective.statistics()}
+        self.statistics = {n: buffer.expand(tasks, *buffer.shape) for n, buffer in own.items()}
 
     @property
     def theta(self) -> Tensor:
@@ -83,7 +89,7 @@ class Problem:
         """What a function makes of each task alone, as one."""
         found, alone = [], []
         for _, support in self.support.split(1):
-            one = replace(self, support=support, support_losses=[], statistics={})
+            one = replace(self, support=support, support_losses=[])
             found.append(run(one))
             one._theta = None
             alone.append(one)
@@ -92,11 +98,6 @@ class Problem:
         return torch.cat(found)
 
     def _carry_statistics(self, phi: Tensor, step: int) -> None:
-        context = self.support.context
-        if step == 0:
-            constants = context.fresh_constants()
-            before = {n: constants[n] for n in context.objective.statistics()}
-            self.statistics = {n: b.expand(len(phi), *b.shape) for n, b in before.items()}
         if self.statistics:
             for _, part in self.support.parts:
                 self.statistics = self._of_moving(part.statistics(phi, step, self.statistics))

@@ -120,6 +120,17 @@ def test_update_carries_the_statistics_of_each_task_alone(options, chunk_size) -
     functional_call(model, adapted, (tasks[1].query[0],))
 
 
+@pytest.mark.parametrize("chunk_size", [None, 2, 1])
+def test_without_inner_steps_the_statistics_are_the_models_own(chunk_size) -> None:
+    model, tasks = normalised(), classification((4,))
+    objective, engine = (
+        Objective(model, F.cross_entropy, buffers="update"),
+        MAML(inner=GradientDescent(lr=0.1, steps=0), chunk_size=chunk_size),
+    )
+    for found in (engine(objective, tasks).report.buffers, engine.adapt(objective, tasks[1].support)):
+        assert all(torch.allclose(found[n], b, rtol=1e-12) for n, b in model.named_buffers())
+
+
 def test_the_mean_enters_the_model_where_it_is_loaded() -> None:
     model, tasks = normalised(), classification((4,))
     report = MAML(inner=INNER)(Objective(model, F.cross_entropy, buffers="update"), tasks).report

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 BufferPolicy = Literal["batch", "frozen", "update"]
@@ -34,7 +33,7 @@ def check_buffers(model: nn.Module) -> None:
                 "or build it with track_running_stats=False (batch statistics), or call .eval() on it (fixed "
                 "statistics)."
             )
-    for name, module in _power_iterations(model):
+    for name, module, _ in _power_iterations(model):
         if module.training:
             layer = name.partition(".parametrizations")[0]
             raise ValueError(
@@ -57,32 +56,38 @@ def statistics(model: nn.Module) -> list[str]:
 
 @contextmanager
 def held(model: nn.Module) -> Iterator[None]:
-    """Within it spectral_norm keeps its vectors; afterwards the model is as it was, weights made by hooks included."""
-    iterating = [module for _, module in _power_iterations(model) if module.training]
-    made = [(module, name, module.__dict__[name]) for module, name in _made_by_hooks(model)]
-    for module in iterating:
-        module.training = False
+    """Within it spectral_norm keeps its vectors."""
+    iterating = [(norm, norm.n_power_iterations) for _, _, norm in _power_iterations(model)]
+    for norm, _ in iterating:
+        norm.n_power_iterations = 0
     try:
         yield
     finally:
-        for module in iterating:
-            module.training = True
-        for module, name, weight in made:
-            module.__dict__[name] = weight
+        for norm, iterations in iterating:
+            norm.n_power_iterations = iterations
 
 
-def _power_iterations(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """After it no module has a tensor as an attribute that was set within: a weight made by a hook, an output."""
+    before = [(module, dict(module.__dict__)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            for name, value in list(module.__dict__.items()):
+                if isinstance(value, Tensor):
+                    del module.__dict__[name]
+                    if name in attributes:
+                        module.__dict__[name] = attributes[name]
+
+
+def _power_iterations(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
+    """Every spectral_norm of more than a vector, with the module in whose training mode it updates."""
     for name, module in model.named_modules():
-        hooks = module._forward_pre_hooks.values()
-        if isinstance(module, _SpectralNorm) or any(isinstance(hook, SpectralNorm) for hook in hooks):
-            yield name, module
-
-
-def _made_by_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, (SpectralNorm, WeightNorm)):
-                yield module, hook.name
+        for norm in (module, *module._forward_pre_hooks.values()):
+            if isinstance(norm, (_SpectralNorm, SpectralNorm)) and hasattr(norm, "n_power_iterations"):
+                yield name, module, norm
 
 
 class Statistics(TorchFunctionMode):

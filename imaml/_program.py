@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from imaml._buffers import BufferPolicy, Statistics, check_buffers, held, statistics
+from imaml._buffers import BufferPolicy, Statistics, check_buffers, held, restored, statistics
 from imaml._eager import eager
 from imaml._meta import with_meta
 from imaml._tasks import Batch
@@ -71,14 +71,19 @@ class ModelProgram:
     def evaluate(
         self, values: Parameters, meta: Mapping[str, Any], batch: Batch, *, metric: bool, outer: bool
     ) -> tuple[Any, Any]:
-        output = self.predict(values, batch)
-        figure = self.metric(output, batch[1]) if metric and self.metric else None
-        return self.judge(output, meta, batch, outer=outer), figure
+        with restored(self.model):  # afterwards: a loss may read what the forward pass has set on the model
+            output = self._output(values, batch)
+            figure = self.metric(output, batch[1]) if metric and self.metric else None
+            return self.judge(output, meta, batch, outer=outer), figure
 
     def judge(self, output: Any, meta: Mapping[str, Any], batch: Batch, *, outer: bool) -> Any:
         return (self._outer if outer else self._inner)(output, batch[1], meta=meta)
 
     def predict(self, values: Parameters, batch: Batch, *, recording: bool = False) -> Any:
+        with restored(self.model):
+            return self._output(values, batch, recording=recording)
+
+    def _output(self, values: Parameters, batch: Batch, *, recording: bool = False) -> Any:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise ValueError(
                 f"A model's batch must be (input, target). Got {type(batch).__name__}"
@@ -90,7 +95,25 @@ class ModelProgram:
         kwargs = inputs if isinstance(inputs, dict) else None
         policy = nullcontext() if self.buffers is None or recording else Statistics(self.buffers)
         with eager(self.model), held(self.model), policy:
-            return functional_call(self.model, dict(values), args, kwargs)
+            return functional_call(self.model, _by_place(self.model, values), args, kwargs, tie_weights=False)
+
+
+def _by_place(model: nn.Module, values: Parameters) -> dict[str, Tensor]:
+    """The values under all names of a tied tensor, but one name only of a module that has several.
+
+    `functional_call` swaps by name, and where two names mean one place it puts back what it has put there itself.
+
+    Returns:
+        What it takes, with `tie_weights=False`.
+    """
+    places = {
+        name: tensor
+        for prefix, module in model.named_modules()
+        for members in (module.named_parameters, module.named_buffers)
+        for name, tensor in members(prefix, recurse=False, remove_duplicate=False)
+    }
+    given = {places[name]: value for name, value in values.items()}
+    return {name: given[tensor] for name, tensor in places.items() if tensor in given}
 
 
 def _reshard(model: nn.Module) -> None:

@@ -44,14 +44,14 @@ def check_buffers(model: nn.Module) -> None:
 
 
 def statistics(model: nn.Module) -> list[str]:
-    """Names of the buffers that normalisation layers update in training mode."""
-    names = (
-        f"{prefix}.{name}".lstrip(".")
-        for prefix, module in model.named_modules()
+    """Names of the buffers that normalisation layers update in training mode, the first of a shared one."""
+    moving = {
+        buffer
+        for module in model.modules()
         if module.training and getattr(module, "track_running_stats", False)
-        for name, _ in module.named_buffers(recurse=False)
-    )
-    return list(names)
+        for buffer in module.buffers(recurse=False)
+    }
+    return [name for name, buffer in model.named_buffers() if buffer in moving]
 
 
 @contextmanager

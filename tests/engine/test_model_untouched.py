@@ -115,6 +115,15 @@ def test_running_statistics_of_a_module_of_several_names(chunk_size):
     assert all(torch.equal(found[n], b) for n, b in expected.items())
 
 
+def test_running_statistics_that_two_modules_share():
+    model, tasks = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double(), classification((4,))
+    model[1].num_batches_tracked = model[0].num_batches_tracked
+    before = state(model)
+    report = MAML(inner=INNER)(Objective(model, F.cross_entropy, buffers="update"), tasks).report
+    check_untouched(model, before)
+    assert report.buffers["0.num_batches_tracked"] == 2 * INNER.steps
+
+
 @pytest.mark.parametrize("chunk_size", [None, 1])
 @pytest.mark.parametrize("strategy", [MAML, FOMAML, ImplicitMAML])
 def test_a_pruned_weight(strategy, chunk_size):

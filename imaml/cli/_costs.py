@@ -120,8 +120,8 @@ def _error(made: Made, engine: MetaGradient, exact: dict[str, Tensor | None]) ->
 
 def _support_gradients(made: Made) -> None:
     """One plain gradient of every task's support loss, the unit of gradient-equivalents."""
-    values = made.objective.parameters()
-    wanted = [values[name] for name in made.objective.adapted]
+    values = {name: value.detach() for name, value in made.objective.parameters().items()}
+    wanted = [values[name].requires_grad_() for name in made.objective.adapted]
     for task in made.tasks:
         loss, _ = made.objective.evaluate(values | made.objective.constants(), task.support)
         torch.autograd.grad(loss, wanted, allow_unused=True)

@@ -16,6 +16,8 @@ from tests.cli.factory import FACTORY
 MODULE = (
     FACTORY
     + """
+from imaml import Task, bilevel
+
 def with_engine():
     return *make(), MAML(inner=GradientDescent(lr=0.2, steps=4), regularization=0.5)
 
@@ -49,6 +51,21 @@ class Single(nn.Linear):
 
 def in_float32_alone():
     return Objective(Single(2, 2), F.mse_loss), make()[1]
+
+def with_unused_step():
+    objective, tasks = make()
+    return Objective(objective.model, F.mse_loss, meta={"log_lr": torch.tensor(-2.0, requires_grad=True)}), tasks
+
+def ridge():
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 3), torch.randn(12)
+    def fit(inner, meta, batch):
+        return (batch[0] @ inner["w"] - batch[1]).square().mean()
+    def loss(inner, meta, batch):
+        return fit(inner, meta, batch) + meta["log_decay"].exp() * inner["w"].square().sum()
+    meta = {"log_decay": torch.tensor(-2.0, requires_grad=True)}
+    problem = bilevel(loss, fit, inner={"w": torch.zeros(3)}, meta=meta)
+    return problem, [Task(support=(x[:6], y[:6]), query=(x[6:], y[6:]))]
 
 def fails():
     objective, tasks = make()
@@ -113,7 +130,24 @@ def test_a_strategy_that_a_learned_step_size_is_not_for(run, capsys):
     assert code == 0
     assert {(row["strategy"], row["seconds"] is None) for row in rows} == {("maml", False), ("fomaml", True)}
     printed = capsys.readouterr().out
-    assert "FOMAML: no setting runs." in printed and "The meta-gradient for the meta-parameter 'log_lr'" in printed
+    assert (
+        "FOMAML: no setting runs without a failure." in printed
+        and "The meta-gradient for the meta-parameter 'log_lr'" in printed
+    )
+
+
+def test_a_setting_whose_check_fails_is_not_recommended(run, capsys):
+    _, rows = run("user_bench:with_unused_step", "--strategies", "maml")
+    timed = [row for row in rows if row["seconds"] is not None]
+    assert timed and all(row["failure"].startswith("in float64, ") for row in timed)
+    printed = capsys.readouterr().out
+    assert "MAML: no setting runs without a failure." in printed and "MAML: use" not in printed
+
+
+def test_a_bilevel_problem_whose_inner_variables_are_plain_tensors(run):
+    code, rows = run("user_bench:ridge", "--strategies", "maml", "imaml")
+    assert code == 0 and all(row["equivalents"] > 0 and row["failure"] is None for row in rows)
+    assert max(row["error"] for row in rows if row["strategy"] == "maml") < 1e-5
 
 
 def test_a_model_in_float32_alone_has_times_and_no_error(run, capsys):

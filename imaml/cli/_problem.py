@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, MetaGradient, Objective, data, text
 from imaml.cli._metric import ACCURACY, MSE, Metric
 from imaml.cli._options import Dataset, EngineOptions, EpisodeOptions, MachineOptions, Model, Strategy
+from imaml.data._banking77 import existing
 from imaml.models import MLP, Conv4
 from imaml.training import Episodes
 
@@ -69,6 +70,8 @@ def build_problem(options: EpisodeOptions, machine: MachineOptions) -> Problem:
     torch.manual_seed(options.seed)
     model: nn.Module
     if name == "minilm":
+        if options.data is not None:
+            existing(options.data)  # before the model is loaded
         encoder, model = text.load_minilm(given["ways"])
         given["encoder"] = encoder.to(machine.device)
     else:

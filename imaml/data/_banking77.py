@@ -73,7 +73,7 @@ class Banking77(Episodes):
     @cached_property
     def messages(self) -> dict[str, list[str]]:
         """All messages by intent."""
-        folder = _download() if self.path is None else Path(self.path)
+        folder = _download() if self.path is None else existing(self.path)
         found: dict[str, list[str]] = {}
         for name in _FILES:
             for row in csv.DictReader(io.StringIO((folder / name).read_text("utf-8"))):
@@ -135,6 +135,18 @@ class Banking77(Episodes):
 
 
 _KNOWN = ""
+
+
+def existing(path: str | os.PathLike[str]) -> Path:
+    """The folder `path`; raises FileNotFoundError where a file of BANKING77 is not in it."""
+    folder = Path(path)
+    missing = [name for name in _FILES if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"No BANKING77 messages at {folder}: there is no {missing[0]}. Expected a folder with "
+            f"{' and '.join(_FILES)}."
+        )
+    return folder
 
 
 def _download() -> Path:

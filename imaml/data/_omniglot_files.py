@@ -90,7 +90,7 @@ def _unpacked(path: Path, arrays: Arrays) -> Characters:
 
 def _downloaded(name: str) -> Path:
     pooch = optional("pooch", "Downloading Omniglot")
-    remedy = f"Get {' and '.join(CHECKSUMS)} by hand and pass their folder as `path`."
+    remedy = f"Get {' and '.join(CHECKSUMS)} by hand and pass their folder as `path` (--data of the program)."
     try:
         return Path(pooch.retrieve(SOURCE + name, f"md5:{CHECKSUMS[name]}", fname=name, path=cache_folder()))
     except OSError as error:

@@ -22,10 +22,14 @@ def test_a_run_on_messages(tmp_path, data_folder, capsys):
     assert "Test accuracy" in capsys.readouterr().out
 
 
-def test_another_model_or_a_missing_package_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+def test_another_model_a_missing_package_or_folder_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
     assert main(["train", "--dataset", "banking77", "--model", "conv4", "--out", str(tmp_path / "run")]) == 2
     assert "--model must be minilm for --dataset banking77. Got conv4." in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert main([*TINY, "--out", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err == "imaml: MiniLM needs transformers: pip install 'imaml[text]'\n"
+    data = ["--data", str(tmp_path / "none")]
+    assert main([*TINY, *data, "--out", str(tmp_path / "run")]) == 2
+    expected = "there is no train.csv. Expected a folder with train.csv and test.csv.\n"
+    assert capsys.readouterr().err == f"imaml: No BANKING77 messages at {tmp_path / 'none'}: {expected}"
     assert not (tmp_path / "run").exists()

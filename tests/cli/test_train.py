@@ -149,6 +149,15 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, capsys, options, messag
     assert not (tmp_path / "run" / "result.json").exists()
 
 
+def test_without_the_data_and_a_network_the_option_is_named(tmp_path, monkeypatch, capsys):
+    def offline(*args, **kwargs):
+        raise OSError("unreachable")
+
+    monkeypatch.setattr("pooch.retrieve", offline)
+    assert tiny(tmp_path / "run", "--dataset", "omniglot") == 2
+    assert "pass their folder as `path` (--data of the program).\n" in capsys.readouterr().err
+
+
 def test_folders_that_cannot_be_used(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert tiny(tmp_path) == 2

@@ -55,9 +55,9 @@ def train(options: Train) -> int:
 
 def _how_to_continue(options: Train) -> str:
     folder = RunFolder(options.folder)
-    return (
-        f"Continue with: imaml train --out {folder.path} --resume" if folder.holds_run else "Nothing was trained yet."
-    )
+    if folder.holds(options.config, free=_FREE_ON_RESUME):
+        return f"Continue with: imaml train --out {folder.path} --resume"
+    return "Nothing was trained yet."
 
 
 def _train(options: Train, group: ProcessGroup | None) -> int:

@@ -2,6 +2,7 @@
 
 from imaml.training._checkpoint import CheckpointError as CheckpointError
 from imaml.training._checkpoint import load_checkpoint as load_checkpoint
+from imaml.training._checkpoint import make_folder as make_folder
 from imaml.training._checkpoint import replace_file as replace_file
 from imaml.training._checkpoint import save_checkpoint as save_checkpoint
 from imaml.training._evaluation import Episodes as Episodes

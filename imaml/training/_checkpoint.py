@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 import torch
@@ -26,6 +27,22 @@ def naming(path: Path) -> Iterator[None]:
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def make_folder(path: Path) -> None:
+    """Make a run folder where there is none, and see that files can be made in it.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        OSError: They cannot.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise type(error)(f"The run folder {path} cannot be written ({error.strerror}). Name another.") from error
 
 
 def replace_file(path: Path, write: Callable[[IO[bytes]], object], *, keep: Path | None = None) -> None:

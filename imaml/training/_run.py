@@ -12,6 +12,7 @@ from imaml.training._alike import check_alike
 from imaml.training._checkpoint import (
     CheckpointError,
     load_checkpoint,
+    make_folder,
     naming,
     previous_checkpoint,
     replace_file,
@@ -48,21 +49,24 @@ class RunFolder:
             OSError: It cannot be made or written.
         """
         folder = cls(path)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            empty = all(file.suffix == ".tmp" for file in path.iterdir())
-            if empty:
-                folder._write_json("config.json", config)
-        except OSError as error:
-            raise type(error)(f"The run folder {path} cannot be written ({error.strerror}). Name another.") from error
-        if not empty:
+        make_folder(path)
+        if not all(file.suffix == ".tmp" for file in path.iterdir()):
             raise FileExistsError(f"The run folder {path} is not empty. Resume the run in it, or name another.")
+        folder._write_json("config.json", config)
         return folder
 
     @property
     def holds_run(self) -> bool:
         """Whether `create` has been here."""
         return (self.path / "config.json").is_file()
+
+    def holds(self, config: dict[str, Any], *, free: Collection[str] = ()) -> bool:
+        """Whether the run in the folder has this configuration; `free` as for `read`."""
+        try:
+            check_alike(self.path, self.config, config, free)
+        except (FileNotFoundError, CheckpointError):
+            return False
+        return True
 
     @property
     def config(self) -> dict[str, Any]:

@@ -83,8 +83,10 @@ def test_sigterm_in_the_test_and_before_the_first_step(tmp_path, whole, monkeypa
         patch.setattr("imaml.data.Sinusoid.batch", lambda *args: [sigterm(), draw(*args)][1])
         capsys.readouterr()
         assert main(options(tmp_path / "other", steps=STEPS)) == 0
-    assert capsys.readouterr().out == "Stopped. Nothing was trained yet.\n"
-    assert not (tmp_path / "other").exists()
+        assert capsys.readouterr().out == "Stopped. Nothing was trained yet.\n"
+        assert not (tmp_path / "other").exists()
+        assert main([*options(out, steps=STEPS), "--inner-lr", "0.5"]) == 0
+    assert capsys.readouterr().out == "Stopped. Nothing was trained yet.\n", "the folder holds another run"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 

@@ -16,7 +16,7 @@ from imaml.verify._modes import MODES, find
 from imaml.verify._products import differences
 from imaml.verify._products_verdict import verdict
 from imaml.verify._reference import Reference, draws, flat, unflat
-from imaml.verify._subject import in_double, is_random
+from imaml.verify._subject import evaluated, in_double, is_random
 from imaml.verify._verification import Verification
 
 DIRECTIONS = 3
@@ -69,10 +69,11 @@ def hvp(
         raise ValueError(f"`tolerance` must be positive. Got {tolerance}.")
     objective.check()
     copied = _at(objective.double(), params)
-    (task,) = in_double([Task(support=batch, query=batch)])
+    given = Task(support=batch, query=batch)
+    (task,) = in_double([given])
     reference = Reference(copied, [task], GradientDescent(lr=1.0, steps=0), damping={})
     values = reference.values()
-    random = is_random(task, partial(reference.loss, values), seed)
+    random = is_random(task, partial(reference.loss, values), seed, partial(evaluated, objective, given))
     adapted = {n: values[n] for n in copied.adapted}
 
     def gradient(phi: Tensor) -> Tensor:

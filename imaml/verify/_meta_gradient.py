@@ -17,7 +17,7 @@ from imaml.verify._argmin import NoMinimum
 from imaml.verify._claims import along, as_function, claim_of, damping_of, inner_of, name_of
 from imaml.verify._comparison import compare
 from imaml.verify._reference import Reference, Values, draws, moved
-from imaml.verify._subject import Subject, Tasks, call, in_double, is_random, snapshot, why_calls_differ
+from imaml.verify._subject import Subject, Tasks, call, evaluated, in_double, is_random, snapshot, why_calls_differ
 from imaml.verify._suspects import cause_of
 from imaml.verify._verification import Status, Verification, judge
 
@@ -76,12 +76,13 @@ def meta_gradient(
     used = inner_of(engine_or_function, inner, claim)
     if not isinstance(objective, Objective):
         raise TypeError(f"Expected an Objective(model, loss). Got {type(objective).__name__}.")
-    copied, tasks = objective.double(), in_double(tasks)
+    copied, doubled = objective.double(), in_double(tasks)
+    as_given, tasks = partial(evaluated, objective, tasks[0]), doubled
     damping = damping_of(engine_or_function, regularization, copied.adapted, claim)
     given = regularization if regularization is not None else getattr(engine_or_function, "regularization", None)
     reference = Reference(copied, list(tasks), used, damping, as_function(given))
     values = reference.values()
-    random = is_random(reference.tasks[0], partial(reference.loss, values), seed)
+    random = is_random(reference.tasks[0], partial(reference.loss, values), seed, as_given)
 
     own = objective.double()
     before = snapshot(own)

@@ -83,14 +83,27 @@ def _flat(result: Any, like: Mapping[str, Tensor], name: str) -> Tensor:
     return flat({key: result[key] for key in like})
 
 
-def is_random(task: Task, loss: Callable[..., Tensor], seed: int) -> bool:
+def evaluated(objective: Objective, task: Task) -> list[float]:
+    """Support and query loss at the objective's own parameters."""
+    values = objective.parameters() | objective.constants()
+    pairs = ((task.support, False), (task.query, True))
+    return [objective.evaluate(values, batch, outer=outer)[0].item() for batch, outer in pairs]
+
+
+def is_random(task: Task, loss: Callable[..., Tensor], seed: int, as_given: Callable[[], object]) -> bool:
     """Whether the support or query loss draws random numbers.
+
+    Args:
+        task: In float64.
+        loss: Likewise.
+        seed: Of the random numbers.
+        as_given: Evaluates the losses as the user gave them, before the cast.
 
     Returns:
         Whether it does.
 
     Raises:
-        TypeError: The loss cannot be evaluated in float64.
+        TypeError: The loss cannot be evaluated in float64. Where it cannot as given either, that error comes through.
         ValueError: The loss differs between two calls with the same seed, or is not finite.
     """
 
@@ -101,6 +114,8 @@ def is_random(task: Task, loss: Callable[..., Tensor], seed: int) -> bool:
     try:
         both(seed)
     except RuntimeError as error:
+        with draws(seed), torch.no_grad():
+            as_given()
         raise TypeError(
             f"The model or its loss does not run in float64: {error}. Expected one that computes in the dtype of its "
             "parameters and inputs: keep constants as buffers of the model, and make no tensor of a fixed dtype."

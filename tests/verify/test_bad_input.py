@@ -46,6 +46,15 @@ def test_a_loss_that_differs_between_two_calls(verify):
 
 
 @both
+def test_float64_is_blamed_only_for_what_runs_without_it(verify):
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as raised:
+        verify(Objective(nn.Linear(3, 2), F.mse_loss))
+    assert "float64" not in str(raised.value)
+    with pytest.raises(TypeError, match="does not run in float64"):
+        verify(Objective(nn.Linear(4, 2), lambda output, target: F.mse_loss(output @ torch.eye(2), target)))
+
+
+@both
 def test_a_loss_that_is_not_finite(verify):
     with pytest.raises(ValueError, match="not finite.*nan"):
         verify(Objective(nn.Linear(4, 2), lambda output, target: output.mean() * float("nan")))

@@ -17,15 +17,15 @@ from imaml.cli._bench_figures import scatter
 from imaml.cli._bench_options import Bench
 from imaml.cli._bench_settings import Setting, settings
 from imaml.cli._costs import Cost, measure
-from imaml.cli._engines import engines, given
+from imaml.cli._engines import engines
 from imaml.cli._environment import environment
 from imaml.cli._factory import Made, make
 from imaml.cli._options import MachineOptions
 from imaml.cli._outcome import NAMES
 from imaml.cli._page import Drawing, Section, save_figures, write_page
-from imaml.cli._problem import set_up
+from imaml.cli._problem import given, set_up
 from imaml.cli._progress import say
-from imaml.training import replace_file
+from imaml.training import make_folder, replace_file
 
 HEADINGS = ("setting", "ms", "spread", "gradients", "peak MB", "error")
 NOTES = (
@@ -55,9 +55,12 @@ def bench(options: Bench) -> int:
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself on stderr
     console = Console()
+    if options.memory is not None and not options.memory > 0:
+        raise ValueError(f"--memory must be more than 0 MB. Got {options.memory:g}.")
     set_up(MachineOptions(threads=options.threads))
     made = make(options.problem)
     chosen = list(_settings(made, options, console))
+    make_folder(options.out)
     try:
         costs = measure(made, chosen, memory=options.memory, repeats=options.repeats, console=console)
     except (TypeError, RuntimeError) as error:
@@ -66,7 +69,6 @@ def bench(options: Bench) -> int:
     console.print(_table(costs))
     for line in advice:
         say(console, line)
-    options.out.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(asdict(cost)) + "\n" for cost in costs)
     replace_file(options.out / "results.jsonl", lambda stream: stream.write(lines.encode()))
     section = Section(

@@ -19,10 +19,10 @@ from imaml.cli._metric import Metric
 from imaml.cli._options import Compare, EngineOptions, Strategy
 from imaml.cli._outcome import COLORS, FOOTNOTES, NAMES, Outcome, columns
 from imaml.cli._presets import PRESETS
-from imaml.cli._problem import applies, build_engine, build_problem, flag
+from imaml.cli._problem import applies, build_engine, build_problem, check_given, given
 from imaml.cli._progress import say
 from imaml.cli._report import write_report
-from imaml.training import replace_file
+from imaml.training import make_folder, replace_file
 
 
 def compare(options: Compare) -> int:
@@ -45,7 +45,7 @@ def compare(options: Compare) -> int:
         "engines": {strategy: asdict(engine) for strategy, engine in engines.items()},
         **environment(),
     }
-    options.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(options.folder)
     _write(options, settings, [])
     with console.status("Preparing the tasks"):
         probe = problem.episodes.batch("val", 0, options.plan.meta_batch).to(device=options.machine.device)
@@ -68,16 +68,11 @@ def compare(options: Compare) -> int:
 
 def _engines(options: Compare) -> dict[Strategy, EngineOptions]:
     """For each strategy the defaults of the dataset, and what was given as far as it applies."""
-    if not options.strategies:
-        raise ValueError("--strategies needs at least one strategy. Got none.")
-    given = {name: value for name, value in vars(options.engine).items() if value is not None}
-    for name, value in given.items():
-        if not any(applies(name, strategy) for strategy in options.strategies):
-            which = ", ".join(options.strategies)
-            raise ValueError(f"{flag(name)} applies to none of {which}. Got {value}: leave it out.")
+    check_given(options.engine, options.strategies)
+    chosen = given(options.engine)
     presets = PRESETS[options.episodes.dataset].engines
     engines = {
-        strategy: replace(presets[strategy], **{name: given[name] for name in given if applies(name, strategy)})
+        strategy: replace(presets[strategy], **{n: value for n, value in chosen.items() if applies(n, strategy)})
         for strategy in options.strategies
     }
     for strategy, engine in engines.items():

@@ -9,8 +9,9 @@ from typing import Any
 from imaml import ImplicitMAML, MetaGradient
 from imaml.cli._factory import Made
 from imaml.cli._options import EngineOptions, Strategy
-from imaml.cli._problem import applies, build_engine, field_of
+from imaml.cli._problem import applies, build_engine, check_adapt, check_given, field_of, given
 from imaml.inner import InnerSolver
+from imaml.verify._claims import name_of
 
 DEFAULTS: dict[Strategy, EngineOptions] = {
     "maml": EngineOptions(inner_lr=0.01, inner_steps=5),
@@ -35,10 +36,16 @@ def engines(
         A strategy with its engine, or with the reason why the problem's inner loop is not for it.
 
     Raises:
-        ValueError: There is no strategy, an option is out of range, or none of the strategies takes the inner loop.
+        ValueError: There is no strategy, an option is out of range or for none of them, the problem brings something
+            else than an engine, or none of the strategies takes the inner loop.
     """
-    if not strategies:
-        raise ValueError("--strategies needs at least one strategy. Got none.")
+    check_adapt(options)
+    check_given(options, strategies)
+    if not (made.subject is None or isinstance(made.subject, MetaGradient)):
+        raise ValueError(
+            "Expected an engine, such as MAML(inner=...), as the third value of the problem. Got the function "
+            f"{name_of(made.subject)}, which only `imaml verify` takes: leave it out."
+        )
     reasons: list[str] = []
     for strategy in strategies:
         own = {name: value for name, value in given(options).items() if applies(name, strategy)}
@@ -54,11 +61,6 @@ def engines(
                 yield strategy, reasons[-1]
                 continue
         yield strategy, engine
-
-
-def given(options: EngineOptions) -> dict[str, Any]:
-    """The options that are not left open."""
-    return {name: value for name, value in vars(options).items() if value is not None}
 
 
 def _kept(engine: MetaGradient, subject: MetaGradient, own: Mapping[str, Any]) -> dict[str, Any]:

@@ -78,6 +78,10 @@ def _checked(name: str, made: Any) -> Made:
         group(tasks)
     except TypeError as error:
         raise ValueError(f"{name} returned other tasks than expected. {error}") from error
+    if isinstance(subject, type):
+        raise ValueError(
+            f"{name} must return a strategy or a function last. Got the class {subject.__name__}: return an instance."
+        )
     if subject is not None and not callable(subject):
         raise ValueError(f"{name} must return a strategy or a function last. Got {type(subject).__name__}.")
     return Made(objective, tasks, subject)

@@ -117,6 +117,30 @@ def build_engine(strategy: Strategy, options: EngineOptions) -> MetaGradient:
     return kind(**given)
 
 
+def given(options: EngineOptions) -> dict[str, Any]:
+    """The options that are not left open."""
+    return {name: value for name, value in vars(options).items() if value is not None}
+
+
+def check_given(options: EngineOptions, strategies: Sequence[Strategy]) -> None:
+    """Raise ValueError where there is no strategy, or an option is for none of them."""
+    if not strategies:
+        raise ValueError("--strategies needs at least one strategy. Got none.")
+    for name, value in given(options).items():
+        if not any(applies(name, strategy) for strategy in strategies):
+            which = ", ".join(strategies)
+            raise ValueError(f"{flag(name)} applies to none of {which}. Got {value}: leave it out.")
+
+
+def check_adapt(options: EngineOptions) -> None:
+    """Raise ValueError where `adapt` is given along with a problem, which says itself what adapts."""
+    if options.adapt is not None:
+        raise ValueError(
+            f"--adapt does not apply: the problem's objective says what adapts. Got {' '.join(options.adapt)}: pass it "
+            "to the objective, as `adapt`."
+        )
+
+
 def flag(name: str) -> str:
     """The command line's name of an option, such as "--inner-lr"."""
     return "--" + name.replace("_", "-")

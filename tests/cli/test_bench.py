@@ -177,6 +177,8 @@ def test_settings_over_the_limit_are_not_timed(run, capsys):
     [
         ([], "Expected a problem as module:function"),
         (["user_bench:make", "--strategies"], "--strategies needs at least one"),
+        (["user_bench:make", "--strategies", "maml", "--cg-steps", "3"], "--cg-steps applies to none of maml. Got 3"),
+        (["user_bench:make", "--memory", "-1"], "--memory must be more than 0 MB. Got -1"),
         (["user_bench:make", "--threads", "0"], "--threads must be at least 1. Got 0"),
         (["user_bench:fails"], "shapes cannot be multiplied"),
     ],
@@ -185,6 +187,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(run, capsys, args, message):
     assert run(*args)[0] == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_measured(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out").write_text("")
+    monkeypatch.setattr("imaml.cli._bench.measure", None)
+    assert main(["bench", "user_bench:make", "--out", str(tmp_path / "out")]) == 2
+    expected = f"imaml: The run folder {tmp_path / 'out'} cannot be written (File exists). Name another.\n"
+    assert capsys.readouterr().err == expected
 
 
 def cost(setting, seconds, size, spread=0.0):

@@ -81,6 +81,13 @@ def test_a_budget_of_time_is_shared_and_the_table_printed(tmp_path, capsys):
     assert "report.html" in printed
 
 
+def test_a_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main([*TINY, "--out", str(tmp_path / "file")]) == 2
+    expected = f"imaml: The run folder {tmp_path / 'file'} cannot be written (File exists). Name another.\n"
+    assert capsys.readouterr().err == expected
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -22,6 +22,9 @@ def with_learned_step_size():
     objective = Objective(objective.model, F.mse_loss, meta=meta)
     return objective, tasks, MAML(inner=GradientDescent(lr=lambda meta: meta["lr"], steps=2))
 
+def with_function():
+    return *make(), lambda objective, tasks: {}
+
 def fails():
     raise OSError("no such file")
 """
@@ -86,6 +89,9 @@ def test_a_strategy_that_cannot_learn_the_meta_parameters_is_left_out(run, capsy
         ([], "Expected a problem as module:function. Got none."),
         (["user_plan:make", "--memory", "4 gigs"], '`memory` must be an amount such as "4GiB"'),
         (["user_plan:make", "--strategies"], "--strategies needs at least one strategy"),
+        (["user_plan:make", "--adapt", "2"], "--adapt does not apply: the problem's objective says what adapts"),
+        (["user_plan:make", "--strategies", "maml", "--cg-steps", "3"], "--cg-steps applies to none of maml. Got 3"),
+        (["user_plan:with_function"], "Got the function <lambda>, which only `imaml verify` takes"),
         (["user_plan:make", "--threads", "0"], "--threads must be at least 1. Got 0"),
         (["user_plan:fails"], "user_plan:fails failed (OSError: no such file)"),
         (["user_plan:none"], "user_plan has no function 'none'"),

@@ -187,6 +187,8 @@ class Verify:
     parameter name: then --strategy says what it claims to compute, --inner-lr, --inner-steps and --regularization how.
     Without a problem the library's own strategies are checked on built-in models.
 
+    A strategy that refuses the problem is left out with the reason; where all do, that is bad input.
+
     Exit code: 1 if a check failed, 2 after bad input, else 0. A check without a verdict ("inconclusive") is listed with
     the reason and does not fail.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,17 +13,18 @@ from rich.table import Table
 from rich.text import Text
 
 import imaml.verify
-from imaml import MAML, GradientDescent, MetaGradient
+from imaml import MAML, GradientDescent, MetaGradient, Objective
 from imaml.cli._built_in import BUILT_IN, ENGINES, INNER, LOG_LR, problem
 from imaml.cli._factory import Made, make
 from imaml.cli._options import STRATEGIES, Strategy, Verify
 from imaml.cli._outcome import NAMES
-from imaml.cli._problem import applies, build_engine, flag
+from imaml.cli._problem import applies, build_engine, check_adapt, flag, given
 from imaml.cli._progress import say
 from imaml.verify import Verification
-from imaml.verify._subject import Subject
+from imaml.verify._subject import Subject, Tasks
 
 Check = tuple[str, Callable[[], Verification]]
+PRODUCTS = "products"
 STYLES = {"passed": "green", "failed": "bold red", "inconclusive": "yellow"}
 
 
@@ -42,12 +43,21 @@ def verify(options: Verify) -> int:
     console = Console()
     made = None if options.problem is None else make(options.problem)
     found: dict[str, Verification] = {}
+    refused: dict[str, str] = {}
     for name, check in _built_in(options) if made is None else _own(made, options):
         with console.status(name):
             try:
                 found[name] = check()
             except (TypeError, RuntimeError) as error:
                 raise ValueError(f"{name}: {error}") from error
+            except ValueError as error:
+                if made is None or name == PRODUCTS:
+                    raise
+                refused[name] = str(error)
+    if refused and found.keys() == {PRODUCTS}:
+        raise ValueError(next(iter(refused.values())))
+    for name, reason in refused.items():
+        say(console, f"{name} is left out: {reason}")
     console.print(_table(found))
     for name, one in found.items():
         if one.cause:
@@ -64,13 +74,27 @@ def _chosen(options: Verify) -> tuple[Strategy, ...]:
     return STRATEGIES if options.strategy == "all" else (options.strategy,)
 
 
-def _given(options: Verify) -> dict[str, Any]:
-    return {name: value for name, value in vars(options.engine).items() if value is not None}
+def _refuse(options: Verify, why: str, *, but: Collection[str] = ()) -> None:
+    for name, value in given(options.engine).items():
+        if name not in but:
+            raise ValueError(f"{flag(name)} does not apply: {why}. Got {value}: leave it out.")
 
 
-def _refuse(options: Verify, why: str) -> None:
-    for name, value in _given(options).items():
-        raise ValueError(f"{flag(name)} does not apply: {why}. Got {value}: leave it out.")
+def _named(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The user's function with its name in whatever it raises."""
+    name = getattr(function, "__name__", "function")
+
+    def call(objective: Objective, tasks: Tasks) -> Any:
+        try:
+            return function(objective, tasks)
+        except Exception as error:  # it is the user's: it may raise anything
+            raise ValueError(
+                f"{name} failed ({type(error).__name__}: {error}). It is called with (objective.double(), tasks), the "
+                "tasks in float64 too: call it so in Python to see where it fails."
+            ) from error
+
+    call.__name__ = name
+    return call
 
 
 def _built_in(options: Verify) -> Iterator[Check]:
@@ -93,10 +117,11 @@ def _built_in(options: Verify) -> Iterator[Check]:
 
 
 def _own(made: Made, options: Verify) -> Iterator[Check]:
-    """Products at the user's model, and its meta-gradients."""
+    """Products at the user's model, and its meta-gradients; a strategy may refuse the problem by a ValueError."""
+    check_adapt(options.engine)
     settings: dict[str, Any] = {"tolerance": options.tolerance, "seed": options.seed}
     subjects = list(_subjects(made, options))
-    yield "products", partial(imaml.verify.hvp, made.objective, None, made.first.support, **settings)
+    yield PRODUCTS, partial(imaml.verify.hvp, made.objective, None, made.first.support, **settings)
     for name, subject, claim in subjects:
         yield name, partial(imaml.verify.meta_gradient, subject, made.objective, made.tasks, **claim, **settings)
 
@@ -106,8 +131,9 @@ def _subjects(made: Made, options: Verify) -> Iterator[tuple[str, Subject, dict[
     against = {"imaml": "implicit"}.get(options.strategy, options.strategy)
     if made.subject is None:
         for strategy in _chosen(options):
-            given = {n: v for n, v in _given(options).items() if options.strategy != "all" or applies(n, strategy)}
-            yield NAMES[strategy], build_engine(strategy, replace(ENGINES[strategy], **given)), {}
+            alone = options.strategy != "all"
+            own = {n: value for n, value in given(options.engine).items() if alone or applies(n, strategy)}
+            yield NAMES[strategy], build_engine(strategy, replace(ENGINES[strategy], **own)), {}
     elif isinstance(made.subject, MetaGradient):
         _refuse(options, "the problem brings its own engine")
         yield type(made.subject).__name__, made.subject, {} if against == "all" else {"against": against}
@@ -118,9 +144,11 @@ def _subjects(made: Made, options: Verify) -> Iterator[tuple[str, Subject, dict[
                 "The problem brings its own function. Say what it claims to compute by --strategy, and by which inner "
                 "loop: --inner-lr, --inner-steps (and --regularization)."
             )
+        _refuse(options, "the problem brings its own function", but=("inner_lr", "inner_steps", "regularization"))
         inner = GradientDescent(lr=engine.inner_lr, steps=engine.inner_steps)
         claim = {"against": against, "inner": inner, "regularization": engine.regularization}
-        yield getattr(made.subject, "__name__", "function"), made.subject, claim
+        function = _named(made.subject)
+        yield function.__name__, function, claim
 
 
 def _table(found: dict[str, Verification]) -> Table:

@@ -27,6 +27,30 @@ def linear():
     objective, tasks = make()
     return Objective(nn.Linear(2, 2), lambda output, target: output.mean()), tasks
 
+def with_class():
+    return *make(), MAML
+
+def with_fault():
+    def mine(objective, tasks):
+        raise KeyError("mine")
+    return *make(), mine
+
+def ridge():
+    from imaml import Task, bilevel
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 3), torch.randn(12)
+    def fit(inner, meta, batch):
+        return (batch[0] @ inner["w"] - batch[1]).square().mean()
+    def loss(inner, meta, batch):
+        return fit(inner, meta, batch) + meta["log_decay"].exp() * inner["w"].square().sum()
+    meta = {"log_decay": torch.tensor(-2.0, requires_grad=True)}
+    problem = bilevel(loss, fit, inner={"w": torch.zeros(3)}, meta=meta)
+    return problem, [Task(support=(x[:6], y[:6]), query=(x[6:], y[6:]))]
+
+def with_unused():
+    objective, tasks = make()
+    return Objective(objective.model, F.mse_loss, meta={"log_lr": torch.tensor(-2.0, requires_grad=True)}), tasks
+
 def as_list():
     objective, tasks = make()
     return objective, list(tasks)
@@ -76,6 +100,13 @@ def test_an_engine_of_the_problem_and_a_list_of_tasks(problems, capsys, name):
     assert verdicts(capsys.readouterr().out) == dict.fromkeys(["products", "MAML"], "passed")
 
 
+def test_a_strategy_that_refuses_the_problem_is_left_out(problems, capsys):
+    assert main(["verify", "its_problems:ridge"]) == 0
+    out = capsys.readouterr().out
+    assert verdicts(out) == dict.fromkeys(["products", "MAML", "iMAML"], "passed")
+    assert "FOMAML is left out: The meta-gradient for the meta-parameter 'log_decay' is zero" in out
+
+
 INNER = ["--inner-lr", "0.1", "--inner-steps", "3"]
 
 
@@ -113,6 +144,11 @@ def test_no_verdict_is_said_and_does_not_fail(problems, capsys):
         (["its_problems:with_function"], "Say what it claims to compute by --strategy"),
         (["its_problems:with_engine", "--inner-lr", "0.1"], "--inner-lr does not apply"),
         (["its_problems:make", "--strategy", "maml", "--cg-steps", "3"], "--cg-steps does not apply"),
+        (["its_problems:with_class"], "Got the class MAML: return an instance"),
+        (["its_problems:with_fault", "--strategy", "maml", *INNER], r"^imaml: mine failed \(KeyError: 'mine'\)"),
+        (["its_problems:with_function", "--strategy", "maml", *INNER, "--cg-steps", "3"], "--cg-steps does not apply"),
+        (["its_problems:make", "--adapt", "2"], "--adapt does not apply: the problem's objective says what adapts"),
+        (["its_problems:with_unused"], "The meta-gradient for the meta-parameter 'log_lr' is zero"),
         (["its_problems:make", "--tolerance", "0"], "`tolerance` must be positive"),
         (["--inner-steps", "3"], "--inner-steps does not apply"),
     ],

@@ -141,7 +141,10 @@ class ForwardOverReverse:
             self._check_draws()
 
     def __call__(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
-        return self._loss.collect(self._jvp(w, mixed)[1], self._phi)
+        tangents = self._jvp(w, mixed)[1]
+        n = len(self._loss.context.layout.names)  # what the loss does not use has zeros, as if it were used
+        used = [t if bool(t.any()) else None for t in tangents[n:]]
+        return self._loss.collect([*tangents[:n], *used], self._phi)
 
     def _jvp(self, w: Tensor, mixed: bool) -> tuple[list[Tensor], list[Tensor]]:
         """The gradient and its derivative along w, by the adapted and if `mixed` the fixed parameters."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -169,6 +169,15 @@ class Hyperparameters:
         """Whether all derivatives so far are."""
         return all(bool(c.isfinite().all()) for value in self._values.values() for c in value.cotangents)
 
+    def leads(self, names: Collection[str]) -> set[str]:
+        """Meta-parameters that some of these hyper-parameters depend on."""
+        parts = [part for name in self.learned & {*names} for part in self._values[name].parts if part.requires_grad]
+        if not parts:
+            return set()
+        zeros = [torch.zeros_like(part) for part in parts]
+        found = torch.autograd.grad(parts, list(self.leaves.values()), zeros, retain_graph=True, allow_unused=True)
+        return {name for name, g in zip(self.leaves, found, strict=True) if g is not None}
+
     def gradients(self) -> dict[str, Tensor]:
         """The derivatives by the meta-parameters that act through hyper-parameters, as far as any was added."""
         pairs = [
@@ -180,8 +189,7 @@ class Hyperparameters:
         if not pairs:
             return {}
         values, cotangents = zip(*pairs, strict=True)
-        leaves = list(self.leaves.values())
-        found = torch.autograd.grad(values, leaves, cotangents, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(values, list(self.leaves.values()), cotangents, allow_unused=True)
         return {n: g for n, g in zip(self.leaves, found, strict=True) if g is not None}
 
 

@@ -104,7 +104,7 @@ class MetaGradient(ABC):
     compile: bool = False
     _compiler: Compiler = field(default_factory=Compiler, init=False, repr=False, compare=False)
     _plans: dict[Any, Plan] = field(default_factory=Recent, init=False, repr=False, compare=False)
-    _checked: dict[Any, list[Callable[[], object]]] = field(default_factory=Recent, init=False, repr=False, compare=False)
+    _checked: dict[Any, Any] = field(default_factory=Recent, init=False, repr=False, compare=False)
     _looks: dict[Any, Look] = field(default_factory=Recent, init=False, repr=False, compare=False)
     _alike: set[Any] = field(default_factory=set, init=False, repr=False, compare=False)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class Facts:
     per_step: tuple[float, float] = (1, 0)
     """Gradients and products of an inner step."""
     without_path: Collection[str] = ()
-    """Meta-parameters that no derivative leads to, as far as a measurement tells."""
+    """Meta-parameters that no derivative leads to."""
 
     @property
     def itemsize(self) -> int:
@@ -136,6 +136,9 @@ class Stages:
 class Costs(ABC):
     """What one engine costs."""
 
+    acts_through: ClassVar[tuple[str, ...] | None] = None
+    """Hyper-parameters that the meta-gradient differentiates; None for all."""
+
     engine: Any
     keeps_graphs: bool = False
     """Whether a plan keeps graphs, where the engine leaves it open."""
@@ -152,12 +155,13 @@ class Costs(ABC):
                 judged = problem.query_gradient(stages.after, fixed=True, metric=True)
             del judged
         self._measure(problem, stages)
-        through_hyper = self._through_hyper(problem)
+        hyper = context.hyper
+        through = hyper.leads(hyper.learned if self.acts_through is None else self.acts_through)
         return replace(
             facts,
             mode=context.hvp_mode or facts.mode,
             is_vectorised=context.is_vectorised,
-            without_path=[] if through_hyper is None else context.without_path(through_hyper),
+            without_path=context.without_path(through),
         )
 
     def _inner_loop(self, problem: Problem, stages: Stages) -> Facts:
@@ -219,10 +223,6 @@ class Costs(ABC):
 
     def _measure(self, problem: Problem, stages: Stages) -> None:  # noqa: B027
         """Measure the strategy's own stages."""
-
-    def _through_hyper(self, problem: Problem) -> Collection[str] | None:
-        """Meta-parameters with a derivative through hyper-parameters; None where measuring does not go all ways."""
-        return None
 
     @abstractmethod
     def peak(self, chunk: Chunk) -> float:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from typing import ClassVar
 
-from imaml._problem import Problem
 from imaml.planning._costs import LINEARISED, Chunk, Costs, Facts, Work
 
 
 class FOMAMLCosts(Costs):
     """The inner loop, then the gradient of the query loss."""
 
-    def _through_hyper(self, problem: Problem) -> Collection[str]:
-        return ()
+    acts_through: ClassVar[tuple[str, ...]] = ()
 
     def peak(self, chunk: Chunk) -> float:
         """See the class."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +20,8 @@ class ImplicitCosts(Costs):
     During the solve it holds phi, the query gradient, the solver's vectors, and a product or the graph behind all of
     them; during the evaluation elsewhere the solution, the displaced point and the direction besides.
     """
+
+    acts_through: ClassVar[tuple[str, ...]] = ("regularization",)
 
     def variants(self, device: torch.device) -> list[dict[str, Any]]:
         """A graph that is kept during the solve, or none."""
@@ -49,12 +50,6 @@ class ImplicitCosts(Costs):
             if mixed:
                 stages.product(f"{kind} mixed", curvature, torch.ones_like(phi), mixed=True)
             del curvature, gradient
-
-    def _through_hyper(self, problem: Problem) -> Collection[str]:
-        hyper = problem.support.context.hyper
-        if "regularization" in hyper.learned:
-            hyper.add({"regularization": torch.zeros_like(problem.theta)}, 0)
-        return hyper.gradients()
 
     def solve(self, theta: Tensor) -> Solve:
         """See `Costs`."""

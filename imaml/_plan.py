@@ -57,7 +57,7 @@ def plan(
     Returns:
         The plan; it depends on shapes and dtypes alone.
     """
-    room = VECTORISED.get(theta.device.type, VECTORISED_ELSEWHERE)
+    room = _room(theta)
     bytes_support, bytes_query = (max(1, saved_bytes(loss.parts[0][1], theta)) for loss in (support, query))
     tasks, query_tasks = (max(1, room // each) for each in (bytes_support, bytes_query))
     tasks = max(1, min(tasks, STORED * room // max(1, states * theta.nbytes)))
@@ -70,20 +70,27 @@ def plan(
 def saved_bytes(loss: ChunkLoss, phi: Tensor) -> int:
     """What autograd saves for the gradient of a loss at phi, parameters and data aside."""
     saved: list[Tensor] = []
-    nothing = phi.new_empty(0)
 
     def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return nothing  # the tensor itself would be kept by its own graph
+        saved.append(tensor.detach())  # the tensor itself would be kept by its own graph
+        return saved[-1]
 
     with torch.enable_grad():
         adapted, fixed = loss.leaves(phi, fixed=True)
-        with saved_tensors_hooks(pack, lambda none: none):
-            loss.losses(adapted, fixed, loss.batch, 0)
+        try:
+            with saved_tensors_hooks(pack, lambda tensor: tensor):
+                loss.losses(adapted, fixed, loss.batch, 0)
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+            return _room(phi)  # transforms of torch.func allow no look at what is saved
     given = [*adapted, *fixed, *loss.context.constants.values(), *tree_leaves(loss.batch)]
     known, found = _storages(given), _storages(saved)
-    saved.clear()  # the graph holds `pack`, and would keep itself alive
     return sum(size for pointer, size in found.items() if pointer not in known)
+
+
+def _room(theta: Tensor) -> int:
+    return VECTORISED.get(theta.device.type, VECTORISED_ELSEWHERE)
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:

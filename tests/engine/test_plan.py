@@ -138,3 +138,43 @@ def test_kept_graphs_give_the_same_meta_gradient_for_fewer_passes(hvp):
 def test_kept_graphs_and_checkpoints_exclude_each_other():
     with pytest.raises(ValueError, match="Expected checkpoints=None. Got 2"):
         MAML(inner=INNER, linearize=True, checkpoints=2)
+
+
+def by_autograd(layer, x):
+    x = x.detach().requires_grad_()
+    energy = layer(x).tanh().square().sum()
+    return torch.autograd.grad(energy, x, create_graph=True)[0][:, :3]
+
+
+def by_transform(layer, x):
+    return torch.func.vmap(torch.func.grad(lambda one: layer(one).tanh().square().sum()))(x)[:, :3]
+
+
+class Force(nn.Module):
+    """Its output is the derivative of an energy."""
+
+    def __init__(self, derivative):
+        super().__init__()
+        self.layer, self.derivative = nn.Linear(4, 5).double(), derivative
+
+    def forward(self, x):
+        return self.derivative(self.layer, x)
+
+
+@pytest.mark.parametrize("strategy", [MAML, FOMAML, ImplicitMAML])
+@pytest.mark.parametrize("derivative", [by_autograd, by_transform])
+@pytest.mark.parametrize("chunk_size", [None, "auto"])
+def test_a_model_may_differentiate_in_its_forward_pass(strategy, derivative, chunk_size):
+    objective, tasks = Objective(Force(derivative), F.cross_entropy), classification((4,))
+    options = {"solver": CG(max_steps=50, rtol=1e-12)} if strategy is ImplicitMAML else {}
+    got, expected = (
+        strategy(inner=INNER, chunk_size=size, **options).value_and_grad(objective, tasks)[1]
+        for size in (chunk_size, 1)
+    )
+    assert relative_error(got, expected) <= 1e-10
+
+
+def test_what_cannot_be_looked_at_runs_one_by_one():
+    context, support, query = losses(Objective(Force(by_transform), F.cross_entropy), classification((4,)))
+    decided = _plan.plan(support, query, context.theta.unsqueeze(0), INNER.steps, 0)
+    assert decided == _plan.ONE_BY_ONE

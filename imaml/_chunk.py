@@ -27,9 +27,11 @@ class Gradient:
 
     def mul_(self, factor: float) -> Gradient:
         """Scale all of it."""
-        for tensor in (self.losses, self.adapted, self.fixed, self.metric):
+        for tensor in (self.losses, self.adapted, self.fixed):
             if tensor is not None:
                 tensor.mul_(factor)
+        if self.metric is not None:
+            self.metric = self.metric * factor  # of any dtype
         return self
 
     def add_(self, other: Gradient) -> Gradient:

@@ -255,3 +255,19 @@ def test_dropout_is_the_same_without_gradients():
 def test_bad_options(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "per_example", [lambda o, t: (o.argmax(-1) == t).sum(), lambda o, t: (o.argmax(-1) == t).all()]
+)
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda e: type(e).__name__)
+def test_a_metric_of_whole_numbers_has_a_mean(engine, per_example):
+    net, tasks = mlp(), classification((4,), support=7, query=5)
+    sliced = dataclasses.replace(engine, microbatch_size=2)
+    metrics = (per_example, lambda o, t: per_example(o, t).double())
+    found, expected = (sliced(Objective(net, F.cross_entropy, metric=m), tasks).report.metric for m in metrics)
+    torch.testing.assert_close(found.double(), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            sliced(Objective(net, F.cross_entropy, metric=per_example), tasks).report.metric, found
+        )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from numbers import Number
+from types import NoneType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -57,6 +60,7 @@ class Gradient:
 
 
 SUPPORT, QUERY = 0, 1
+T = TypeVar("T")
 
 
 def outside_inference(batch: Batch) -> Batch:
@@ -66,8 +70,24 @@ def outside_inference(batch: Batch) -> Batch:
     return tree_map(lambda t: t.clone() if t.is_inference() else t, batch)
 
 
-def _cannot_vectorise(error: RuntimeError) -> bool:
-    return any(sign in str(error).lower() for sign in ("vmap", "batching rule", "functorch"))
+def _shielded(tensor: Tensor) -> Tensor:
+    """The same data, of which no graph remains at the user's tensor where a parameter is written into it."""
+    return tensor if tensor.requires_grad else tensor.detach()
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _check_leaves(leaves: Sequence[Any]) -> None:
+    """Raise TypeError where tensors may be hidden in an output, which would have no derivatives."""
+    for leaf in leaves:
+        if not isinstance(leaf, (Tensor, Number, str, NoneType)):
+            raise TypeError(
+                "curvature='ggn' goes through the tensors of the model's output. Expected tensors, numbers, strings "
+                f"and None in tuples, lists and dicts. Got {type(leaf).__name__}: return its tensors in a tuple, or "
+                "use curvature='hessian'."
+            )
 
 
 def _rows(values: Sequence[Tensor], tasks: int) -> list[list[Tensor]]:
@@ -95,6 +115,8 @@ class ChunkLoss:
     kind: int
     part: tuple[int, ...] = ()
     """Which part of a chunk that was split, by its first tasks and examples; keys the random draws too."""
+    writes: dict[tuple[int, ...], bool] = field(default_factory=dict, repr=False, compare=False)
+    """Whether an evaluation writes to its batch, by part; of all parts of a chunk."""
 
     @property
     def parts(self) -> list[tuple[float, ChunkLoss]]:
@@ -123,29 +145,34 @@ class ChunkLoss:
             loss, figure = self.context.objective.evaluate(named, batch, metric=metric, outer=outer)
             return (loss,) if figure is None else (loss, figure.detach())
 
-        with self.draws(step):
-            outputs = self._each(one, list(adapted), batch)
+        outputs = self._evaluate(lambda: self._each(one, list(adapted), batch), step)
         return outputs[0], outputs[1] if len(outputs) > 1 else None
 
     def through_outputs(
         self, adapted: Sequence[Tensor], fixed: Sequence[Tensor], step: int
     ) -> tuple[list[Tensor], Tensor]:
         """The model's outputs, `(tasks, *shape)` per tensor, and the losses `(tasks,)` as a function of these."""
-        structure: list[TreeSpec] = []
+        outlines: list[tuple[TreeSpec, list[Any]]] = []
 
         def predict(values: list[Tensor], batch: Batch) -> tuple[Tensor, ...]:
             leaves, spec = tree_flatten(self.context.objective.predict(self._named(values, fixed), batch))
-            structure[:] = [spec]
-            return tuple(leaves)
+            _check_leaves(leaves)
+            outlines.append((spec, [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]))
+            return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
         def judge(leaves: list[Tensor], batch: Batch) -> tuple[Tensor, ...]:
             named = dict(zip(self.context.fixed_layout.names, fixed, strict=True))
-            own = [leaf.clone() for leaf in leaves]  # a loss may write to the output
-            return (self.context.objective.judge(structure[0].unflatten(own), named, batch),)
+            own = iter([leaf.clone() for leaf in leaves])  # a loss may write to the output
+            spec, outline = outlines.pop(0)
+            output = spec.unflatten([next(own) if leaf is Tensor else leaf for leaf in outline])
+            return (self.context.objective.judge(output, named, batch),)
 
-        with self.draws(step):
+        def both() -> tuple[list[Tensor], Tensor]:
+            outlines.clear()
             outputs = list(self._each(predict, list(adapted), self.batch))
             return outputs, self._each(judge, outputs, self.batch)[0]
+
+        return self._evaluate(both, step)
 
     @torch.no_grad()
     def statistics(self, phi: Tensor, step: int, before: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -157,23 +184,88 @@ class ChunkLoss:
             context.objective.record(self._named(values[: len(parameters)], context.fixed) | updated, batch)
             return tuple(updated.values())
 
-        with self.draws(step):
-            return dict(zip(before, self._each(one, [*parameters, *before.values()], self.batch), strict=True))
+        values = [*parameters, *before.values()]
+        found = self._evaluate(lambda: self._each(one, values, self.batch), step)
+        return dict(zip(before, found, strict=True))
+
+    def _evaluate(self, compute: Callable[[], T], step: int) -> T:
+        """What is computed in a vectorised pass where that is possible, and else one by one.
+
+        Args:
+            compute: What to compute.
+            step: Of the inner loop; keys the random draws.
+
+        Returns:
+            What `compute` returns.
+
+        Raises:
+            RuntimeError: That of the tasks one by one, which tell whether it was vectorising that failed; or there is
+                not enough memory.
+        """
+        context = self.context
+        if self.tasks > 1 and context.is_vectorised:
+            try:
+                return self._attempt(compute, step)
+            except RuntimeError as error:
+                if _is_out_of_memory(error):
+                    raise
+            context.is_vectorised = False
+            try:
+                return self._attempt(compute, step)
+            except BaseException:
+                context.is_vectorised = True
+                raise
+        return self._attempt(compute, step)
+
+    def _attempt(self, compute: Callable[[], T], step: int) -> T:
+        """What is computed; the batch, which is the user's, stays as it is.
+
+        What a first evaluation writes to it is undone; that one and all later ones then have a copy each.
+
+        Args:
+            compute: See `_evaluate`.
+            step: Likewise.
+
+        Returns:
+            What `compute` returns.
+
+        Raises:
+            ValueError: A later evaluation writes to it, where the first did not.
+        """
+        data, writes = tree_leaves(self.batch), self.writes.get(self.part)
+        versions = [t._version for t in data]
+        before = [t.clone() for t in data] if writes is None else []
+        try:
+            with self.draws(step):
+                found = compute()
+        finally:
+            changed = [i for i, t in enumerate(data) if t._version != versions[i]]
+            if before:
+                for i in changed:
+                    data[i].detach().copy_(before[i])
+        self.writes[self.part] = bool(writes or changed)
+        if not changed:
+            return found
+        if not before:
+            raise ValueError(
+                "The model or the loss writes to its batch in place, which it did not at first. Expected a forward "
+                "pass that leaves the tasks alone. Got changed data: use e.g. x = x - 1 for x.sub_(1)."
+            )
+        del found, before
+        return self._attempt(compute, step)
 
     def _each(
         self, one: Callable[[list[Tensor], Batch], tuple[Tensor, ...]], values: list[Tensor], batch: Batch
     ) -> tuple[Tensor, ...]:
-        """One function of every task, stacked: in one vectorised pass where that is possible."""
+        """One function of every task, stacked."""
         if self.tasks > 1 and self.context.is_vectorised:
-            try:
-                with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no batching rule
-                    return vmap(one, randomness="different")(values, batch)
-            except RuntimeError as error:
-                if not _cannot_vectorise(error):
-                    raise
-                self.context.is_vectorised = False
+            with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no batching rule
+                return vmap(one, randomness="different")(values, self._given(batch))
         try:
-            found = [one(own, tree_map(lambda t, i=i: t[i], batch)) for i, own in enumerate(_rows(values, self.tasks))]
+            found = [
+                one(own, self._given(tree_map(lambda t, i=i: t[i], batch)))
+                for i, own in enumerate(_rows(values, self.tasks))
+            ]
         except RuntimeError as error:
             if "of unbind" not in str(error).lower():
                 raise
@@ -182,6 +274,10 @@ class ChunkLoss:
                 f"forward pass that leaves them alone. Got a write, to {self.tasks} tasks: use chunk_size=1."
             ) from error
         return tuple(torch.stack(tensors) for tensors in zip(*found, strict=True))
+
+    def _given(self, batch: Batch) -> Batch:
+        """What the model sees: a copy if it writes to it."""
+        return tree_map(Tensor.clone if self.writes.get(self.part) else _shielded, batch)
 
     def _named(self, adapted: Sequence[Tensor], fixed: Sequence[Tensor]) -> dict[str, Tensor]:
         context = self.context

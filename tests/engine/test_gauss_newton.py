@@ -1,5 +1,7 @@
 """ImplicitMAML with the Gauss-Newton matrix in place of the Hessian."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -211,3 +213,47 @@ def test_a_function_has_no_output():
 def test_unknown_curvature():
     with pytest.raises(ValueError, match="`curvature` must be 'hessian' or 'ggn'. Got 'fisher'"):
         engine(curvature="fisher")
+
+
+class Decorated(nn.Module):
+    """Its output holds more than tensors."""
+
+    def __init__(self, decorate):
+        super().__init__()
+        self.net, self.decorate = mlp(), decorate
+
+    def forward(self, x):
+        return self.decorate(self.net(x), x)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+@pytest.mark.parametrize(
+    "decorate",
+    [
+        lambda z, x: (None, 1, z, "name"),
+        lambda z, x: ("name", True, z, None) if bool(x.sum() > 0) else (None, 1.5, z, "name"),
+    ],
+    ids=["vectorised", "one by one"],
+)
+def test_what_is_no_tensor_in_an_output_reaches_the_loss(decorate, chunk_size):
+    model, tasks = Decorated(decorate), classification((4,))
+
+    def loss(out, y):
+        scale = 3 if out[0] == "name" else 1
+        return scale * F.cross_entropy(out[2], y)
+
+    found = [engine(chunk_size=size).value_and_grad(Objective(model, loss), tasks)[1] for size in (chunk_size, 1)]
+    assert relative_error(*found) <= 1e-10
+
+
+@dataclass
+class Output:
+    """No node of a pytree."""
+
+    logits: torch.Tensor
+
+
+def test_tensors_that_an_output_hides_are_refused():
+    objective = Objective(Decorated(lambda z, x: (z, Output(z))), lambda out, y: F.cross_entropy(out[1].logits, y))
+    with pytest.raises(TypeError, match="Got Output: return its tensors in a tuple"):
+        engine()(objective, classification((4,)))

@@ -87,3 +87,89 @@ def test_a_loss_may_write_into_the_output():
     engines = [ImplicitMAML(inner=INNER, curvature="ggn", chunk_size=size) for size in (1, 3)]
     alone, together = (engine.value_and_grad(objective, tasks(3))[0] for engine in engines)
     torch.testing.assert_close(alone, together)
+
+
+class Accumulating(nn.Module):
+    """Writes what differs by task into what does not, which a vectorised pass cannot."""
+
+    def __init__(self, write) -> None:
+        super().__init__()
+        self.layer, self.write = nn.Linear(4, 3), write
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x):
+        return self.write(self, x)
+
+
+def added(model, x):
+    out = torch.zeros(len(x), 3)
+    out.add_(model.layer.bias)
+    return out + x @ model.layer.weight.T
+
+
+def averaged(model, x):
+    model.mean.mul_(0.9).add_(x.mean(0), alpha=0.1)
+    return model.layer(x - model.mean)
+
+
+def packed(model, x):
+    lengths = (x[:, 0] > 0).long() + 1
+    sequences = x.unsqueeze(1).expand(-1, 2, -1)
+    return model.layer(nn.utils.rnn.pack_padded_sequence(sequences, lengths, True, False).data)[: len(x)]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: type(engine).__name__)
+@pytest.mark.parametrize("write", [added, averaged, packed])
+def test_whatever_stops_a_vectorised_pass(write, engine):
+    objective, batch = Objective(Accumulating(write).double(), F.cross_entropy), tasks(3).to(dtype=torch.float64)
+    torch.set_default_dtype(torch.float64)
+    try:
+        alone, together = (replace(engine, chunk_size=size).value_and_grad(objective, batch)[1] for size in (1, None))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(together, alone)
+
+
+def test_an_error_of_the_model_is_that_of_a_task_alone():
+    narrow = nn.Linear(3, 3)
+    with pytest.raises(RuntimeError, match=r"mat1 and mat2 shapes cannot be multiplied \(5x4 and 3x3\)") as found:
+        FOMAML(inner=INNER, chunk_size=3)(Objective(narrow, F.cross_entropy), tasks(3))
+    assert found.value.__context__ is None
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_lack_of_memory_is_not_taken_for_it(error):
+    calls = []
+
+    def loss(output, target):
+        calls.append(1)
+        raise error("DefaultCPUAllocator: can't allocate memory")
+
+    with pytest.raises(error, match="allocate"):
+        FOMAML(inner=INNER, chunk_size=3)(Objective(nn.Linear(4, 3), loss), tasks(3))
+    assert len(calls) == 1
+
+
+def test_a_vectorised_pass_that_fails_spends_no_random_numbers():
+    """Its masks are those of the products and of the steps that are recomputed."""
+    masks = []
+
+    class Dropped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            mask = F.dropout(torch.ones_like(x))
+            out = self.layer(mask * x)
+            if bool(out.isfinite().all()):
+                masks.append(mask)
+            return out
+
+    objective = Objective(Dropped(), F.cross_entropy)
+    MAML(inner=GradientDescent(lr=0.1, steps=1), chunk_size=3, linearize=False)(objective, tasks(3))
+    gradient, product = masks[:3], masks[-3:]
+    assert len(masks) == 9
+    for one, again in zip(gradient, product, strict=True):
+        assert torch.equal(one, again)

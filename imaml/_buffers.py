@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.overrides import TorchFunctionMode
 
+_OF_EVERY_MODULE = nn.Module().__dict__.keys()
 BufferPolicy = Literal["batch", "frozen", "update"]
 """`batch`: normalise by batch statistics. `frozen`: by the running statistics, as in eval mode. `update`: as `batch`,
 and carry the running statistics of every task through its inner loop."""
@@ -70,16 +71,21 @@ def held(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
     """After it no module has a tensor as an attribute that was set within: a weight made by a hook, an output."""
-    before = [(module, dict(module.__dict__)) for module in model.modules()]
+    before = [(module, _own_attributes(module)) for module in model.modules()]
     try:
         yield
     finally:
         for module, attributes in before:
-            for name, value in list(module.__dict__.items()):
+            for name, value in _own_attributes(module).items():
                 if isinstance(value, Tensor):
                     del module.__dict__[name]
                     if name in attributes:
                         module.__dict__[name] = attributes[name]
+
+
+def _own_attributes(module: nn.Module) -> dict[str, Any]:
+    """Those that not every module has."""
+    return {name: module.__dict__[name] for name in module.__dict__.keys() - _OF_EVERY_MODULE}
 
 
 def _power_iterations(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
@@ -72,7 +73,7 @@ def outside_inference(batch: Batch) -> Batch:
 
 def _shielded(tensor: Tensor) -> Tensor:
     """The same data, of which no graph remains at the user's tensor where a parameter is written into it."""
-    return tensor if tensor.requires_grad else tensor.detach()
+    return tensor if tensor.requires_grad or is_functorch_wrapped_tensor(tensor) else tensor.detach()
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -277,7 +278,10 @@ class ChunkLoss:
 
     def _given(self, batch: Batch) -> Batch:
         """What the model sees: a copy if it writes to it."""
-        return tree_map(Tensor.clone if self.writes.get(self.part) else _shielded, batch)
+        writes = self.writes.get(self.part)
+        if writes is None:
+            return tree_map(_shielded, batch)
+        return tree_map(Tensor.clone, batch) if writes else batch
 
     def _named(self, adapted: Sequence[Tensor], fixed: Sequence[Tensor]) -> dict[str, Tensor]:
         context = self.context

@@ -36,8 +36,7 @@ NOTES = (
     "float64 of the query loss through the inner loop that the setting runs. For FOMAML it is its bias; for iMAML it "
     "includes how far the loop is from the stationary point that it differentiates. Empty where that loop has no "
     "derivative (NewtonCG, TorchOptimizer, early stopping).",
-    "To use: of the settings without a failure the fastest, or a leaner one that is as fast within the spread of the "
-    "fastest.",
+    "To use: the fastest setting, or a leaner one that is as fast within the spread of the fastest.",
 )
 
 
@@ -107,11 +106,10 @@ def _advice(costs: list[Cost], limit: float | None) -> Iterator[str]:
     """For each strategy the fastest setting, or a leaner one that is as fast within the spread; and the leanest."""
     within = "" if limit is None else f" within {limit:g} MB"
     for strategy in dict.fromkeys(cost.strategy for cost in costs):
-        sound = [cost for cost in costs if cost.strategy == strategy and not cost.failure]
-        own = [cost for cost in sound if cost.seconds is not None]
+        own = [cost for cost in costs if cost.strategy == strategy and cost.seconds is not None]
         if not own:
-            what = f"stays{within or ' in memory'}" if sound else "runs without a failure"
-            yield f"{NAMES[strategy]}: no setting {what}."
+            failed = all(cost.failure for cost in costs if cost.strategy == strategy)
+            yield f"{NAMES[strategy]}: no setting " + ("runs." if failed else f"stays{within or ' in memory'}.")
             continue
         first = min(own, key=_seconds)
         alike = [cost for cost in own if _seconds(cost) <= _seconds(first) + (first.spread or 0)]

@@ -136,12 +136,10 @@ def test_a_strategy_that_a_learned_step_size_is_not_for(run, capsys):
     )
 
 
-def test_a_setting_whose_check_fails_is_not_recommended(run, capsys):
-    _, rows = run("user_bench:with_unused_step", "--strategies", "maml")
-    timed = [row for row in rows if row["seconds"] is not None]
-    assert timed and all(row["failure"].startswith("in float64, ") for row in timed)
-    printed = capsys.readouterr().out
-    assert "MAML: no setting runs without a failure." in printed and "MAML: use" not in printed
+def test_a_meta_parameter_without_effect_is_refused_in_every_setting(run, capsys):
+    code, rows = run("user_bench:with_unused_step", "--strategies", "maml")
+    captured = capsys.readouterr()
+    assert code == 2 and not rows and "'log_lr' is zero" in captured.err and "MAML: use" not in captured.out
 
 
 def test_a_bilevel_problem_whose_inner_variables_are_plain_tensors(run):

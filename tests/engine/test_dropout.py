@@ -121,6 +121,22 @@ def test_the_generator_ends_as_after_one_forward_pass(strategy):
     assert torch.equal(torch.get_rng_state(), expected)
 
 
+def test_a_vectorised_pass_that_fails_has_drawn_nothing():
+    class Drawing(nn.Linear):
+        def forward(self, x):
+            x = F.dropout(x)
+            return torch.zeros(len(x), 3, dtype=x.dtype).add_(super().forward(x))  # vmap refuses to write
+
+    objective, tasks = Objective(Drawing(4, 3).double(), F.cross_entropy), classification((4,))
+    torch.manual_seed(0)
+    FOMAML(inner=INNER, chunk_size=len(tasks))(objective, tasks)
+    ended = torch.get_rng_state()
+    torch.manual_seed(0)
+    for inputs in tasks.support[0]:
+        objective.model(inputs)
+    assert torch.equal(torch.get_rng_state(), ended)
+
+
 def test_two_calls_in_a_row_see_different_draws(setup):
     engine = FOMAML(inner=INNER)
     torch.manual_seed(0)

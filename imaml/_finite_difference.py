@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -42,9 +43,9 @@ class FiniteDifference:
 
     def _first(self, w: Tensor, mixed: bool) -> tuple[Tensor, Tensor | None]:
         """The product, and the move for the rest of the call; products of zeros tell nothing of it."""
-        context, least = self._loss.context, float("inf")
-        eps, found = self._longest(w, mixed)
+        context, least, eps = self._loss.context, float("inf"), self._eps()
         close = move = eps ** (1 / 3)
+        found = self._moved_by(move, w, mixed)
         while move / _SHORTER >= eps / 4:
             longer, move = found[0], move / _SHORTER
             found = self._moved_by(move, w, mixed)
@@ -60,18 +61,17 @@ class FiniteDifference:
         assert context.hvp_move is not None
         return found if context.hvp_move == move else self._moved_by(context.hvp_move, w, mixed)
 
-    def _longest(self, w: Tensor, mixed: bool) -> tuple[float, tuple[Tensor, Tensor | None]]:
-        """The eps of the loss, and the product by its longest move."""
-        dtypes = {w.dtype}
+    def _eps(self) -> float:
+        """That of the coarsest dtype, by one gradient."""
+        dtypes = {self._phi.dtype}
 
         def pack(saved: Tensor) -> Tensor:
             dtypes.add(saved.dtype)
-            return saved
+            return saved.detach()  # the tensor itself would be kept by its own graph
 
-        with saved_tensors_hooks(pack, lambda saved: saved):
-            found = self._moved_by(torch.finfo(w.dtype).eps ** (1 / 3), w, mixed)
-        eps = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
-        return eps, found if eps == torch.finfo(w.dtype).eps else self._moved_by(eps ** (1 / 3), w, mixed)
+        with saved_tensors_hooks(pack, lambda saved: saved), contextlib.suppress(RuntimeError):
+            self._loss.gradient(self._phi, self._step)  # a model that differentiates may refuse to be looked at
+        return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
 
     def _moved_by(self, move: float, w: Tensor, mixed: bool) -> tuple[Tensor, Tensor | None]:
         size = norm(w)

@@ -27,9 +27,9 @@ class Cubes:
         self.context = SimpleNamespace(hvp_move=move, hvp_error=None)
 
     def gradient(self, phi, step, *, fixed=False, weights=None):
-        self.seen.append(phi)
+        self.seen += [phi] if weights is not None else []
         gradient = phi.square() * (1 + self.noise * torch.randn(phi.shape, dtype=phi.dtype)) + (phi > self.kink)
-        each = gradient * weights.unsqueeze(-1)
+        each = gradient if weights is None else gradient * weights.unsqueeze(-1)
         return Gradient(each.sum(-1), each, None)
 
 
@@ -185,6 +185,34 @@ def test_the_error_is_bounded_by_the_estimate(activation, dtype):
     error, size = found["finite-difference"] - found["reverse-over-reverse"], found["reverse-over-reverse"]
     error = (error.norm(dim=-1) / size.norm(dim=-1)).max().item()
     assert error / 2 < estimate < max(1000 * error, 1e-2)
+
+
+class Force(nn.Module):
+    """A model whose output is a gradient, by torch.func or by autograd."""
+
+    def __init__(self, by_transform):
+        super().__init__()
+        self.energy, self.by_transform = nn.Linear(4, 5).double(), by_transform
+
+    def forward(self, x):
+        if self.by_transform:
+            return torch.func.vmap(torch.func.grad(lambda x: torch.tanh(self.energy(x)).sum()))(x)
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(torch.tanh(self.energy(x)).sum(), x, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+@pytest.mark.parametrize("by_transform", [False, True])
+def test_a_model_that_differentiates_in_its_forward_pass(by_transform, chunk_size):
+    torch.manual_seed(0)
+    objective = Objective(Force(by_transform), F.mse_loss)
+    x, y = torch.randn(2, 3, 6, 4, dtype=F64), torch.randn(2, 3, 6, 4, dtype=F64)
+    tasks = TaskBatch(support=(x[0], y[0]), query=(x[1], y[1]))
+    found, exact = (
+        MAML(inner=INNER, hvp=mode, chunk_size=chunk_size).value_and_grad(objective, tasks)[1]
+        for mode in ("finite-difference", "reverse-over-reverse")
+    )
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-7)
 
 
 def test_the_report_says_what_the_estimate_is():

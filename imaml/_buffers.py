@@ -71,21 +71,16 @@ def held(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
     """After it no module has a tensor as an attribute that was set within: a weight made by a hook, an output."""
-    before = [(module, _own_attributes(module)) for module in model.modules()]
+    before = [(m.__dict__, {n: m.__dict__[n] for n in m.__dict__.keys() - _OF_EVERY_MODULE}) for m in model.modules()]
     try:
         yield
     finally:
-        for module, attributes in before:
-            for name, value in _own_attributes(module).items():
-                if isinstance(value, Tensor):
-                    del module.__dict__[name]
-                    if name in attributes:
-                        module.__dict__[name] = attributes[name]
-
-
-def _own_attributes(module: nn.Module) -> dict[str, Any]:
-    """Those that not every module has."""
-    return {name: module.__dict__[name] for name in module.__dict__.keys() - _OF_EVERY_MODULE}
+        for attributes, old in before:
+            for name in attributes.keys() - _OF_EVERY_MODULE:
+                if isinstance(attributes[name], Tensor):
+                    del attributes[name]
+                    if name in old:
+                        attributes[name] = old[name]
 
 
 def _power_iterations(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:

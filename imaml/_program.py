@@ -107,10 +107,11 @@ def _by_place(model: nn.Module, values: Parameters) -> dict[str, Tensor]:
         What it takes, with `tie_weights=False`.
     """
     places = {
-        name: tensor
+        f"{prefix}.{name}" if prefix else name: tensor
         for prefix, module in model.named_modules()
-        for members in (module.named_parameters, module.named_buffers)
-        for name, tensor in members(prefix, recurse=False, remove_duplicate=False)
+        for members in (module._parameters, module._buffers)
+        for name, tensor in members.items()
+        if tensor is not None
     }
     given = {places[name]: value for name, value in values.items()}
     return {name: given[tensor] for name, tensor in places.items() if tensor in given}

@@ -7,9 +7,10 @@ from typing import Literal, TypeVar, get_args
 
 from torch import Tensor
 
-from imaml._chunk import ChunkLoss, Gradient
+from imaml._chunk import ChunkLoss
 from imaml._compiled import CompiledLoss, CompiledProduct
 from imaml._finite_difference import FiniteDifference
+from imaml._gradient import Gradient
 from imaml._hvp import Accumulated, ForwardOverReverse, Graph, Product, ReverseOverReverse
 from imaml._microbatch import Microbatched
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from imaml._chunk import ChunkLoss, Gradient
+from imaml._chunk import ChunkLoss
+from imaml._gradient import Gradient
 from imaml._microbatch import Microbatched
 from imaml_solvers._vectors import norm
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from imaml._chunk import ChunkLoss, Gradient
+from imaml._chunk import ChunkLoss
 from imaml._curvature import Curvature, HvpMode
+from imaml._gradient import Gradient
 from imaml._hvp import check_twice_differentiable
 from imaml._microbatch import Microbatched
 

@@ -18,7 +18,8 @@ from torch._C._autograd import _get_sequence_nr
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten
 
-from imaml._chunk import ChunkLoss, Gradient
+from imaml._chunk import ChunkLoss
+from imaml._gradient import Gradient
 
 Graph = Literal["rebuild", "keep", "once"]
 """Whether reverse-over-reverse builds the graph of the gradient anew for every product, keeps one, or keeps one for a

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from imaml._chunk import SUPPORT, ChunkLoss, Gradient
+from imaml._chunk import SUPPORT, ChunkLoss
 from imaml._context import Context
+from imaml._gradient import Gradient
 from imaml._tasks import Batch
 
 

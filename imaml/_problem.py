@@ -9,8 +9,9 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from imaml._chunk import ChunkLoss, Gradient
+from imaml._chunk import ChunkLoss
 from imaml._errors import DivergenceError, NonFiniteError
+from imaml._gradient import Gradient
 from imaml._microbatch import Microbatched
 from imaml._plan import Plan
 from imaml._report import Outcome

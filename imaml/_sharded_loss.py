@@ -10,7 +10,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from imaml._chunk import SUPPORT, ChunkLoss, Gradient
+from imaml._chunk import SUPPORT, ChunkLoss
+from imaml._gradient import Gradient
 from imaml._sharding import ShardedLayout, local, whole
 from imaml._tasks import Batch
 

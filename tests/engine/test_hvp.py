@@ -6,9 +6,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from imaml import Objective
-from imaml._chunk import SUPPORT, ChunkLoss, Gradient
+from imaml._chunk import SUPPORT, ChunkLoss
 from imaml._context import Context
 from imaml._finite_difference import FiniteDifference
+from imaml._gradient import Gradient
 from imaml._hvp import ForwardOverReverse, ReverseOverReverse
 
 F64 = torch.float64

@@ -1,10 +1,10 @@
-"""The start of a user's module for `imaml bench` and `imaml verify`: a small problem."""
+"""The start of a user's module for `imaml bench` and `imaml verify`: small problems."""
 
 FACTORY = """
 import torch
 from torch import nn
 from torch.nn import functional as F
-from imaml import MAML, GradientDescent, ImplicitMAML, NewtonCG, Objective, TaskBatch
+from imaml import MAML, GradientDescent, ImplicitMAML, NewtonCG, Objective, Task, TaskBatch, bilevel
 
 def make():
     torch.manual_seed(0)
@@ -12,4 +12,19 @@ def make():
     def batch():
         return torch.randn(2, 4, 2), torch.randn(2, 4, 2)
     return Objective(model, F.mse_loss), TaskBatch(support=batch(), query=batch())
+
+def with_unused():
+    objective, tasks = make()
+    return Objective(objective.model, F.mse_loss, meta={"log_lr": torch.tensor(-2.0, requires_grad=True)}), tasks
+
+def ridge():
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 3), torch.randn(12)
+    def fit(inner, meta, batch):
+        return (batch[0] @ inner["w"] - batch[1]).square().mean()
+    def loss(inner, meta, batch):
+        return fit(inner, meta, batch) + meta["log_decay"].exp() * inner["w"].square().sum()
+    meta = {"log_decay": torch.tensor(-2.0, requires_grad=True)}
+    problem = bilevel(loss, fit, inner={"w": torch.zeros(3)}, meta=meta)
+    return problem, [Task(support=(x[:6], y[:6]), query=(x[6:], y[6:]))]
 """

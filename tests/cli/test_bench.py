@@ -52,21 +52,6 @@ class Single(nn.Linear):
 def in_float32_alone():
     return Objective(Single(2, 2), F.mse_loss), make()[1]
 
-def with_unused_step():
-    objective, tasks = make()
-    return Objective(objective.model, F.mse_loss, meta={"log_lr": torch.tensor(-2.0, requires_grad=True)}), tasks
-
-def ridge():
-    torch.manual_seed(0)
-    x, y = torch.randn(12, 3), torch.randn(12)
-    def fit(inner, meta, batch):
-        return (batch[0] @ inner["w"] - batch[1]).square().mean()
-    def loss(inner, meta, batch):
-        return fit(inner, meta, batch) + meta["log_decay"].exp() * inner["w"].square().sum()
-    meta = {"log_decay": torch.tensor(-2.0, requires_grad=True)}
-    problem = bilevel(loss, fit, inner={"w": torch.zeros(3)}, meta=meta)
-    return problem, [Task(support=(x[:6], y[:6]), query=(x[6:], y[6:]))]
-
 def fails():
     objective, tasks = make()
     return Objective(objective.model, lambda out, y: F.mse_loss(out @ torch.ones(3, 2), y)), tasks
@@ -134,7 +119,7 @@ def test_a_strategy_that_a_learned_step_size_is_not_for(run, capsys):
 
 
 def test_a_meta_parameter_without_effect_is_refused_in_every_setting(run, capsys):
-    code, rows = run("user_bench:with_unused_step", "--strategies", "maml")
+    code, rows = run("user_bench:with_unused", "--strategies", "maml")
     captured = capsys.readouterr()
     assert code == 2 and not rows and "'log_lr' is zero" in captured.err and "MAML: use" not in captured.out
 

@@ -35,22 +35,6 @@ def with_fault():
         raise KeyError("mine")
     return *make(), mine
 
-def ridge():
-    from imaml import Task, bilevel
-    torch.manual_seed(0)
-    x, y = torch.randn(12, 3), torch.randn(12)
-    def fit(inner, meta, batch):
-        return (batch[0] @ inner["w"] - batch[1]).square().mean()
-    def loss(inner, meta, batch):
-        return fit(inner, meta, batch) + meta["log_decay"].exp() * inner["w"].square().sum()
-    meta = {"log_decay": torch.tensor(-2.0, requires_grad=True)}
-    problem = bilevel(loss, fit, inner={"w": torch.zeros(3)}, meta=meta)
-    return problem, [Task(support=(x[:6], y[:6]), query=(x[6:], y[6:]))]
-
-def with_unused():
-    objective, tasks = make()
-    return Objective(objective.model, F.mse_loss, meta={"log_lr": torch.tensor(-2.0, requires_grad=True)}), tasks
-
 def as_list():
     objective, tasks = make()
     return objective, list(tasks)

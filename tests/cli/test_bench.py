@@ -16,8 +16,6 @@ from tests.cli.factory import FACTORY
 MODULE = (
     FACTORY
     + """
-from imaml import Task, bilevel
-
 def with_engine():
     return *make(), MAML(inner=GradientDescent(lr=0.2, steps=4), regularization=0.5)
 

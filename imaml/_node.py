@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class _MetaLoss(torch.autograd.Function):
@@ -19,9 +18,15 @@ class _MetaLoss(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale."""
+        """Scale; raises RuntimeError where the result is to be differentiated again."""
+        # `once_differentiable` would return tensors without grad, and a penalty on them would be a constant.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "A meta-gradient cannot be differentiated again. Expected backward() or torch.autograd.grad without "
+                "create_graph. Got create_graph=True: differentiate other losses by themselves, and for a penalty on "
+                "the meta-gradient take finite differences of `value_and_grad`."
+            )
         return None, None, *(outer[0] * gradient for gradient in ctx.saved_tensors)
 
 

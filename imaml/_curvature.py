@@ -28,6 +28,9 @@ _UNSUPPORTED = (
     "must override the setup_context",
     "ZeroTensors are immutable",
     "don't support automatic differentiation",
+    "being transformed by a functorch transform",
+    "do not have strides",
+    "would mutate a captured Tensor",
 )
 
 

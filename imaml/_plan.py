@@ -95,5 +95,18 @@ def _room(theta: Tensor) -> int:
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """The size of each storage by its address."""
-    storages = (t.untyped_storage() for t in tensors)
+    storages = (part.untyped_storage() for tensor in tensors for part in _dense_parts(tensor))
     return {s.data_ptr(): s.nbytes() for s in storages}
+
+
+def _dense_parts(tensor: Tensor) -> list[Tensor]:
+    """What a tensor is made of: itself, or the indices and values of a sparse one, which has no storage."""
+    if tensor.layout is torch.strided:
+        return [tensor]
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return []

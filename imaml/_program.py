@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -49,8 +50,10 @@ class ModelProgram:
         return {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
 
     def double(self) -> ModelProgram:
+        # deepcopy wants storage, which compressed sparse tensors have not
+        sparse = {id(b): b.detach().clone() for b in self.model.buffers() if b.layout is not torch.strided}
         try:
-            model, loss, outer_loss = copy.deepcopy((self.model, self.loss, self.outer_loss))
+            model, loss, outer_loss = copy.deepcopy((self.model, self.loss, self.outer_loss), sparse)
         except (RuntimeError, TypeError) as error:
             raise TypeError(
                 f"{type(self.model).__name__} or its loss cannot be copied ({error}). Expected a module that "

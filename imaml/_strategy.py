@@ -23,7 +23,7 @@ from imaml._problem import Problem
 from imaml._recent import Recent
 from imaml._report import MetaResult, Outcome, Report
 from imaml._run import Run
-from imaml._tasks import Batch, Task, TaskBatch, check_tensors
+from imaml._tasks import Batch, Task, TaskBatch, check_constant, check_tensors
 from imaml._tasks import group as by_shape
 from imaml.inner import InnerSolver
 from imaml_solvers import Solution
@@ -265,6 +265,8 @@ class MetaGradient(ABC):
         derivatives: bool,
     ) -> tuple[Tensor, dict[str, Tensor], Report]:
         with torch.inference_mode(False), torch.no_grad():
+            if derivatives and isinstance(tasks, Sequence | TaskBatch):
+                check_constant(tasks)
             run = Run.of(self, objective, derivatives=derivatives)
             sums, report = run.sums(by_shape(tasks)) if group is None else run.sums_over_ranks(tasks, group)
             *gradients, (loss, skipped, count) = sums

@@ -31,7 +31,26 @@ def check_tensors(name: str, batch: Batch) -> list[Tensor]:
             raise TypeError(
                 f"Every leaf of `{name}` must be a tensor. Got {type(leaf).__name__}: convert it with torch.as_tensor."
             )
+        if leaf.layout not in (torch.strided, torch.jagged):
+            raise TypeError(
+                f"Every tensor of `{name}` must be dense, so that tasks can be stacked and sliced. Got {leaf.layout}: "
+                "pass its indices and its values as two tensors, and make it of them in the model or the loss, with "
+                "torch.sparse_coo_tensor."
+            )
     return leaves
+
+
+def check_constant(tasks: TaskBatch | Sequence[Task]) -> None:
+    """Raise ValueError where a tensor of a task requires grad: it would get no gradient, without a word."""
+    for task in [tasks] if isinstance(tasks, TaskBatch) else tasks:
+        for name in ("support", "query"):
+            for leaf in tree_flatten(getattr(task, name, None))[0]:
+                if isinstance(leaf, Tensor) and leaf.requires_grad:
+                    raise ValueError(
+                        f"The tensors of a task are constants. Expected none that requires grad. Got one in `{name}`, "
+                        f"of shape {tuple(leaf.shape)}: to learn it name it in Objective(..., meta={{...}}); else "
+                        "detach it, and call requires_grad_() in a loss that differentiates by it."
+                    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
@@ -81,6 +83,47 @@ def restored(model: nn.Module) -> Iterator[None]:
                     del attributes[name]
                     if name in old:
                         attributes[name] = old[name]
+
+
+@dataclass
+class HeldBuffers:
+    """The buffers of modules that a loss holds: an evaluation sees copies of them."""
+
+    places: list[tuple[dict[str, Tensor | None], str, Tensor]]
+    """Where each stands, its name there, and the buffer itself."""
+    copies: list[Tensor]
+
+    @classmethod
+    def of(cls, modules: Iterable[nn.Module]) -> HeldBuffers:
+        """Those of some modules."""
+        found = {id(module): module._buffers for outer in modules for module in outer.modules()}
+        places = [(place, n, b) for place in found.values() for n, b in place.items() if b is not None]
+        return cls(places, [])
+
+    @contextmanager
+    def copied(self, *, afresh: bool) -> Iterator[None]:
+        """Within it the modules have copies: new ones if asked, or where the last evaluation has changed the others."""
+        if not self.places:
+            yield
+            return
+        if afresh or not self.copies:
+            copies = [buffer.detach().clone() for _, _, buffer in self.places]
+        else:
+            copies = self.copies
+        try:
+            for (place, name, _), copy in zip(self.places, copies, strict=True):
+                place[name] = copy
+            yield
+        finally:
+            for place, name, buffer in self.places:
+                place[name] = buffer
+        changed = afresh or any(differ(c, b) for c, (_, _, b) in zip(copies, self.places, strict=True))
+        self.copies = [] if changed else copies
+
+
+def differ(copy: Tensor, buffer: Tensor) -> bool:
+    """Whether a copy was written to, be it through `.data` or by batch_norm, which raise no version."""
+    return copy._version > 0 or (copy.layout is torch.strided and not torch.equal(copy, buffer))
 
 
 def _power_iterations(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:

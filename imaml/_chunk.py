@@ -11,16 +11,20 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _get_sequence_nr
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
-from imaml._context import Context
+from imaml._context import Context, inside_transform
+from imaml._foreign import check_loss
 from imaml._gradient import Gradient
 from imaml._tasks import Batch
 
-SUPPORT, QUERY = 0, 1
+SUPPORT, QUERY, UPDATE = 0, 1, 2
+"""What draws random numbers: a loss, or the inner optimiser."""
+_NAMES = ("support", "query")
 T = TypeVar("T")
 
 
@@ -135,7 +139,6 @@ class ChunkLoss:
 
         return self._evaluate(both, step)
 
-    @torch.no_grad()
     def statistics(self, phi: Tensor, step: int, before: dict[str, Tensor]) -> dict[str, Tensor]:
         """The running statistics `(tasks, *shape)` after one more forward pass of every task at phi."""
         context, parameters = self.context, self.context.layout.views(phi)
@@ -146,8 +149,23 @@ class ChunkLoss:
             return tuple(updated.values())
 
         values = [*parameters, *before.values()]
-        found = self._evaluate(lambda: self._each(one, values, self.batch), step)
-        return dict(zip(before, found, strict=True))
+        found = self._without_derivatives(lambda: self._evaluate(lambda: self._each(one, values, self.batch), step))
+        return {name: value.detach() for name, value in zip(before, found, strict=True)}
+
+    def _without_derivatives(self, compute: Callable[[], T]) -> T:
+        """What is computed with gradients disabled, or enabled where a model or a loss differentiates by itself."""
+        context = self.context
+        if not context.needs_grad_mode:
+            try:
+                with torch.no_grad():
+                    return compute()
+            except RuntimeError as error:
+                if _is_out_of_memory(error):
+                    raise
+        with torch.enable_grad():
+            found = compute()
+        context.needs_grad_mode = True
+        return found
 
     def _evaluate(self, compute: Callable[[], T], step: int) -> T:
         """What is computed in a vectorised pass where that is possible, and else one by one.
@@ -197,7 +215,7 @@ class ChunkLoss:
         versions = [t._version for t in data]
         before = [t.clone() for t in data] if writes is None else []
         try:
-            with self.draws(step):
+            with self.draws(step), self.context.held.copied(afresh=inside_transform()):
                 found = compute()
         finally:
             changed = [i for i, t in enumerate(data) if t._version != versions[i]]
@@ -259,13 +277,35 @@ class ChunkLoss:
         others = [t.detach().requires_grad_(fixed) for t in context.fixed]
         return adapted, others
 
+    @torch.enable_grad()
+    def at_leaves(
+        self, phi: Tensor, step: int, *, fixed: bool, metric: bool = False
+    ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor | None]:
+        """The leaves, as `leaves` makes them, with the losses `(tasks,)` that depend on them, and the metric."""
+        adapted, others = self.leaves(phi, fixed=fixed)
+
+        def evaluate() -> tuple[Tensor, Tensor | None]:
+            return self.losses(adapted, others, self.batch, step, metric=metric)
+
+        before = _get_sequence_nr()
+        losses, figure = evaluate()
+        key = (self.kind, self.start, *self.part, _get_sequence_nr() - before)
+        if self.context.differentiates and key not in self.context.own:
+            self.check_own(losses, [*adapted, *others], lambda: evaluate()[0])
+            self.context.own.add(key)
+        return adapted, others, losses, figure
+
+    def check_own(self, losses: Tensor, leaves: Sequence[Tensor], again: Callable[[], Tensor]) -> None:
+        """Raise ValueError where losses depend on a tensor that requires grad and is not among the leaves."""
+        names = self.context.objective.names
+        check_loss(_NAMES[self.kind], [losses], leaves, lambda: [again()], names)
+
     def check_depends(self, losses: Tensor) -> None:
         """Raise unless a gradient can flow from the losses."""
         if not losses.requires_grad:
-            name = ("support", "query")[self.kind]
             raise ValueError(
-                f"The {name} loss depends on no adapted parameter. Expected a loss computed from the model's output "
-                "with gradients enabled: look for .detach(), .item() or torch.no_grad() in the model or the loss."
+                f"The {_NAMES[self.kind]} loss depends on no adapted parameter. Expected a loss computed from the "
+                "model's output with gradients enabled: look for .detach(), .item() or torch.no_grad() in the model or the loss."
             )
 
     @torch.enable_grad()
@@ -273,8 +313,7 @@ class ChunkLoss:
         self, phi: Tensor, step: int, *, fixed: bool = False, metric: bool = False, weights: Tensor | None = None
     ) -> Gradient:
         """First derivatives at phi `(tasks, n)`, of `weights` `(tasks,)` times the losses where given."""
-        adapted, others = self.leaves(phi, fixed=fixed)
-        losses, figure = self.losses(adapted, others, self.batch, step, metric=metric)
+        adapted, others, losses, figure = self.at_leaves(phi, step, fixed=fixed, metric=metric)
         wanted = adapted + others if fixed else adapted
         grads = self.differentiate(losses if weights is None else weights * losses, wanted)
         return Gradient(losses.detach(), *self.collect(grads, phi), figure)
@@ -290,10 +329,13 @@ class ChunkLoss:
             self.context.used |= {n for n, g in zip(names, grads, strict=False) if g is not None}
         return grads
 
-    @torch.no_grad()
     def value(self, phi: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
         """Losses and metric at phi, without derivatives."""
-        return self.losses(self.context.layout.views(phi), self.context.fixed, self.batch, step, metric=True)
+        parameters, fixed = self.context.layout.views(phi), self.context.fixed
+        losses, figure = self._without_derivatives(
+            lambda: self.losses(parameters, fixed, self.batch, step, metric=True)
+        )
+        return losses.detach(), figure
 
     def collect(self, grads: Sequence[Tensor | None], phi: Tensor) -> tuple[Tensor, Tensor | None]:
         """Flatten gradients of the adapted, then any fixed parameters; None becomes zeros in its own place."""

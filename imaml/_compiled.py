@@ -72,7 +72,7 @@ class CompiledLoss(ChunkLoss):
             return True
         session.checked.add(shape)
         _, first = next(self.split(1))
-        expected, _ = first.losses(self.context.layout.views(phi[:1]), self.context.fixed, first.batch, step)
+        expected = first.at_leaves(phi[:1], step, fixed=False)[2].detach()  # as it was traced, with gradients enabled
         if agree(losses[:1], expected, session.accuracy):
             return True
         session.compiler.give_up(
@@ -96,7 +96,7 @@ class CompiledLoss(ChunkLoss):
                 fixed = [next(parts) for _ in context.fixed]
                 named = {name: next(parts) for name in constants}
                 snapshot = {f.name: getattr(context, f.name) for f in fields(context)}
-                inside = _Traced(**snapshot | used | {"fixed": fixed, "constants": named})
+                inside = _Traced(**snapshot | used | {"fixed": fixed, "constants": named, "differentiates": False})
                 loss = ChunkLoss(
                     inside, self._leaves[1].unflatten(list(parts)), self.tasks, self.start, self.kind, self.part
                 )

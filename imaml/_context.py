@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 
+from imaml._buffers import HeldBuffers, differ
 from imaml._hyper import Hyper, Hyperparameters
 from imaml._layout import Layout
 from imaml._objective import Objective
-from imaml._random import Replay
+from imaml._random import Replay, is_traced
 
 
 @dataclass
@@ -32,9 +33,15 @@ class Context:
     """Copies of the model's buffers; see `fresh_constants`."""
     buffers: list[Tensor]
     """The buffers themselves."""
+    held: HeldBuffers
+    """Those of modules that the losses and the metric hold."""
     replay: Replay
     hyper: Hyperparameters
     """Of the inner loop."""
+    differentiates: bool = True
+    """Whether the call is asked for derivatives, and does not only evaluate."""
+    needs_grad_mode: bool = False
+    """Whether a forward pass or a loss differentiates by itself, and cannot be evaluated without gradients enabled."""
     gradients: int = 0
     """Evaluations so far, summed over tasks: one call on a chunk of 8 tasks counts 8."""
     hvps: int = 0
@@ -52,6 +59,8 @@ class Context:
     """Adapted parameters that the support loss of some task depends on."""
     used_fixed: set[str] = field(default_factory=set)
     """The others that some derivative was taken by and not found to be zero for want of a path."""
+    own: set[tuple[int, ...]] = field(default_factory=set)
+    """Of losses, found to depend on no tensor that is not theirs: which part of which chunk, and how many nodes."""
     graphs: set[tuple[int, ...]] = field(default_factory=set)
     """Of gradients, found to be differentiable again: which part of which chunk, and how many nodes it took."""
     statistics: list[dict[str, Tensor]] = field(default_factory=list)
@@ -65,10 +74,9 @@ class Context:
 
     def fresh_constants(self) -> dict[str, Tensor]:
         """Copies of the model's buffers, new ones where a forward pass has changed the last."""
-        # torch.func's other transforms than `vmap` refuse writes to outer tensors, and inner ones end with them
-        if any(level.key() != TransformType.Vmap for level in get_interpreter_stack() or ()):
+        if inside_transform():
             return self.objective.constants()
-        if any(map(_differ, self.constants.values(), self.buffers)):
+        if any(map(differ, self.constants.values(), self.buffers)):
             self.constants = self.objective.constants()
         return self.constants
 
@@ -109,6 +117,8 @@ class Context:
         objective: Objective,
         hyper: Mapping[str, tuple[Hyper, int]] | None = None,
         layout_of: Callable[[Mapping[str, Tensor]], Layout] = Layout.of,
+        *,
+        differentiates: bool = True,
     ) -> Context:
         """Check the objective in its present state, and take the snapshot.
 
@@ -116,6 +126,7 @@ class Context:
             objective: Model and loss.
             hyper: Hyper-parameters of the inner loop by name, each with the number of steps it may have values for.
             layout_of: From named parameters to how they lie in a flat vector.
+            differentiates: Whether derivatives are asked for.
 
         Returns:
             The context of one call.
@@ -144,11 +155,14 @@ class Context:
             fixed=list(fixed.values()),
             constants=objective.constants(),
             buffers=[] if objective.model is None else list(objective.model.buffers()),
+            held=HeldBuffers.of(objective.held()),
             replay=Replay(devices.pop()),
             hyper=Hyperparameters.of(hyper or {}, objective.meta, layout, like),
+            differentiates=differentiates,
         )
 
 
-def _differ(copy: Tensor, buffer: Tensor) -> bool:
-    """Whether a copy was written to, be it through `.data`, which raises no version."""
-    return copy._version > 0 or (copy.layout is torch.strided and not torch.equal(copy, buffer))
+def inside_transform() -> bool:
+    """Whether a transform of torch.func other than `vmap` runs, or a trace."""
+    # They refuse writes to outer tensors, and inner ones end with them.
+    return is_traced() or any(level.key() != TransformType.Vmap for level in get_interpreter_stack() or ())

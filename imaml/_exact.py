@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor
 from torch.overrides import TorchFunctionMode
 
 
@@ -18,6 +19,11 @@ class ExactDerivatives(TorchFunctionMode):
     - `F.embedding` with `padding_idx`: vectorised over tasks, the padding row of all tasks but the first receives a
       gradient. With `sparse=True` its gradient has no second derivative: it is dense here, as that of
       `F.embedding_bag`.
+
+    - `torch.view_as_complex` of a parameter, which lies anywhere in a flat vector, is a copy where torch wants another
+      alignment.
+    - `requires_grad`, `is_leaf` and `grad_fn` of a tensor inside `vmap` are those of the tensors of all tasks; torch
+      says that none requires grad, and a forward pass that asks would take another branch than for one task.
 
     An active mode also keeps `nn.TransformerEncoder` and `nn.MultiheadAttention` off their fast path, which has no
     derivative at all.
@@ -77,8 +83,30 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / norm)
 
 
+def _view_as_complex(pairs: Tensor) -> Tensor:
+    try:
+        return torch.view_as_complex(pairs)
+    except RuntimeError:
+        if pairs.shape[-1:] != (2,):
+            raise
+        return torch.complex(*pairs.unbind(-1))  # no view, whose derivative would want the same alignment
+
+
+def _of_all_tasks(getter: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    def get(tensor: Tensor) -> Any:
+        while is_batchedtensor(tensor):
+            tensor = get_unwrapped(tensor)
+        return getter(tensor)
+
+    return get
+
+
+_TENSOR: Any = Tensor  # whose attributes have getters, which annotations do not say
+_GETTERS = [getattr(_TENSOR, name).__get__ for name in ("requires_grad", "is_leaf", "grad_fn")]
 _REPLACED: Mapping[Callable[..., Any], Callable[..., Any]] = {
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
     torch._weight_norm: _weight_norm,
+    torch.view_as_complex: _view_as_complex,
+    **{getter: _of_all_tasks(getter) for getter in _GETTERS},
 }

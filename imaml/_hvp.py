@@ -56,9 +56,8 @@ class ReverseOverReverse:
     @torch.enable_grad()
     def _graph(self) -> tuple[Tensor, _Graph]:
         loss, before = self._loss, _get_sequence_nr()
-        adapted, fixed = loss.leaves(self._phi, fixed=True)
         with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
-            losses, _ = loss.losses(adapted, fixed, loss.batch, self._step)
+            adapted, fixed, losses, _ = loss.at_leaves(self._phi, self._step, fixed=True)
             grads = loss.differentiate(losses, adapted, create_graph=True)
         graph = (loss.kind, loss.start, *loss.part, _get_sequence_nr() - before)
         if graph not in loss.context.graphs:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imaml._foreign import leaves_of
 from imaml._layout import Layout
-from imaml._meta import MetaParameters, foreign_leaf
+from imaml._meta import MetaParameters
 from imaml._numbers import check_number
 
 Hyper = float | Sequence[float] | Mapping[str, Any] | Callable[[dict[str, Any]], Any]
@@ -129,7 +130,7 @@ class Hyperparameters:
                 continue
             with torch.enable_grad():
                 value = _value(name, found, layout, steps, like)
-            if foreign_leaf(value.parts, self.leaves.values()):
+            if leaves_of(value.parts).keys() - {id(leaf) for leaf in self.leaves.values()}:
                 raise ValueError(
                     f"`{name}` depends on a tensor that requires grad and is not in the dictionary that its function "
                     "gets, so it would not be learned. Name it in Objective(..., meta={...}), or detach it."

@@ -74,6 +74,12 @@ class MAML(MetaGradient):
                 "MAML differentiates the steps of its inner loop. Expected GradientDescent, Adam, AdamW, RMSprop or "
                 f"another InnerOptimizer. Got {self.inner!r}: use ImplicitMAML, which needs the result alone."
             )
+        if type(self.inner).run is not InnerOptimizer.run:
+            raise TypeError(
+                "MAML differentiates `update`, step by step. Expected an inner optimiser that leaves `run` as it is. "
+                f"Got {type(self.inner).__name__}, whose own `run` would be ignored: write it as `update` and `start`, "
+                "or use ImplicitMAML, which needs the result alone."
+            )
         if self.inner.stationarity is not None:
             raise ValueError(
                 "MAML differentiates a known number of inner steps. Expected an inner loop with stationarity=None. Got "
@@ -135,6 +141,8 @@ class MAML(MetaGradient):
                 pulled_by_theta -= damping * w
             if fixed is not None and mixed is not None:
                 fixed.add_(mixed)
+        if self._first == 0:
+            cotangent = problem.optimizer.pull_through_start(lambda: problem.theta, (cotangent, *buffers))
         return Pullback(cotangent + pulled_by_theta, fixed, outcome)
 
     def _adapt(self, problem: Problem, kept: Store) -> tuple[Tensor, Iterator[Point]]:

@@ -76,23 +76,6 @@ def no_gradient(key: str, why: str) -> ValueError:
     )
 
 
-def foreign_leaf(values: Iterable[Tensor], leaves: Iterable[Tensor]) -> bool:
-    """Whether a value depends on a leaf that requires grad and is not among these."""
-    known = {id(leaf) for leaf in leaves}
-    found = {id(value) for value in values if value.requires_grad and value.grad_fn is None}
-    pending, seen = [v.grad_fn for v in values if v.grad_fn is not None], set()
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)  # of a node that accumulates into a leaf
-        if variable is not None:
-            found.add(id(variable))
-        pending += [following for following, _ in node.next_functions if following is not None]
-    return not found <= known
-
-
 @dataclass(frozen=True)
 class _WithoutMeta:
     """A function that does not take the meta-parameters."""

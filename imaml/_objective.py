@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -12,6 +13,7 @@ from imaml._buffers import BufferPolicy, check_policy
 from imaml._exact import ExactDerivatives
 from imaml._meta import Given, MetaParameters
 from imaml._program import FunctionProgram, ModelProgram, Parameters
+from imaml._reach import modules_of
 from imaml._select import select
 from imaml._tasks import Batch
 
@@ -174,7 +176,7 @@ class Objective:
         fixed = {
             n: p
             for n, p in named.items()
-            if n not in self.adapted and p.is_floating_point() and self._program.trainable(p)
+            if n not in self.adapted and self._program.trainable(p) and _is_learnable(n, p)
         }
         return {n: named[n] for n in self.adapted} | fixed | self.meta.learned()
 
@@ -189,6 +191,16 @@ class Objective:
     def others(self, learned: Collection[str]) -> dict[str, Tensor]:
         """What a loss uses by name besides what is `learned` and the buffers: as the user holds it."""
         return {n: t for n, t in (self._program.parameters() | self.meta.flat()).items() if n not in learned}
+
+    def names(self) -> dict[int, str]:
+        """What tensors that a loss may find past its arguments are called, by address."""
+        held = {id(p): f"{n!r} of {type(m).__name__} in the loss" for m in self.held() for n, p in m.named_parameters()}
+        own = {id(p): f"the parameter {n!r} read past the forward pass" for n, p in self._program.parameters().items()}
+        return held | own | {id(t): f"the meta-parameter {n!r} read past `meta`" for n, t in self.meta.flat().items()}
+
+    def held(self) -> list[nn.Module]:
+        """The modules that the losses and the metric use besides their arguments."""
+        return modules_of((self.loss, self.outer_loss, self.metric))
 
     def statistics(self) -> list[str]:
         """Names of the buffers that follow each task's inner loop; none unless `buffers="update"`."""
@@ -260,13 +272,34 @@ def _check_loss(loss: Any) -> Tensor:
     return checked
 
 
+def _is_learnable(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter that does not adapt gets a meta-gradient; one that requires grad must be able to."""
+    able = parameter.is_floating_point() and parameter.layout is torch.strided
+    if parameter.requires_grad and not able:
+        raise TypeError(
+            f"Parameter {name!r} requires grad and must be dense and of a real floating-point dtype to get a "
+            f"meta-gradient. Got {_kind(parameter)}: {_REMEDY}, or call requires_grad_(False) on it."
+        )
+    return able
+
+
+def _kind(parameter: Tensor) -> str:
+    return str(parameter.dtype if parameter.layout is torch.strided else parameter.layout)
+
+
+_REMEDY = (
+    "keep a complex one as its real and imaginary part, shape (..., 2), and call torch.view_as_complex on that in the "
+    "forward pass, or a sparse one as the vector of its values"
+)
+
+
 def _check_adaptable(name: str, parameter: Tensor) -> None:
     if not isinstance(parameter, Tensor):
         raise TypeError(f"Parameter {name!r} must be a tensor. Got {type(parameter).__name__}.")
     if is_lazy(parameter):
         raise ValueError(f"Parameter {name!r} is not initialised yet. Run one forward pass of the model first.")
-    if not parameter.is_floating_point():
+    if not parameter.is_floating_point() or parameter.layout is not torch.strided:
         raise TypeError(
-            f"Parameter {name!r} must be of a real floating-point dtype to be adapted. Got {parameter.dtype}: leave it "
-            "out of `adapt`, or convert it."
+            f"Parameter {name!r} must be dense and of a real floating-point dtype to be adapted. Got "
+            f"{_kind(parameter)}: leave it out of `adapt`, or {_REMEDY}."
         )

@@ -51,7 +51,8 @@ class Point:
             gradient = cotangents[0].new_zeros(()).expand_as(cotangents[0])
             state = (gradient,) * len(cotangents)
         at, learned = hyper.at(self.step), hyper.learned
-        before, w, rates = problem.optimizer.pullback(state, gradient, cotangents, self.step, at, learned)
+        with problem.draws(self.step):
+            before, w, rates = problem.optimizer.pullback(state, gradient, cotangents, self.step, at, learned)
         if "regularization" in learned:
             rates["regularization"] = w * (self.state[0] - problem.theta)
         hyper.add(rates, self.step)

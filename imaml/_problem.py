@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from numbers import Real
 
 import torch
 from torch import Tensor
 
-from imaml._chunk import ChunkLoss
+from imaml._chunk import UPDATE, ChunkLoss
 from imaml._errors import DivergenceError, NonFiniteError
+from imaml._foreign import described, foreign_leaves
 from imaml._gradient import Gradient
 from imaml._microbatch import Microbatched
 from imaml._plan import Plan
@@ -134,15 +136,36 @@ class Problem:
             TypeError: The optimiser's update does not return a state.
             ValueError: It changes its arguments.
         """
-        versions = [t._version for t in (*state, gradient)]
-        following = self.optimizer.update(state, gradient, step, self.support.context.hyper.at(step))
-        name, size = f"{type(self.inner).__name__}.update", 1 + self.optimizer.buffers
+        optimizer, context, versions = self.optimizer, self.support.context, [t._version for t in (*state, gradient)]
+
+        @torch.enable_grad()
+        def take() -> State:
+            with self.draws(step):
+                return optimizer.update(state, gradient, step, context.hyper.at(step))
+
+        following = take()
+        name, size = f"{type(self.inner).__name__}.update", 1 + optimizer.buffers
         if not isinstance(following, tuple) or len(following) != size:
             got = f"{len(following)} tensors" if isinstance(following, tuple) else type(following).__name__
             raise TypeError(f"{name} must return a tuple of phi and its {size - 1} `buffers`. Got {got}.")
         if versions != [t._version for t in (*state, gradient)]:
             raise ValueError(f"{name} changes its arguments in place. Expected new tensors: use a + b for a.add_(b).")
-        return following
+        if not any(t.requires_grad for t in following):
+            return following
+        # Nothing that it was given requires grad.
+        if context.differentiates and (foreign := foreign_leaves(following, (), take)):
+            raise ValueError(
+                f"{name} uses what requires grad and would get no gradient: "
+                f"{described(foreign, context.objective.names())}. Expected a function of its arguments. Make it one "
+                "of `hyperparameters`, which may be functions of Objective(..., meta={...}), or detach it."
+            )
+        return tuple(t.detach() for t in following)
+
+    def draws(self, step: int) -> AbstractContextManager[None]:
+        """Within it, random numbers are those of the optimiser at this step."""
+        if self.optimizer.is_deterministic:
+            return nullcontext()
+        return self.support.context.replay.at(UPDATE, self.positions[0], step)
 
     @property
     def optimizer(self) -> InnerOptimizer:

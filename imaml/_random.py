@@ -34,7 +34,7 @@ class Replay:
     @contextmanager
     def at(self, *key: int) -> Iterator[None]:
         """Evaluate one loss with the draws that belong to its key."""
-        if _is_traced():  # after an evaluation that drew nothing
+        if is_traced():  # after an evaluation that drew nothing
             yield
         elif self._first is None:
             start = self._states()
@@ -79,5 +79,6 @@ class Replay:
                 self._accelerator.manual_seed(seed)
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
+    """Whether a trace by `make_fx` runs."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None

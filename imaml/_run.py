@@ -53,7 +53,7 @@ class Run:
         if engine.regularization is not None:
             given["regularization"] = (engine.regularization, 1)
         kind, layout_of = _if_sharded(engine, objective) or (cls, Layout.of)
-        context = Context.of(objective, given, layout_of)
+        context = Context.of(objective, given, layout_of, differentiates=derivatives)
         layouts = [layout for layout in (context.layout, context.fixed_layout) if derivatives and layout.names]
         session = Session.of(engine._compiler, context) if engine.compile else None
         return kind(engine, context, layouts, session)

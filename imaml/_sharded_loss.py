@@ -51,6 +51,8 @@ class ShardedLoss(ChunkLoss):
             with self._at(phi):
                 losses, figure = self.losses((), (), self.batch, step, metric=metric)
                 self.check_depends(losses)
+                if self.context.differentiates:  # before `backward`, which would leave gradients there
+                    self.check_own(losses, parameters, lambda: self.losses((), (), self.batch, step)[0])
                 (losses if weights is None else losses * whole(weights)).sum().backward()
             grads = [p.grad for p in parameters]
         finally:
@@ -60,10 +62,9 @@ class ShardedLoss(ChunkLoss):
             self.context.used |= {n for n, g in zip(names, grads, strict=False) if g is not None}
         return Gradient(losses.detach(), *self.collect(grads if fixed else grads[: len(names)], phi), figure)
 
-    @torch.no_grad()
     def value(self, phi: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
         """Loss and metric at phi, without derivatives."""
-        with self._at(phi):
+        with torch.no_grad(), self._at(phi):
             return self.losses((), (), self.batch, step, metric=True)
 
     @contextmanager

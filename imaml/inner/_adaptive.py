@@ -50,6 +50,7 @@ class Adam(InnerOptimizer):
         ValueError: A number out of range.
     """
 
+    is_deterministic: ClassVar[bool] = True
     nonnegative: ClassVar[tuple[str, ...]] = ("weight_decay",)
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -102,6 +103,8 @@ class AdamW(Adam):
         ValueError: A number out of range.
     """
 
+    is_deterministic: ClassVar[bool] = True
+
     weight_decay: Hyper = 0.01
 
     def update(self, state: State, gradient: Tensor, step: int, at: Rates) -> State:
@@ -129,6 +132,7 @@ class RMSprop(InnerOptimizer):
         ValueError: A number out of range.
     """
 
+    is_deterministic: ClassVar[bool] = True
     nonnegative: ClassVar[tuple[str, ...]] = ("momentum", "weight_decay")
 
     alpha: float = 0.99

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -48,9 +48,11 @@ class InnerSolver(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class InnerOptimizer(InnerSolver):
-    """An inner loop that can be differentiated: K times s <- U(s, g(phi)), with U a pure elementwise function.
+    """An inner loop that can be differentiated: K times s <- U(s, g(phi)), with U a pure function.
 
-    A new one needs `update`, and `buffers` and `nonnegative` where it has any; its derivatives are taken of `update`.
+    A new one needs `update`, and `buffers` and `nonnegative` where it has any; its derivatives are taken of `update`,
+    as it is written. So are those of a subclass that changes the `update` of another optimiser, to clip the gradient or
+    to add noise: what the other says of its own derivative does not hold for it. An own `start` is differentiated too.
 
     Args:
         lr: Step size, > 0. It, `momentum` and `weight_decay` are each a number; a sequence of `steps` numbers, one a
@@ -69,12 +71,23 @@ class InnerOptimizer(InnerSolver):
 
     is_linear: ClassVar[bool] = False
     """Whether U is linear in state and gradient, so that its derivative needs neither."""
+    is_deterministic: ClassVar[bool] = False
+    """Whether U draws no random numbers; those that it may draw are the same whenever a step is taken again."""
     positive: ClassVar[tuple[str, ...]] = ("lr",)
     nonnegative: ClassVar[tuple[str, ...]] = ()
     """The hyper-parameters, by range."""
 
     lr: Hyper
     stationarity: float | None = None
+
+    def __init_subclass__(cls) -> None:
+        """Take back what a base class says of an `update` that is overridden."""
+        super().__init_subclass__()
+        # By the order of resolution and not by what stands in the class itself: a mixin may bring the `update`.
+        rank = {n: next(i for i, c in enumerate(cls.__mro__) if n in vars(c)) for n in ("update", *_OF_UPDATE)}
+        for name in _OF_UPDATE:
+            if rank["update"] < rank[name]:
+                setattr(cls, name, vars(InnerOptimizer)[name])
 
     def __post_init__(self) -> None:
         """Check the configuration; raises TypeError or ValueError."""
@@ -128,8 +141,27 @@ class InnerOptimizer(InnerSolver):
         mine = learned & set(self.hyperparameters)
         rates = {n: v.detach().requires_grad_() for n, v in at.items() if n in mine and isinstance(v, Tensor)}
         following = self.update(tuple(points[:-1]), points[-1], step, dict(at) | rates)
-        smooth = [(t, c) for t, c in zip(following, cotangents, strict=True) if t.requires_grad]
-        outputs, weights = zip(*smooth, strict=True)
-        found = torch.autograd.grad(outputs, [*points, *rates.values()], weights, materialize_grads=True)
+        found = _pulled(following, cotangents, [*points, *rates.values()])
         size = len(state)
         return found[:size], found[size], dict(zip(rates, found[size + 1 :], strict=True))
+
+    @torch.enable_grad()
+    def pull_through_start(self, theta: Callable[[], Tensor], cotangents: State) -> Tensor:
+        """The cotangent of theta, for those of the state before the first step."""
+        if type(self).start is InnerOptimizer.start:
+            return cotangents[0]  # phi is theta, and the buffers are zeros
+        point = theta().detach().requires_grad_()
+        return _pulled(self.start(point), cotangents, [point])[0]
+
+
+_OF_UPDATE = ("is_linear", "is_deterministic", "pullback")
+"""What a class says of its own `update`."""
+
+
+def _pulled(outputs: State, cotangents: State, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The cotangents of the inputs, for those of the outputs, some of which may have no derivative."""
+    smooth = [(t, c) for t, c in zip(outputs, cotangents, strict=True) if t.requires_grad]
+    if not smooth:
+        return tuple(torch.zeros_like(t) for t in inputs)
+    values, weights = zip(*smooth, strict=True)
+    return torch.autograd.grad(values, inputs, weights, materialize_grads=True)

@@ -55,8 +55,8 @@ class InnerProblem:
 
     def value(self, phi: Tensor) -> float:
         """J at phi."""
-        with torch.no_grad():
-            return self.reference.inner_loss(self.values(phi), self.start, self.batch).item()
+        inner, start, batch = self.reference.inner_loss, self.start, self.batch
+        return self.reference.value(lambda leaves: inner(leaves, start, batch), self.values(phi)).item()
 
     def minimise(self, phi: Tensor) -> Tensor:
         """The minimum that Newton's method with backtracking finds from phi.

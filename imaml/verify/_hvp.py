@@ -16,7 +16,7 @@ from imaml.verify._modes import MODES, find
 from imaml.verify._products import differences
 from imaml.verify._products_verdict import verdict
 from imaml.verify._reference import Reference, draws, flat, unflat
-from imaml.verify._subject import evaluated, in_double, is_random
+from imaml.verify._subject import check_own, evaluated, in_double, is_random
 from imaml.verify._verification import Verification
 
 DIRECTIONS = 3
@@ -73,7 +73,8 @@ def hvp(
     (task,) = in_double([given])
     reference = Reference(copied, [task], GradientDescent(lr=1.0, steps=0), damping={})
     values = reference.values()
-    random = is_random(task, partial(reference.loss, values), seed, partial(evaluated, objective, given))
+    random = is_random(reference, seed, partial(evaluated, objective, given))
+    check_own(reference, seed)
     adapted = {n: values[n] for n in copied.adapted}
 
     def gradient(phi: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -202,6 +203,8 @@ def _iterates(known: Sequence[System], most: int = 12) -> Iterator[tuple[int, li
 def fitted(system: System, u: Tensor) -> tuple[float, float, float]:
     """The a and b for which (a I + b H) u is closest to v, and the relative distance that is left."""
     columns = torch.stack([u, system.hessian(u)], dim=1)
+    if not bool(columns.isfinite().all()):
+        return math.nan, math.nan, math.inf
     coefficients = torch.linalg.lstsq(columns, system.v.unsqueeze(1)).solution
     left = (system.v.unsqueeze(1) - columns @ coefficients).norm() / system.v.norm()
     a, b = coefficients.flatten().tolist()

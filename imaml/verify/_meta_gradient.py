@@ -17,7 +17,18 @@ from imaml.verify._argmin import NoMinimum
 from imaml.verify._claims import along, as_function, claim_of, damping_of, inner_of, name_of
 from imaml.verify._comparison import compare
 from imaml.verify._reference import Reference, Values, draws, moved
-from imaml.verify._subject import Subject, Tasks, call, evaluated, in_double, is_random, snapshot, why_calls_differ
+from imaml.verify._subject import (
+    Subject,
+    Tasks,
+    call,
+    check_own,
+    evaluated,
+    in_double,
+    is_random,
+    is_update_random,
+    snapshot,
+    why_calls_differ,
+)
 from imaml.verify._suspects import cause_of
 from imaml.verify._verification import Status, Verification, judge
 
@@ -82,7 +93,9 @@ def meta_gradient(
     given = regularization if regularization is not None else getattr(engine_or_function, "regularization", None)
     reference = Reference(copied, list(tasks), used, damping, as_function(given))
     values = reference.values()
-    random = is_random(reference.tasks[0], partial(reference.loss, values), seed, as_given)
+    random = is_random(reference, seed, as_given)
+    check_own(reference, seed)
+    random = random or is_update_random(reference, seed)
 
     own = objective.double()
     before = snapshot(own)
@@ -102,7 +115,7 @@ def meta_gradient(
         )
 
     if random and claim != "maml":
-        drawn = "the loss draws random numbers (dropout): verify with model.eval()"
+        drawn = "the loss (dropout) or the update draws random numbers: verify with model.eval(), and without noise"
         return verification("inconclusive", math.nan, math.inf, drawn)
     try:
         if random and isinstance(engine_or_function, MetaGradient):

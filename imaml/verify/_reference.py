@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from imaml._buffers import HeldBuffers
 from imaml._hyper import Hyperparameters, is_off
 from imaml._layout import Layout
 from imaml._meta import MetaParameters
@@ -76,8 +77,13 @@ class Reference:
 
     def loss(self, values: Mapping[str, Tensor], batch: Any, *, outer: bool = False) -> Tensor:
         """The support loss, or the query loss; buffers are copies, and attention has second derivatives."""
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), HeldBuffers.of(self.objective.held()).copied(afresh=True):
             return self.objective.evaluate(dict(values) | self.objective.constants(), batch, outer=outer)[0]
+
+    def value(self, loss: Callable[[Mapping[str, Tensor]], Tensor], values: Mapping[str, Tensor]) -> Tensor:
+        """A loss without derivatives, evaluated as if there were: it may ask what requires grad, and differentiate."""
+        with torch.enable_grad():
+            return loss({n: t.detach().requires_grad_() for n, t in values.items()}).detach()
 
     def inner_loss(self, values: Mapping[str, Tensor], centre: Mapping[str, Tensor], batch: Any) -> Tensor:
         """The support loss plus the proximal term about `centre`."""
@@ -100,7 +106,8 @@ class Reference:
         layout, given = Layout.of(adapted), self.inner.hyperparameters
         meta = MetaParameters(self.objective.meta.like_given(start))
         hyper = Hyperparameters.of({n: (h, self.steps) for n, h in given.items()}, meta, layout, flat(adapted))
-        state, values = self.inner.start(flat(adapted).unsqueeze(0)), dict(start)
+        state = self.inner.start(flat(adapted).unsqueeze(0))
+        values = start | unflat(state[0].squeeze(0), adapted)
         for step in range(self.steps):
             leaves = values | {n: values[n].detach().requires_grad_() for n in self.adapted}
             wanted = [leaves[n] for n in self.adapted]
@@ -118,10 +125,9 @@ class Reference:
         """Mean query loss after the inner loop: what exact MAML differentiates."""
         return torch.stack([self.query_loss(self.adapt(start, task.support), task) for task in self.tasks]).mean()
 
-    @torch.no_grad()
     def query_loss(self, values: Values, task: Task) -> Tensor:
-        """The query loss of a task at these parameters."""
-        return self.loss(values, task.query, outer=True)
+        """The query loss of a task at these parameters, detached."""
+        return self.value(lambda leaves: self.loss(leaves, task.query, outer=True), values)
 
     def gradient(self, loss: Callable[[Values], Tensor], values: Values) -> Values:
         """First derivatives by every parameter; zeros where the loss does not depend on one."""

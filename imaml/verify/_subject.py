@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imaml._buffers import HeldBuffers
 from imaml._errors import SolverWarning
+from imaml._foreign import check_loss
 from imaml._objective import Objective
 from imaml._strategy import MetaGradient
 from imaml._tasks import Task, TaskBatch
 from imaml.verify._claims import name_of
-from imaml.verify._reference import draws, flat
+from imaml.verify._reference import Reference, draws, flat
 
 Tasks = TaskBatch | Sequence[Task]
 Subject = MetaGradient | Callable[[Objective, Any], Any]
@@ -87,15 +89,28 @@ def evaluated(objective: Objective, task: Task) -> list[float]:
     """Support and query loss at the objective's own parameters."""
     values = objective.parameters() | objective.constants()
     pairs = ((task.support, False), (task.query, True))
-    return [objective.evaluate(values, batch, outer=outer)[0].item() for batch, outer in pairs]
+    with HeldBuffers.of(objective.held()).copied(afresh=True):
+        return [objective.evaluate(values, batch, outer=outer)[0].item() for batch, outer in pairs]
 
 
-def is_random(task: Task, loss: Callable[..., Tensor], seed: int, as_given: Callable[[], object]) -> bool:
+def check_own(reference: Reference, seed: int) -> None:
+    """Raise ValueError where a loss depends on a tensor that requires grad and that no derivative is taken by."""
+    task, leaves = reference.tasks[0], {n: t.clone().requires_grad_() for n, t in reference.values().items()}
+    for kind, batch, outer in (("support", task.support, False), ("query", task.query, True)):
+
+        @torch.enable_grad()
+        def evaluate(batch: Any = batch, outer: bool = outer) -> list[Tensor]:
+            with draws(seed):
+                return [reference.loss(leaves, batch, outer=outer)]
+
+        check_loss(kind, evaluate(), leaves.values(), evaluate, reference.objective.names)
+
+
+def is_random(reference: Reference, seed: int, as_given: Callable[[], object]) -> bool:
     """Whether the support or query loss draws random numbers.
 
     Args:
-        task: In float64.
-        loss: Likewise.
+        reference: In float64.
         seed: Of the random numbers.
         as_given: Evaluates the losses as the user gave them, before the cast.
 
@@ -106,15 +121,17 @@ def is_random(task: Task, loss: Callable[..., Tensor], seed: int, as_given: Call
         TypeError: The loss cannot be evaluated in float64. Where it cannot as given either, that error comes through.
         ValueError: The loss differs between two calls with the same seed, or is not finite.
     """
+    task, values = reference.tasks[0], reference.values()
 
     def both(s: int) -> list[float]:
-        with draws(s), torch.no_grad():
-            return [loss(task.support).item(), loss(task.query, outer=True).item()]
+        with draws(s):
+            support = reference.value(lambda leaves: reference.loss(leaves, task.support), values)
+            return [support.item(), reference.query_loss(values, task).item()]
 
     try:
         both(seed)
     except RuntimeError as error:
-        with draws(seed), torch.no_grad():
+        with draws(seed), torch.enable_grad():
             as_given()
         raise TypeError(
             f"The model or its loss does not run in float64: {error}. Expected one that computes in the dtype of its "
@@ -129,6 +146,18 @@ def is_random(task: Task, loss: Callable[..., Tensor], seed: int, as_given: Call
             "Draw its random numbers from torch's global generators, and keep no state between calls."
         )
     return first != other
+
+
+def is_update_random(reference: Reference, seed: int) -> bool:
+    """Whether the inner optimiser draws random numbers, where the loss draws none."""
+    if reference.inner.is_deterministic:
+        return False
+
+    def adapted(s: int) -> Tensor:
+        with draws(s):
+            return flat(reference.adapt(reference.values(), reference.tasks[0].support))
+
+    return not torch.equal(adapted(seed), adapted(seed + 1))
 
 
 def snapshot(objective: Objective) -> dict[str, Tensor]:

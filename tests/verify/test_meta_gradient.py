@@ -2,6 +2,8 @@
 
 import copy
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, Objective, Task, TaskBatch, verify
+from imaml.verify._implicit_mistakes import fitted
 
 LOOP = GradientDescent(lr=0.1, steps=3)
 CONVERGED = ImplicitMAML(
@@ -242,3 +245,40 @@ def test_the_result_is_frozen_and_readable() -> None:
     assert str(result).startswith("MAML against maml: passed\nrelative error ")
     with pytest.raises(AttributeError):
         result.status = "failed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claims(GradientDescent):
+    """Says that its `update` is linear, which it is not."""
+
+    is_linear: ClassVar[bool] = True
+
+    def update(self, state, gradient, step, at):
+        return super().update(state, gradient.tanh(), step, at)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pulls(Claims):
+    """Has a derivative of its own that is another's."""
+
+    def update(self, state, gradient, step, at):
+        return super().update(state, gradient.tanh(), step, at)
+
+    def pullback(self, state, gradient, cotangents, step, at, learned):
+        return cotangents, -at["lr"] * cotangents[0], {}
+
+
+@pytest.mark.parametrize("kind", [Claims, Pulls])
+def test_an_optimizer_with_a_derivative_that_is_not_of_its_update_fails(kind) -> None:
+    engine = MAML(inner=kind(lr=0.5, steps=3))
+    assert verify.meta_gradient(engine, *problem(network(nn.Tanh()))).status == "failed"
+
+
+def test_the_cause_is_looked_for_where_a_result_overflows() -> None:
+    class Overflowing:
+        v = torch.ones(3, dtype=torch.float64)
+
+        def hessian(self, u: Tensor) -> Tensor:
+            return u * math.inf
+
+    assert fitted(Overflowing(), torch.ones(3, dtype=torch.float64))[2] == math.inf

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 from imaml import Objective, Task
-from tests.zoo.problems import MAML, Setup, batch_norm, layer_norm, mlp, unused
+from tests.zoo.problems import MAML, Setup, batch_norm, layer_norm, mlp, quantised, unused
 from tests.zoo.right import Function, Loss, by_name, flatten, gradient, mean_over_tasks, states, unrolled
 from tests.zoo.specimen import specimen
 
@@ -77,6 +77,28 @@ def vmap_between_the_derivatives(s: Setup) -> Function:
             return torch.func.vmap(of_task, (None, 0, 0, 0, 0))(theta, xs, ys, xq, yq).mean()
 
         return by_name(objective, torch.func.grad(mean)(theta))
+
+    return function
+
+
+@specimen(MAML, quantised, story="Inside vmap no tensor seems to require grad, and a model takes its other branch.")
+def vmap_of_a_model_that_asks(s: Setup) -> Function:
+    def function(objective: Objective, tasks: Iterable[Task]) -> dict[str, Tensor]:
+        (xs, ys), (xq, yq) = ([torch.stack(t) for t in zip(*sets, strict=True)] for sets in _sets(tasks))
+        count, theta = len(xs), _named_leaves(objective)
+
+        def losses(phi: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+            def one(phi: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+                return torch.nn.functional.mse_loss(torch.func.functional_call(objective.model, phi, (x,)), y)
+
+            return torch.func.vmap(one)(phi, x, y)
+
+        phi = {n: p.expand(count, *p.shape) for n, p in theta.items()}
+        for _ in range(s.steps):
+            grads = grad(losses(phi, xs, ys).sum(), list(phi.values()), create_graph=True)
+            phi = {n: p - s.lr * g for (n, p), g in zip(phi.items(), grads, strict=True)}
+        found = grad(losses(phi, xq, yq).mean(), list(theta.values()), materialize_grads=True)
+        return dict(zip(theta, found, strict=True))
 
     return function
 

@@ -305,7 +305,8 @@ class ChunkLoss:
         if not losses.requires_grad:
             raise ValueError(
                 f"The {_NAMES[self.kind]} loss depends on no adapted parameter. Expected a loss computed from the "
-                "model's output with gradients enabled: look for .detach(), .item() or torch.no_grad() in the model or the loss."
+                "model's output with gradients enabled: look for .detach(), .item() or torch.no_grad() in the model or "
+                "the loss."
             )
 
     @torch.enable_grad()

@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import _SpectralNorm
-from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.overrides import TorchFunctionMode
+
+from imaml._torch import is_spectral_norm
 
 _OF_EVERY_MODULE = nn.Module().__dict__.keys()
 BufferPolicy = Literal["batch", "frozen", "update"]
@@ -130,7 +130,7 @@ def _power_iterations(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
     """Every spectral_norm of more than a vector, with the module in whose training mode it updates."""
     for name, module in model.named_modules():
         for norm in (module, *module._forward_pre_hooks.values()):
-            if isinstance(norm, (_SpectralNorm, SpectralNorm)) and hasattr(norm, "n_power_iterations"):
+            if is_spectral_norm(norm):
                 yield name, module, norm
 
 

@@ -11,16 +11,23 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C._autograd import _get_sequence_nr
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
 from imaml._context import Context, inside_transform
 from imaml._foreign import check_loss
 from imaml._gradient import Gradient
 from imaml._tasks import Batch
+from imaml._torch import (
+    TreeSpec,
+    is_functorch_wrapped_tensor,
+    is_out_of_memory,
+    is_write_to_rows,
+    sequence_number,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+)
 
 SUPPORT, QUERY, UPDATE = 0, 1, 2
 """What draws random numbers: a loss, or the inner optimiser."""
@@ -38,10 +45,6 @@ def outside_inference(batch: Batch) -> Batch:
 def _shielded(tensor: Tensor) -> Tensor:
     """The same data, of which no graph remains at the user's tensor where a parameter is written into it."""
     return tensor if tensor.requires_grad or is_functorch_wrapped_tensor(tensor) else tensor.detach()
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _check_leaves(leaves: Sequence[Any]) -> None:
@@ -160,7 +163,7 @@ class ChunkLoss:
                 with torch.no_grad():
                     return compute()
             except RuntimeError as error:
-                if _is_out_of_memory(error):
+                if is_out_of_memory(error):
                     raise
         with torch.enable_grad():
             found = compute()
@@ -186,7 +189,7 @@ class ChunkLoss:
             try:
                 return self._attempt(compute, step)
             except RuntimeError as error:
-                if _is_out_of_memory(error):
+                if is_out_of_memory(error):
                     raise
             context.is_vectorised = False
             try:
@@ -246,7 +249,7 @@ class ChunkLoss:
                 for i, own in enumerate(_rows(values, self.tasks))
             ]
         except RuntimeError as error:
-            if "of unbind" not in str(error).lower():
+            if not is_write_to_rows(error):
                 raise
             raise RuntimeError(
                 "The model writes to its parameters in place while several tasks are evaluated one by one. Expected a "
@@ -287,9 +290,9 @@ class ChunkLoss:
         def evaluate() -> tuple[Tensor, Tensor | None]:
             return self.losses(adapted, others, self.batch, step, metric=metric)
 
-        before = _get_sequence_nr()
+        before = sequence_number()
         losses, figure = evaluate()
-        key = (self.kind, self.start, *self.part, _get_sequence_nr() - before)
+        key = (self.kind, self.start, *self.part, sequence_number() - before)
         if self.context.differentiates and key not in self.context.own:
             self.check_own(losses, [*adapted, *others], lambda: evaluate()[0])
             self.context.own.add(key)

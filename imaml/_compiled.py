@@ -8,13 +8,13 @@ from functools import cached_property
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten
 
 from imaml._chunk import SUPPORT, ChunkLoss
 from imaml._compiler import Compiled, Function, Outputs, Session, agree, run
 from imaml._context import Context
 from imaml._gradient import Gradient
 from imaml._hvp import ReverseOverReverse
+from imaml._torch import TreeSpec, tree_flatten
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from imaml._context import Context
 from imaml._errors import CompileWarning, warn
 from imaml._objective import Objective
+from imaml._torch import compile_graph
 
 Outputs = tuple[Tensor | None, ...]
 Function = Callable[..., Outputs]
@@ -99,13 +100,11 @@ class Session:
 def trace_and_compile(function: Function, tensors: Sequence[Tensor]) -> Function:
     """By TorchInductor, which takes a second to import."""
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of its own
-        from torch import _inductor as inductor  # noqa: PLC0415
         from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415
 
         graph = make_fx(function)(*tensors)
         with as_traced(tensors[0].device):
-            compiled: Function = inductor.compile(graph, list(tensors))
-    return compiled
+            return compile_graph(graph, tensors)
 
 
 @contextmanager

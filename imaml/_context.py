@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack
 
 from imaml._buffers import HeldBuffers, differ
 from imaml._hyper import Hyper, Hyperparameters
 from imaml._layout import Layout
 from imaml._objective import Objective
-from imaml._random import Replay, is_traced
+from imaml._random import Replay
+from imaml._torch import is_traced, is_transformed
 
 
 @dataclass
@@ -59,9 +59,9 @@ class Context:
     """Adapted parameters that the support loss of some task depends on."""
     used_fixed: set[str] = field(default_factory=set)
     """The others that some derivative was taken by and not found to be zero for want of a path."""
-    own: set[tuple[int, ...]] = field(default_factory=set)
+    own: set[tuple[float, ...]] = field(default_factory=set)
     """Of losses, found to depend on no tensor that is not theirs: which part of which chunk, and how many nodes."""
-    graphs: set[tuple[int, ...]] = field(default_factory=set)
+    graphs: set[tuple[float, ...]] = field(default_factory=set)
     """Of gradients, found to be differentiable again: which part of which chunk, and how many nodes it took."""
     statistics: list[dict[str, Tensor]] = field(default_factory=list)
     """Running statistics after the inner loop by name, `(tasks, *shape)`, of every chunk so far; none unless asked."""
@@ -165,4 +165,4 @@ class Context:
 def inside_transform() -> bool:
     """Whether a transform of torch.func other than `vmap` runs, or a trace."""
     # They refuse writes to outer tensors, and inner ones end with them.
-    return is_traced() or any(level.key() != TransformType.Vmap for level in get_interpreter_stack() or ())
+    return is_traced() or is_transformed()

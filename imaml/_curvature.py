@@ -13,25 +13,12 @@ from imaml._finite_difference import FiniteDifference
 from imaml._gradient import Gradient
 from imaml._hvp import Accumulated, ForwardOverReverse, Graph, Product, ReverseOverReverse
 from imaml._microbatch import Microbatched
+from imaml._torch import LACKS_SECOND_DERIVATIVE
 
 T = TypeVar("T")
 HvpMode = Literal["auto", "forward-over-reverse", "reverse-over-reverse", "finite-difference"]
 """`auto` is reverse-over-reverse, the fastest exact mode in eager torch, or finite differences for a model that has an
 operation without second derivatives."""
-
-_UNSUPPORTED = (
-    "is not implemented",
-    "once_differentiable",
-    "double backward",
-    "forward AD",
-    "must implement the jvp",
-    "must override the setup_context",
-    "ZeroTensors are immutable",
-    "don't support automatic differentiation",
-    "being transformed by a functorch transform",
-    "do not have strides",
-    "would mutate a captured Tensor",
-)
 
 
 def check_mode(mode: str) -> None:
@@ -88,7 +75,7 @@ class Curvature:
         try:
             return compute()
         except RuntimeError as error:
-            if not any(sign in str(error) for sign in _UNSUPPORTED):
+            if not any(sign in str(error) for sign in LACKS_SECOND_DERIVATIVE):
                 raise
             if self._asked != "auto":
                 raise RuntimeError(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import nn
 
-_checkpoint: Any = torch.utils.checkpoint
+from imaml._torch import is_compiled, without_checkpoints
 
 
 @contextmanager
@@ -21,34 +19,7 @@ def eager(model: nn.Module) -> Iterator[None]:
     word, the derivatives would be those of a mixture of two models.
     """
     with ExitStack() as stack:
-        if any(_is_compiled(module) for module in model.modules()):
+        if any(is_compiled(module) for module in model.modules()):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_without_checkpoints())
+        stack.enter_context(without_checkpoints())
         yield
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
-
-
-class _Plain:
-    """In place of `CheckpointFunction`."""
-
-    @staticmethod
-    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
-        return function(*args)
-
-
-def _plain(*args: Any, **kwargs: Any) -> Iterator[None]:
-    """In place of the generator that prepares a recomputation."""
-    yield
-
-
-@contextmanager
-def _without_checkpoints() -> Iterator[None]:
-    before = _checkpoint.CheckpointFunction, _checkpoint._checkpoint_without_reentrant_generator
-    _checkpoint.CheckpointFunction, _checkpoint._checkpoint_without_reentrant_generator = _Plain, _plain
-    try:
-        yield
-    finally:
-        _checkpoint.CheckpointFunction, _checkpoint._checkpoint_without_reentrant_generator = before

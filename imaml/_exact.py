@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import get_unwrapped, is_batchedtensor
 from torch.overrides import TorchFunctionMode
+
+from imaml._torch import of_all_tasks, weight_norm
 
 
 class ExactDerivatives(TorchFunctionMode):
@@ -93,12 +94,7 @@ def _view_as_complex(pairs: Tensor) -> Tensor:
 
 
 def _of_all_tasks(getter: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-    def get(tensor: Tensor) -> Any:
-        while is_batchedtensor(tensor):
-            tensor = get_unwrapped(tensor)
-        return getter(tensor)
-
-    return get
+    return lambda tensor: getter(of_all_tasks(tensor))
 
 
 _TENSOR: Any = Tensor  # whose attributes have getters, which annotations do not say
@@ -106,7 +102,7 @@ _GETTERS = [getattr(_TENSOR, name).__get__ for name in ("requires_grad", "is_lea
 _REPLACED: Mapping[Callable[..., Any], Callable[..., Any]] = {
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
-    torch._weight_norm: _weight_norm,
+    weight_norm: _weight_norm,
     torch.view_as_complex: _view_as_complex,
     **{getter: _of_all_tasks(getter) for getter in _GETTERS},
 }

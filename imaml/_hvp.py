@@ -14,12 +14,11 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch._C._autograd import _get_sequence_nr
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten
 
 from imaml._chunk import ChunkLoss
 from imaml._gradient import Gradient
+from imaml._torch import load_forward_ad, may_drop_second_derivative, sequence_number, tree_flatten
 
 Graph = Literal["rebuild", "keep", "once"]
 """Whether reverse-over-reverse builds the graph of the gradient anew for every product, keeps one, or keeps one for a
@@ -55,11 +54,11 @@ class ReverseOverReverse:
 
     @torch.enable_grad()
     def _graph(self) -> tuple[Tensor, _Graph]:
-        loss, before = self._loss, _get_sequence_nr()
+        loss, before = self._loss, sequence_number()
         with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
             adapted, fixed, losses, _ = loss.at_leaves(self._phi, self._step, fixed=True)
             grads = loss.differentiate(losses, adapted, create_graph=True)
-        graph = (loss.kind, loss.start, *loss.part, _get_sequence_nr() - before)
+        graph = (loss.kind, loss.start, *loss.part, sequence_number() - before)
         if graph not in loss.context.graphs:
             check_twice_differentiable([losses, *(g for g in grads if g is not None)])
             loss.context.graphs.add(graph)
@@ -112,10 +111,7 @@ def check_twice_differentiable(outputs: Sequence[Tensor]) -> None:
         if node in seen:
             continue
         seen.add(node)
-        rewritten = (
-            getattr(getattr(node, "_forward_cls", None), "__module__", "") == "torch._functorch.autograd_function"
-        )
-        if rewritten or node.name().rsplit("::", 1)[-1] in ("Error", "DelayedError", "NotImplemented"):
+        if may_drop_second_derivative(node):
             raise RuntimeError(f"{node.name()} does not support double backward")
         pending += [following for following, _ in node.next_functions if following is not None]
 
@@ -131,6 +127,7 @@ class ForwardOverReverse:
     gradient: Gradient | None = None
 
     def __init__(self, loss: ChunkLoss, phi: Tensor, step: int) -> None:
+        load_forward_ad()
         self._loss, self._phi, self._step = loss, phi, step
         self._data, self._structure = tree_flatten(loss.batch)
         self._moving = [i for i, t in enumerate(self._data) if t.is_floating_point()]

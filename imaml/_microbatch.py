@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from imaml._chunk import SUPPORT, ChunkLoss
 from imaml._context import Context
 from imaml._gradient import Gradient
 from imaml._tasks import Batch
+from imaml._torch import tree_leaves, tree_map
 
 
 @dataclass(frozen=True)

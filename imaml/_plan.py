@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_leaves
 
 from imaml._chunk import ChunkLoss
 from imaml._microbatch import Microbatched
+from imaml._torch import refuses_hooks, tree_leaves
 
 VECTORISED = {"cpu": 32 * 2**20}
 """Bytes that the graphs of tasks vectorised together save at most, by device type. On a CPU vectorising pays as long
@@ -81,7 +81,7 @@ def saved_bytes(loss: ChunkLoss, phi: Tensor) -> int:
             with saved_tensors_hooks(pack, lambda tensor: tensor):
                 loss.losses(adapted, fixed, loss.batch, 0)
         except RuntimeError as error:
-            if "saved tensor hooks" not in str(error):
+            if not refuses_hooks(error):
                 raise
             return _room(phi)  # transforms of torch.func allow no look at what is saved
     given = [*adapted, *fixed, *loss.context.constants.values(), *tree_leaves(loss.batch)]

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imaml._torch import is_traced
+
 
 class Replay:
     """Replays random numbers by key, for losses that draw any (dropout).
@@ -77,8 +79,3 @@ class Replay:
         if self._accelerator is not None:
             with self._accelerator.device(self._device):
                 self._accelerator.manual_seed(seed)
-
-
-def is_traced() -> bool:
-    """Whether a trace by `make_fx` runs."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None

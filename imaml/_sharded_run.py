@@ -16,7 +16,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import implicit_replication
-from torch.utils._pytree import tree_leaves
 
 from imaml._layout import Layout
 from imaml._objective import Objective
@@ -27,6 +26,7 @@ from imaml._run import Run
 from imaml._sharded_loss import ShardedLoss
 from imaml._sharding import ShardedLayout, whole
 from imaml._tasks import Batch, TaskBatch
+from imaml._torch import tree_leaves
 from imaml.inner import InnerOptimizer
 from imaml_solvers import CG, MINRES, Neumann
 

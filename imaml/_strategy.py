@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from imaml._compiler import Compiler
 from imaml._hyper import Hyper, check_hyper
@@ -25,6 +24,7 @@ from imaml._report import MetaResult, Outcome, Report
 from imaml._run import Run
 from imaml._tasks import Batch, Task, TaskBatch, check_constant, check_tensors
 from imaml._tasks import group as by_shape
+from imaml._torch import tree_map
 from imaml.inner import InnerSolver
 from imaml_solvers import Solution
 

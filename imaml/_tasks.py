@@ -8,7 +8,8 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
+
+from imaml._torch import tree_flatten, tree_map
 
 Batch = Any
 """What a loss is evaluated on: tensors in any nesting of tuples, lists and dicts, `(input, target)` as a rule."""

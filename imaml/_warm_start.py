@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from imaml._tasks import Batch
+from imaml._torch import tree_leaves
 from imaml_solvers import Solution, Status
 
 KEPT = 2**30

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from imaml._torch import TorchDispatchMode
 
 
 @dataclass(frozen=True, kw_only=True)

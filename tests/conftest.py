@@ -1,12 +1,13 @@
 """Reproducible randomness, one thread, and the folder of real data, for every test."""
 
 import os
-import warnings
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+
+from imaml._torch import load_forward_ad
 
 # No deadline: the first example of a test pays for torch's lazy imports.
 hypothesis.settings.register_profile("dev", deadline=None)
@@ -23,11 +24,9 @@ def _seed() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _import_forward_ad() -> None:
-    """torch's forward AD imports, at its first use, a module of torch that uses a deprecated part of torch."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated", category=DeprecationWarning)
-        torch.func.jvp(torch.sin, (torch.ones(()),), (torch.ones(()),))
+def _load_forward_ad() -> None:
+    """For tests that use `torch.func.jvp` themselves; the library does so before its own first use."""
+    load_forward_ad()
 
 
 @pytest.fixture(scope="session")

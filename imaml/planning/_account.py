@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.autograd import profiler
 
+from imaml._torch import is_profiling
+
 _PREFIX = "imaml.planning:"
 _QUIET = "KINETO_LOG_LEVEL"
 
@@ -55,7 +57,7 @@ class Account:
         if self._device.type != "cpu":
             yield
             return
-        if profiler._is_profiler_enabled:
+        if is_profiling():
             raise RuntimeError(
                 "A forecast of memory records allocations by torch's profiler, which is in use. Plan before profiling, "
                 "or give `chunk_size` as a number."

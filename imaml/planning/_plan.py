@@ -8,7 +8,6 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from imaml._meta import no_gradient
 from imaml._objective import Objective
@@ -16,6 +15,7 @@ from imaml._plan import VECTORISED, Plan
 from imaml._run import Run
 from imaml._tasks import Task, TaskBatch
 from imaml._tasks import group as by_shape
+from imaml._torch import tree_leaves
 from imaml.planning._forecast import Forecast, Setting
 from imaml.planning._memory import free, parse
 from imaml.planning._predict import Batch, costs_of, predict, sizes

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imaml._torch import load_forward_ad
 from imaml.verify._argmin import InnerProblem
 from imaml.verify._mistakes import Suspect, hessian_product, reverse_over_forward
 from imaml.verify._plain_cg import NegativeCurvature, Product, iterates
@@ -189,6 +190,7 @@ def _with(reference: Reference, place: Place, product: Callable[..., Values]) ->
 
 def func_hessian(reference: Reference, values: Values, w: Values, batch: Any) -> Values:
     """Products with the matrix of `torch.func.hessian`, which puts a vmap between the derivatives."""
+    load_forward_ad()
     like = {n: values[n] for n in reference.adapted}
     matrix = torch.func.hessian(lambda p: reference.loss(values | unflat(p, like), batch))(flat(like))
     return {n: torch.zeros_like(t) for n, t in values.items()} | unflat(matrix @ flat(w), like)

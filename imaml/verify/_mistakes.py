@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imaml._torch import load_forward_ad, tree_map
 from imaml.verify._reference import Reference, Values, flat
 
 MOST_TRUNCATED = 10
@@ -131,6 +132,7 @@ def hessian_product(reference: Reference, values: Values, w: Values, batch: Any)
 
 def reverse_over_forward(reference: Reference, values: Values, w: Values, batch: Any) -> Values:
     """`grad` of `jvp`, which torch gets wrong for affine normalisation layers."""
+    load_forward_ad()
 
     def slope(leaves: Values) -> Tensor:
         adapted = {n: leaves[n] for n in reference.adapted}
@@ -161,7 +163,7 @@ def vectorised(reference: Reference) -> Tensor:
 
 
 def _stack(batches: Sequence[Any]) -> Any:
-    return torch.utils._pytree.tree_map(lambda *t: torch.stack(t), *batches)
+    return tree_map(lambda *t: torch.stack(t), *batches)
 
 
 def permuted(reference: Reference, right: Tensor) -> Iterator[Suspect]:

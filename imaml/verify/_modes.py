@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from imaml._chunk import SUPPORT, ChunkLoss
 from imaml._context import Context
 from imaml._curvature import Curvature, HvpMode
 from imaml._hvp import Graph
 from imaml._objective import Objective
+from imaml._torch import tree_map
 from imaml.verify._reference import draws
 
 MODES: dict[str, tuple[HvpMode, Graph]] = {

@@ -1,0 +1,206 @@
+"""Every private part of torch that the library uses, and every message of torch's that it knows.
+
+Tested with torch 2.9 to 2.15. A private name may be gone in the next release:
+
+| name | what needs it | when it is gone |
+|---|---|---|
+| `torch.utils._pytree` | batches and outputs of any structure | ImportError |
+| `_python_dispatch.TorchDispatchMode` | `imaml.measure` counts operations | ImportError |
+| `is_functorch_wrapped_tensor` | no graph is left at the user's data | ImportError |
+| `is_batchedtensor`, `get_unwrapped` | what requires grad is the same inside `vmap` | ImportError |
+| `torch._weight_norm` | its wrong second derivative is replaced | ImportError |
+| `CheckpointFunction` and the like | no recomputation with other parameters | ImportError |
+| `get_interpreter_stack`, `TransformType` | buffers are copied once a call | copied in every pass |
+| `_get_sequence_nr` | equal graphs are looked through once | looked through every time |
+| `_SpectralNorm`, `SpectralNorm` | `spectral_norm` is known | by `n_power_iterations` |
+| `_forward_cls`, `autograd_function` | custom functions under `vmap` are known | none is trusted |
+| `_get_dispatch_mode` and its keys | a trace sees no random state | as if there were no trace |
+| `torch._inductor` | `compile=True` | it warns, and runs uncompiled |
+| `_orig_mod`, `_compiled_call_impl` | compiled modules are known | torch's own error for them |
+| `_is_profiler_enabled` | a forecast says that a profiler is in use | torch's own error for it |
+
+What is wrong in silence without a name is an ImportError. `Tensor._version`, `Module._parameters`, `_buffers` and
+`_forward_pre_hooks` are older than any release in question, and stay where they are used; so do the public names of
+`torch.distributed`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.autograd import profiler
+from torch.autograd.function import BackwardCFunction
+
+_CHECKPOINTING = ("CheckpointFunction", "_checkpoint_without_reentrant_generator")
+
+try:
+    weight_norm = torch._weight_norm
+    from torch._C._functorch import get_unwrapped, is_batchedtensor
+    from torch._C._functorch import is_functorch_wrapped_tensor as is_functorch_wrapped_tensor
+    from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+    from torch.utils._pytree import TreeSpec as TreeSpec
+    from torch.utils._pytree import tree_flatten as tree_flatten
+    from torch.utils._pytree import tree_leaves as tree_leaves
+    from torch.utils._pytree import tree_map as tree_map
+
+    for _name in _CHECKPOINTING:
+        getattr(torch.utils.checkpoint, _name)
+except (ImportError, AttributeError) as error:
+    raise ImportError(
+        "imaml uses private parts of torch, without which results would be wrong. Expected a release of torch that has "
+        f"them, such as 2.9 to 2.15. Got torch {torch.__version__} ({error}): install another torch or a newer imaml."
+    ) from error
+
+try:
+    from torch.nn.utils.parametrizations import _SpectralNorm
+    from torch.nn.utils.spectral_norm import SpectralNorm
+
+    _SPECTRAL_NORMS: tuple[type, ...] = (_SpectralNorm, SpectralNorm)
+except ImportError:
+    _SPECTRAL_NORMS = (object,)
+
+LACKS_SECOND_DERIVATIVE = (
+    "is not implemented",
+    "once_differentiable",
+    "double backward",
+    "forward AD",
+    "must implement the jvp",
+    "must override the setup_context",
+    "ZeroTensors are immutable",
+    "don't support automatic differentiation",
+    "being transformed by a functorch transform",
+    "do not have strides",
+    "would mutate a captured Tensor",
+)
+"""What the errors say of operations without second derivatives, or without some mode of them. A message that torch has
+changed reaches the user in place of finite differences."""
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory was short; by its message on a CPU. Not known, the tasks run one by one, which needs less."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def refuses_hooks(error: RuntimeError) -> bool:
+    """Whether transforms of torch.func forbid hooks for saved tensors. Not known, the error reaches the user."""
+    return "saved tensor hooks" in str(error)
+
+
+def is_write_to_rows(error: RuntimeError) -> bool:
+    """Whether the rows of `unbind` were written to. Not known, torch's own words reach the user."""
+    return "of unbind" in str(error).lower()
+
+
+def of_all_tasks(tensor: Tensor) -> Tensor:
+    """The tensor of all tasks, of which `vmap` shows that of one; any other as it is."""
+    while is_batchedtensor(tensor):
+        tensor = get_unwrapped(tensor)
+    return tensor
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func other than `vmap` is active; True where torch does not say."""
+    functorch = torch._C._functorch
+    try:
+        return any(level.key() != functorch.TransformType.Vmap for level in functorch.get_interpreter_stack() or ())
+    except AttributeError:
+        return True
+
+
+def sequence_number() -> float:
+    """How many nodes of graphs this thread has made; NaN, which equals nothing, where torch does not say."""
+    try:
+        return torch._C._autograd._get_sequence_nr()
+    except AttributeError:
+        return float("nan")
+
+
+def is_traced() -> bool:
+    """Whether `make_fx` is tracing; False where torch does not say."""
+    try:
+        return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    except AttributeError:
+        return False
+
+
+def may_drop_second_derivative(node: Any) -> bool:
+    """Whether a graph's node has, or may have, no second derivative, which autograd does not say.
+
+    A custom `autograd.Function` that `vmap` has rewritten drops it without a trace. Which ones are rewritten, torch
+    tells by the module of the class; where it does not, all custom ones count.
+
+    Args:
+        node: A `grad_fn`.
+
+    Returns:
+        Whether it is not to be trusted.
+    """
+    if node.name().rsplit("::", 1)[-1] in ("Error", "DelayedError", "NotImplemented"):
+        return True
+    if not isinstance(node, BackwardCFunction):
+        return False
+    rewrites = getattr(torch._functorch, "autograd_function", None)
+    function = getattr(node, "_forward_cls", None)
+    return rewrites is None or function is None or bool(function.__module__ == rewrites.__name__)
+
+
+def is_spectral_norm(module: Any) -> bool:
+    """Whether a module, or a hook, is a spectral_norm that updates vectors of its own; by their number if need be."""
+    return hasattr(module, "n_power_iterations") and isinstance(module, _SPECTRAL_NORMS)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is compiled. Not known, torch has no second derivative for it, and says so."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """By TorchInductor, which takes a second to import; ImportError where there is none."""
+    from torch import _inductor as inductor  # noqa: PLC0415
+
+    compiled: Callable[..., Any] = inductor.compile(graph, list(inputs))
+    return compiled
+
+
+def is_profiling() -> bool:
+    """Whether a profiler is on."""
+    return bool(getattr(profiler, "_is_profiler_enabled", False))
+
+
+@cache
+def load_forward_ad() -> None:
+    """Let forward AD import, before its first use, a part of torch that warns of a deprecation of torch's own."""
+    with warnings.catch_warnings(action="ignore"):
+        torch.func.jvp(torch.sin, (torch.ones(()),), (torch.ones(()),))
+
+
+@contextmanager
+def without_checkpoints() -> Iterator[None]:
+    """Within it, `torch.utils.checkpoint` calls its function and keeps what that saves."""
+    module: Any = torch.utils.checkpoint
+    before = [getattr(module, name) for name in _CHECKPOINTING]
+    module.CheckpointFunction, module._checkpoint_without_reentrant_generator = _Plain, _plain
+    try:
+        yield
+    finally:
+        module.CheckpointFunction, module._checkpoint_without_reentrant_generator = before
+
+
+class _Plain:
+    """In place of `CheckpointFunction`."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+def _plain(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """In place of the generator that prepares a recomputation."""
+    yield

@@ -27,7 +27,7 @@ def iterates(mv: Product, b: Tensor, *, rtol: float, most: int) -> Iterator[Tens
             return
         q = mv(p)
         curvature = torch.dot(p, q)
-        if curvature <= 0:
+        if curvature <= 10 * torch.finfo(b.dtype).eps * p.norm() * q.norm():  # its sign is that of rounding
             raise NegativeCurvature((curvature / torch.dot(p, p)).item())
         x, r = x + size / curvature * p, r - size / curvature * q
         before, size = size, torch.dot(r, r)

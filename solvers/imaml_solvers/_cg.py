@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imaml_solvers._iteration import Iteration, KrylovSolver
+from imaml_solvers._iteration import ROUNDING, Iteration, KrylovSolver
 from imaml_solvers._solution import Status
 from imaml_solvers._start import RUNNING
-from imaml_solvers._vectors import add_where, choose, dot, largest_of_sum, norm_of_sum
+from imaml_solvers._vectors import add_where, choose, dot, largest_of_sum, norm, norm_of_sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,8 @@ class CG(KrylovSolver):
       tolerance too; else the system goes on from it, and is STAGNATED if it was not halved twice in a row. This comes
       early where |r| <= eps |r_0|: beyond, from an x0 far away, the recursion would carry nothing but rounding;
     - the tolerances are zero, and the steps are spent (BUDGET_SPENT; b - A x is not computed) or |r| <= eps |b|;
-    - p'Ap or r'Mr is not positive, or p'Ap / p'M^-1 p is below eps times the largest so far (A is singular to working
-      precision): BREAKDOWN, x before the step;
+    - p'Ap or r'Mr is not above 10 eps |p| |Ap| or 10 eps |r| |Mr|, where its sign is that of rounding, or p'Ap /
+      p'M^-1 p is below eps times the largest so far (A is singular to working precision): BREAKDOWN, x before the step;
     - the step is not finite: NONFINITE, x before the step.
 
     Without a preconditioner alpha and beta are also the entries of the Lanczos matrix T of A, which gives
@@ -68,7 +68,8 @@ class _Run(Iteration):
         curvature = dot(self._p, q)
         # For r orthogonal to the old p, p'M^-1 p is `_size`: the ratio is a Rayleigh quotient, and noise below eps.
         largest = self._largest.maximum(curvature / self._size)
-        broken = torch.isfinite(curvature) & (curvature <= self._eps * largest * self._size)
+        noise = (ROUNDING * norm(self._p) * norm(q)).maximum(largest * self._size) * self._eps
+        broken = torch.isfinite(curvature) & (curvature <= noise)
         alpha = self._rho / curvature
         step = alpha.unsqueeze(-1)
         residual = norm_of_sum(self._r, -step, q)
@@ -99,7 +100,8 @@ class _Run(Iteration):
             return
         z = self._precondition(self._r)
         rho = dot(self._r, z)
-        self._end(running & (rho <= 0), Status.BREAKDOWN)
+        noise = 0 if self._preconditioner is None else ROUNDING * self._eps * norm(self._r) * norm(z)
+        self._end(running & (rho <= noise), Status.BREAKDOWN)
         running = self._status == RUNNING
         beta = (rho / self._rho).masked_fill(systems, 0)
         # a new vector, since the operator may have kept the last one

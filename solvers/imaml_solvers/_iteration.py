@@ -17,6 +17,8 @@ from imaml_solvers._solver import LinearSolver
 from imaml_solvers._start import RUNNING, Start, check_stopping, default_stopping, start
 from imaml_solvers._vectors import choose, largest_entry, norm, power_of_two
 
+ROUNDING = 10.0
+"""What rounding makes of a sum, in units of eps and of the norms of its vectors: less is zero, on any processor."""
 _CLAIMED = -2
 """The status of a system whose recursive residual met the tolerance, before b - A x is looked at."""
 

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imaml_solvers._iteration import Iteration, KrylovSolver
+from imaml_solvers._iteration import ROUNDING, Iteration, KrylovSolver
 from imaml_solvers._solution import Status
 from imaml_solvers._start import RUNNING
 from imaml_solvers._vectors import choose, dot, largest_entry, norm, power_of_two
 
 _SINGULAR = 0.75
 """A is singular to this power of eps: worse conditioned, its least squares are dominated by rounding."""
-_ROUNDING = 10.0
-"""What rounding makes of a sum, in units of eps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +31,7 @@ class MINRES(KrylovSolver):
       the last word;
     - the step's direction w has |A w| <= eps^(3/4) |A| |w|, with the largest |A v| / |v| met for |A| (BREAKDOWN): A is
       singular and b outside of its range, to working precision. |b - A x| is then about the least that there is;
-    - r'Mr is not positive: BREAKDOWN, x before the step;
+    - r'Mr is not above 10 eps |r| |Mr|: BREAKDOWN, x before the step;
     - the step is not finite: NONFINITE, x before the step.
 
     Without a preconditioner T also gives `smallest_eigenvalue`, below zero for indefinite A.
@@ -100,7 +98,7 @@ class _Run(Iteration):
         residual, size = norm(r), largest_entry(x) * self._unit.squeeze(-1)
         known = torch.isfinite(alpha) & torch.isfinite(beta)
         singular = ~(norm(image) > self._eps**_SINGULAR * largest * norm(w))
-        broken = known & (singular | ((beta == 0) & (norm(y) > _ROUNDING * self._eps * product)))
+        broken = known & (singular | ((beta == 0) & (norm(y) > ROUNDING * self._eps * product)))
         moved = running & ~broken & known & torch.isfinite(residual) & torch.isfinite(size)
         self._end(running & broken, Status.BREAKDOWN)
         self._end(running & ~broken & ~moved, Status.NONFINITE)
@@ -119,8 +117,11 @@ class _Run(Iteration):
         self._fresh = torch.zeros_like(running)
 
     def _size(self, y: Tensor, z: Tensor) -> Tensor:
-        """The norm (y'My)^1/2 of y, from z = M y; 0 where M is not positive."""
+        """The norm (y'My)^1/2 of y, from z = M y; 0 where M is not positive, but for rounding."""
         if self._preconditioner is None:
             return norm(y)
         unit = power_of_two(largest_entry(y).unsqueeze(-1))
-        return dot(y / unit, z / unit).clamp(min=0).sqrt() * unit.squeeze(-1)
+        y, z = y / unit, z / unit
+        square = dot(y, z)
+        noise = ROUNDING * self._eps * norm(y) * norm(z)
+        return square.masked_fill(square <= noise, 0).sqrt() * unit.squeeze(-1)

@@ -24,6 +24,8 @@ _CYCLES = {"gmres": ("restart", 20), "lgmres": ("inner_m", 30), "gcrotmk": ("m",
 """Methods whose `maxiter` counts cycles: the keyword and scipy's default for the length of a cycle."""
 
 _EPS = float(np.finfo(np.float64).eps)
+_ROUNDING = _EPS**0.5
+"""A share that rounding may add to a residual, or leave of b."""
 _BREAKDOWNS = ("indefinite preconditioner", "non-symmetric matrix", "Preconditioner returned a zero vector")
 """How errors begin by which scipy's MINRES and LGMRES say that they broke down."""
 
@@ -45,7 +47,12 @@ class ScipySolver(LinearSolver):
     MINRES stops by |A| |x|, its CG does not see negative curvature. Where scipy is content and the residual is not, the
     next round solves for what is left; three rounds in a row that do not halve the residual are STAGNATED. MAX_STEPS is
     scipy's spent `maxiter`, BREAKDOWN its negative codes, errors and values that are not finite, and a round that comes
-    to 0, NONFINITE a product of finite values that is not finite. Its x is the result of the round of least residual.
+    to 0, NONFINITE a product of finite values that is not finite. x is the result of the round of least residual.
+
+    A solve that ends with a residual as large as at its start is a BREAKDOWN too, whatever scipy says: where a scalar
+    of a method should be 0, rounding decides whether scipy sees it or runs on to its limit. Two such ends keep their
+    status: fewer than n steps, in which the residual of `cg`, `bicgstab` or `cgs` may well rise before it falls, and a
+    start that rounding allows no better.
 
     Cost: systems are solved one by one in float64 on the CPU, with products in the dtype and on the device of b. A
     product evaluates the whole batch, with zeros for the other systems: solve large systems one at a time. `num_steps`
@@ -114,6 +121,7 @@ class ScipySolver(LinearSolver):
         x = np.zeros_like(b)
         try:
             r, x = (b - apply(start), start) if start.any() else (r, x)
+            first = _norm(r)
             while (size := _norm(r)) > tolerance:
                 target = max(tolerance / size / gain, _EPS)
                 d, info = self._call(counted, r / size, target, precondition)
@@ -128,7 +136,11 @@ class ScipySolver(LinearSolver):
                 gain = max(gain, (share / target) ** 2)
                 if share * size > tolerance and (info or stalls == 3):
                     status = Status.MAX_STEPS if info > 0 else Status.BREAKDOWN if info else Status.STAGNATED
-                    return x, status, products, min(share, 1.0) * size
+                    least = min(share, 1.0) * size
+                    enough = info <= 0 or self.max_steps is None or self.max_steps >= len(b)
+                    if enough and least >= (1 - _ROUNDING) * first > _ROUNDING * _norm(b):
+                        status = Status.BREAKDOWN
+                    return x, status, products, least
         except _StoppedError as stopped:
             return x, stopped.status, products, _norm(r)
         return x, Status.CONVERGED, products, size

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imaml_solvers import CG, Status
+from imaml_solvers import CG, MINRES, Status
 from tests.solvers.systems import F64, Recorded, noise, problems, residual, rotated, spread
 
 
@@ -107,6 +107,26 @@ def test_negative_curvature_stops_at_the_iterate_before(rtol):
     assert before.status == Status.BUDGET_SPENT
     assert torch.equal(solution.x, before.x) and torch.equal(solution.residual_norm, before.residual_norm)
     torch.testing.assert_close(solution.residual_norm, residual(q, solution.x, b), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("ulps", [0.0, 0.5, 2.0, -1.0])
+@pytest.mark.parametrize("stopping", [{}, {"max_steps": 1}, {"max_steps": 5}], ids=repr)
+def test_a_curvature_of_rounding_alone_is_none(stopping, ulps, dtype):
+    """p'Ap = 0 for the first p, or what some processors make of it: a step of its inverse would be as long as 1e17."""
+    matrix = torch.diag(torch.tensor([1.0, -1.0 + ulps * torch.finfo(dtype).eps], dtype=dtype))
+    b = torch.ones(2, dtype=dtype)
+    for preconditioner in (None, lambda r: 3 * r):
+        solution = CG(**stopping).solve(matrix, b, preconditioner=preconditioner)
+        assert solution.status == Status.BREAKDOWN and (solution.x == 0).all() and solution.num_steps == 0
+
+
+@pytest.mark.parametrize("ulps", [0.0, 0.5, 2.0, -1.0])
+@pytest.mark.parametrize("kind", [CG, MINRES])
+def test_a_preconditioner_of_which_rounding_alone_is_positive_is_a_breakdown(kind, ulps):
+    m = torch.diag(torch.tensor([1.0, -1.0 + ulps * torch.finfo(F64).eps], dtype=F64))
+    solution = kind().solve(torch.eye(2, dtype=F64), torch.ones(2, dtype=F64), preconditioner=m)
+    assert solution.status == Status.BREAKDOWN and (solution.x == 0).all()
 
 
 def test_negative_curvature_stays_with_its_system():

@@ -30,15 +30,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd import profiler
 from torch.autograd.function import BackwardCFunction
-
-_CHECKPOINTING = ("CheckpointFunction", "_checkpoint_without_reentrant_generator")
 
 try:
     weight_norm = torch._weight_norm
@@ -50,7 +48,7 @@ try:
     from torch.utils._pytree import tree_leaves as tree_leaves
     from torch.utils._pytree import tree_map as tree_map
 
-    for _name in _CHECKPOINTING:
+    for _name in ("CheckpointFunction", "_checkpoint_without_reentrant_generator", "_CheckpointFrame"):
         getattr(torch.utils.checkpoint, _name)
 except (ImportError, AttributeError) as error:
     raise ImportError(
@@ -65,6 +63,8 @@ try:
     _SPECTRAL_NORMS: tuple[type, ...] = (_SpectralNorm, SpectralNorm)
 except ImportError:
     _SPECTRAL_NORMS = (object,)
+
+_checkpoint: Any = torch.utils.checkpoint
 
 LACKS_SECOND_DERIVATIVE = (
     "is not implemented",
@@ -183,14 +183,19 @@ def load_forward_ad() -> None:
 
 @contextmanager
 def without_checkpoints() -> Iterator[None]:
-    """Within it, `torch.utils.checkpoint` calls its function and keeps what that saves."""
-    module: Any = torch.utils.checkpoint
-    before = [getattr(module, name) for name in _CHECKPOINTING]
-    module.CheckpointFunction, module._checkpoint_without_reentrant_generator = _Plain, _plain
+    """Within it, `torch.utils.checkpoint` calls its function and keeps what that saves.
+
+    Raises:
+        RuntimeError: It recomputes all the same, by a way that is not known.
+    """
+    known = {name: _plain for name in vars(_checkpoint) if name.startswith("_checkpoint_without_reentrant_generator")}
+    replaced = {"CheckpointFunction": _Plain, "_CheckpointFrame": _recomputed} | known
+    before = {name: getattr(_checkpoint, name) for name in replaced}
+    vars(_checkpoint).update(replaced)
     try:
         yield
     finally:
-        module.CheckpointFunction, module._checkpoint_without_reentrant_generator = before
+        vars(_checkpoint).update(before)
 
 
 class _Plain:
@@ -202,5 +207,13 @@ class _Plain:
 
 
 def _plain(*args: Any, **kwargs: Any) -> Iterator[None]:
-    """In place of the generator that prepares a recomputation."""
+    """In place of the generator that prepares a recomputation, whatever its arguments: torch 2.15 has two of them."""
     yield
+
+
+def _recomputed(*_: Any) -> NoReturn:
+    """In place of what a recomputation is kept in."""
+    raise RuntimeError(
+        f"torch {torch.__version__} recomputes a checkpoint in a way that is not known, and would see other parameters. "
+        "Expected a release such as 2.9 to 2.15: install one, or switch checkpoints off in the model."
+    )

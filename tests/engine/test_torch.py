@@ -73,6 +73,7 @@ def _gradient(model, buffers=None, **options):
         (torch.utils._pytree, "tree_map"),
         (torch.utils.checkpoint, "CheckpointFunction"),
         (torch.utils.checkpoint, "_checkpoint_without_reentrant_generator"),
+        (torch.utils.checkpoint, "_CheckpointFrame"),
     ],
     ids=str,
 )
@@ -80,6 +81,12 @@ def test_without_what_keeps_results_right_nothing_is_imported(owner, name, monke
     monkeypatch.delattr(owner, name)
     with pytest.raises(ImportError, match=rf"(?s)such as 2\.9 to 2\.15\. Got torch .*{name}.*install another torch"):
         _loaded_anew()
+
+
+def test_a_recomputation_that_gets_by_is_refused(monkeypatch):
+    monkeypatch.setattr("imaml._torch._plain", lambda *args, **kwargs: torch.utils.checkpoint._CheckpointFrame())
+    with imaml._torch.without_checkpoints(), pytest.raises(RuntimeError, match="in a way that is not known"):
+        torch.utils.checkpoint.checkpoint(torch.tanh, torch.ones(2), use_reentrant=False)
 
 
 @pytest.mark.parametrize("hvp", ["reverse-over-reverse", "forward-over-reverse"])

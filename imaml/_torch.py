@@ -214,6 +214,6 @@ def _plain(*args: Any, **kwargs: Any) -> Iterator[None]:
 def _recomputed(*_: Any) -> NoReturn:
     """In place of what a recomputation is kept in."""
     raise RuntimeError(
-        f"torch {torch.__version__} recomputes a checkpoint in a way that is not known, and would see other parameters. "
+        f"torch {torch.__version__} recomputes a checkpoint in a way that is not known, with other parameters. "
         "Expected a release such as 2.9 to 2.15: install one, or switch checkpoints off in the model."
     )

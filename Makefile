@@ -4,7 +4,12 @@ BIN := .venv/bin
 STAMP := .venv/installed
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help env demo bench test mutation lint format wheel-check clean
+# What runs with other releases of torch: the newest by default, and all tests of the engine.
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints-newest.txt)
+TORCH_ENV = .venv-torch-$(TORCH)
+TESTS ?= $(addprefix tests/,distributed engine inner layers planning properties solvers testing verify zoo)
+
+.PHONY: help env demo bench test test-torch mutation lint format wheel-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -26,6 +31,19 @@ bench: env ## time and memory of a meta-gradient beside other libraries (most of
 
 test: env ## run the tests, on two cores
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+test-torch: $(TORCH_ENV)/installed ## run the engine's tests with another torch: TORCH=2.9.1 (7 GB)
+	$(TORCH_ENV)/bin/python -m pytest --numprocesses 2 --dist worksteal $(TESTS)
+
+# A limit on torch in pip's own configuration gives way to PIP_CONSTRAINT, but not to an argument.
+.venv-torch-%/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	sed 's/^torch==.*/torch==$*/' constraints.txt > $(@D)/constraints.txt
+	for wanted in torch "--editable .[testing] pytest-xdist"; do \
+	  PIP_CONSTRAINT=$(@D)/constraints.txt $(@D)/bin/python -m pip install --quiet --disable-pip-version-check $$wanted \
+	  || { echo "torch $* cannot be installed: see what pip says above, and choose a release by TORCH=..." >&2; exit 1; }; \
+	done
+	@touch $@
 
 # mutmut wants both packages side by side. MUTANTS='*_cg.*' runs a part: patterns of mutants' names.
 mutation: env ## break the numerical core on purpose and count what the tests notice (hours)
@@ -58,5 +76,5 @@ wheel-check: env ## build the wheel and import it in a clean environment
 	rm -rf build/wheel-check/venv
 
 clean: ## remove the environment, caches and products
-	rm -rf .venv build dist runs .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-torch-* build dist runs .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find imaml solvers tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +

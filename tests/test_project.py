@@ -111,6 +111,16 @@ def test_every_direct_dependency_is_pinned():
     assert set(re.findall(r"(?m)^([\w-]+)==", pins)) == {re.match(r"[\w-]+", line)[0] for line in needed}
 
 
+def test_the_releases_of_torch_that_are_tested_are_those_that_are_named():
+    oldest, newest = (
+        re.search(r"(?m)^torch==(\d+\.\d+)\.\d+$", (ROOT / f"constraints-{end}.txt").read_text())[1]
+        for end in ("oldest", "newest")
+    )
+    assert f"torch>={oldest}" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    for file in ("imaml/_torch.py", "docs/architecture.md"):
+        assert f"{oldest} to {newest}" in (ROOT / file).read_text()
+
+
 def test_no_file_names_a_machine_or_a_registry():
     if not (ROOT / ".git").exists():
         pytest.skip("Not a git checkout: which files are committed cannot be known.")

@@ -12,6 +12,10 @@ from imaml_solvers._solution import Status
 from imaml_solvers._start import RUNNING
 from imaml_solvers._vectors import add_where, choose, dot, largest_of_sum, norm, norm_of_sum
 
+_SINGULAR = 4.0
+"""A is singular where a Rayleigh quotient is below this many eps of the largest; at 1, some processors let matrices get
+by that are singular to rounding, and x becomes 1 / eps long."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CG(KrylovSolver):
@@ -28,7 +32,8 @@ class CG(KrylovSolver):
       early where |r| <= eps |r_0|: beyond, from an x0 far away, the recursion would carry nothing but rounding;
     - the tolerances are zero, and the steps are spent (BUDGET_SPENT; b - A x is not computed) or |r| <= eps |b|;
     - p'Ap or r'Mr is not above 10 eps |p| |Ap| or 10 eps |r| |Mr|, where its sign is that of rounding, or p'Ap /
-      p'M^-1 p is below eps times the largest so far (A is singular to working precision): BREAKDOWN, x before the step;
+      p'M^-1 p is below 4 eps times the largest so far (A is singular to working precision): BREAKDOWN, x before the
+      step;
     - the step is not finite: NONFINITE, x before the step.
 
     Without a preconditioner alpha and beta are also the entries of the Lanczos matrix T of A, which gives
@@ -66,9 +71,9 @@ class _Run(Iteration):
         running = self._status == RUNNING
         q = self._op.mv(self._p)
         curvature = dot(self._p, q)
-        # For r orthogonal to the old p, p'M^-1 p is `_size`: the ratio is a Rayleigh quotient, and noise below eps.
+        # For r orthogonal to the old p, p'M^-1 p is `_size`: the ratio is a Rayleigh quotient.
         largest = self._largest.maximum(curvature / self._size)
-        noise = (ROUNDING * norm(self._p) * norm(q)).maximum(largest * self._size) * self._eps
+        noise = (ROUNDING * norm(self._p) * norm(q)).maximum(_SINGULAR * largest * self._size) * self._eps
         broken = torch.isfinite(curvature) & (curvature <= noise)
         alpha = self._rho / curvature
         step = alpha.unsqueeze(-1)

@@ -96,9 +96,7 @@ class HeldBuffers:
     @classmethod
     def of(cls, modules: Iterable[nn.Module]) -> HeldBuffers:
         """Those of some modules."""
-        found = {id(module): module._buffers for outer in modules for module in outer.modules()}
-        places = [(place, n, b) for place in found.values() for n, b in place.items() if b is not None]
-        return cls(places, [])
+        return cls([(m._buffers, n, b) for m in modules for n, b in m._buffers.items() if b is not None], [])
 
     @contextmanager
     def copied(self, *, afresh: bool) -> Iterator[None]:

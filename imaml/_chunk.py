@@ -293,7 +293,7 @@ class ChunkLoss:
         before = sequence_number()
         losses, figure = evaluate()
         key = (self.kind, self.start, *self.part, sequence_number() - before)
-        if self.context.differentiates and key not in self.context.own:
+        if key not in self.context.own:
             self.check_own(losses, [*adapted, *others], lambda: evaluate()[0])
             self.context.own.add(key)
         return adapted, others, losses, figure
@@ -301,7 +301,8 @@ class ChunkLoss:
     def check_own(self, losses: Tensor, leaves: Sequence[Tensor], again: Callable[[], Tensor]) -> None:
         """Raise ValueError where losses depend on a tensor that requires grad and is not among the leaves."""
         names = self.context.objective.names
-        check_loss(_NAMES[self.kind], [losses], leaves, lambda: [again()], names)
+        if self.context.differentiates:
+            check_loss(_NAMES[self.kind], [losses], leaves, lambda: [again()], names)
 
     def check_depends(self, losses: Tensor) -> None:
         """Raise unless a gradient can flow from the losses."""

@@ -69,6 +69,7 @@ class _Linearised:
             outputs, losses = loss.through_outputs(self._adapted, fixed, step)
             self._outputs = [z for z in outputs if z.requires_grad]
             loss.check_depends(losses)
+            loss.check_own(losses, self._adapted, lambda: loss.through_outputs(self._adapted, fixed, step)[1])
             self._slopes = torch.autograd.grad(losses.sum(), self._outputs, create_graph=True, allow_unused=True)
             self._dummies = [torch.zeros_like(z, requires_grad=True) for z in self._outputs]
             self._pulled = self._pull_back(self._dummies, create_graph=True)

@@ -28,7 +28,7 @@ class MAML(MetaGradient):
 
     Computed by a reverse sweep over the inner steps, never through a K-step graph. With a the cotangent of s_{k+1} =
     U(s_k, g_k), g_k = grad L_support(phi_k) + Lambda (phi_k - theta) and phi_k in the optimiser's state s_k: pull a
-    through the elementwise U to get its cotangents (a, w) for (s_k, g_k), then a_phi <- a_phi + H_k w + Lambda w, one
+    through U to get its cotangents (a, w) for (s_k, g_k), then a_phi <- a_phi + H_k w + Lambda w, one
     Hessian-vector product a step. Exact for learned hyper-parameters and whatever else the losses use too.
 
     Cost per task: K + 1 gradients and K Hessian-vector products; where U is not linear or a step size is learned, the

@@ -199,8 +199,12 @@ class Objective:
         return held | own | {id(t): f"the meta-parameter {n!r} read past `meta`" for n, t in self.meta.flat().items()}
 
     def held(self) -> list[nn.Module]:
-        """The modules that the losses and the metric use besides their arguments."""
-        return modules_of((self.loss, self.outer_loss, self.metric))
+        """The modules that the losses and the metric use besides their arguments, and the model besides its own."""
+        held = modules_of((self.loss, self.outer_loss, self.metric))
+        if self.model is None:
+            return held
+        own = {*self.model.modules(), *held}
+        return held + [module for module in modules_of([self.model]) if module not in own]
 
     def statistics(self) -> list[str]:
         """Names of the buffers that follow each task's inner loop; none unless `buffers="update"`."""

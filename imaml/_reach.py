@@ -12,20 +12,22 @@ from torch import Tensor, nn
 _MOST = 10_000
 """Objects looked at: a loss that holds a trainer may hold a data set with it."""
 _LIBRARIES = {"torch", "imaml", "imaml_solvers", "numpy", "scipy", "builtins"}
+_OF_EVERY_MODULE = vars(nn.Module()).keys()
 _VALUES = (Tensor, str, bytes, int, float, complex, bool, type(None), type, ModuleType)
 
 
 def modules_of(functions: Iterable[Callable[..., Any] | None]) -> list[nn.Module]:
     """The modules that functions hold: themselves, by attributes, closures, defaults, arguments bound, or global names.
 
-    Functions that they call by a global name are followed, methods to their object, and lists, tuples, sets and
-    dictionaries to what they contain. What stands in the attributes of an imported Python module is not.
+    Functions that they call by a global name are followed, methods to their object, modules to their forward pass, and
+    lists, tuples, sets and dictionaries to what they contain. What stands in the attributes of an imported Python
+    module is not.
 
     Args:
         functions: Functions, methods, modules or other callables.
 
     Returns:
-        Each module once, without the modules inside it.
+        Each module once, and those inside it too.
     """
     found: dict[int, nn.Module] = {}
     pending: list[Any] = [f for f in functions if f is not None]
@@ -37,13 +39,16 @@ def modules_of(functions: Iterable[Callable[..., Any] | None]) -> list[nn.Module
         seen[id(item)] = item
         if isinstance(item, nn.Module):
             found[id(item)] = item
-        else:
-            pending += _held_by(item)
+        pending += _held_by(item)
     return list(found.values())
 
 
 def _held_by(item: Any) -> Iterator[Any]:
-    if isinstance(item, FunctionType):
+    if isinstance(item, nn.Module):
+        yield from item._modules.values()
+        yield from (value for name, value in vars(item).items() if name not in _OF_EVERY_MODULE)
+        yield type(item).forward
+    elif isinstance(item, FunctionType):
         if item.__module__ is None or item.__module__.partition(".")[0] not in _LIBRARIES:
             yield from _held_by_function(item)
     elif isinstance(item, MethodType):

@@ -51,8 +51,8 @@ class ShardedLoss(ChunkLoss):
             with self._at(phi):
                 losses, figure = self.losses((), (), self.batch, step, metric=metric)
                 self.check_depends(losses)
-                if self.context.differentiates:  # before `backward`, which would leave gradients there
-                    self.check_own(losses, parameters, lambda: self.losses((), (), self.batch, step)[0])
+                # before `backward`, which would leave gradients there
+                self.check_own(losses, parameters, lambda: self.losses((), (), self.batch, step)[0])
                 (losses if weights is None else losses * whole(weights)).sum().backward()
             grads = [p.grad for p in parameters]
         finally:

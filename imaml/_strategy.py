@@ -60,7 +60,10 @@ class MetaGradient(ABC):
     `engine(objective, tasks)` returns a `MetaResult`; `result.loss.backward()` accumulates the meta-gradient into
     `.grad` of the parameters like that of any loss. The meta-gradient is computed in the call, its memory is given back
     at once, and backward only scales it (it cannot be differentiated again). Under `torch.no_grad()` a call only
-    evaluates. The model, its buffers and `.grad`s and the tasks are never changed; the global random state ends as if
+    evaluates. The model, its `.grad`s and the tasks are never changed, nor are the buffers of the model and of modules
+    that a loss or the metric holds: by an attribute, a closure, a default, a bound argument or a global name, also of
+    functions that it calls by one. What requires grad, is used by a loss or an inner step, and is neither a parameter
+    nor in `meta` is an error, since it would get no gradient. The global random state ends as if
     one forward pass had run, and every evaluation at one inner step of a task sees the same draws (dropout masks).
 
     Args:

@@ -53,6 +53,8 @@ class InnerOptimizer(InnerSolver):
     A new one needs `update`, and `buffers` and `nonnegative` where it has any; its derivatives are taken of `update`,
     as it is written. So are those of a subclass that changes the `update` of another optimiser, to clip the gradient or
     to add noise: what the other says of its own derivative does not hold for it. An own `start` is differentiated too.
+    Every row of a state or a gradient is a task: what mixes coordinates, such as a norm, does so along the last
+    dimension. Random numbers are the same whenever a step is taken again.
 
     Args:
         lr: Step size, > 0. It, `momentum` and `weight_decay` are each a number; a sequence of `steps` numbers, one a

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Given = Mapping[str, Tensor | Mapping[str, Tensor]]
@@ -48,10 +49,10 @@ class MetaParameters:
         if not isinstance(self.given, Mapping):
             raise TypeError(f"`meta` must be a dictionary of tensors by name. Got {type(self.given).__name__}.")
         for name, value in self.flat().items():
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout is not torch.strided:
+                got = f"{value.dtype}, {value.layout}" if isinstance(value, Tensor) else type(value).__name__
                 raise TypeError(
-                    f"Meta-parameter {name!r} must be a floating-point tensor, or a dictionary of them such as "
+                    f"Meta-parameter {name!r} must be a dense floating-point tensor, or a dictionary of them such as "
                     f"dict(network.named_parameters()). Got {got}."
                 )
         names = [name for group in self.groups().values() for name in group]

@@ -65,6 +65,8 @@ class Reference:
         inner = self.inner
         if not isinstance(inner, GradientDescent) or not isinstance(inner.lr, Real) or inner.stationarity is not None:
             return False
+        if type(inner).update is not GradientDescent.update or type(inner).start is not GradientDescent.start:
+            return False
         return is_off(inner.momentum) and is_off(inner.weight_decay) and self.learned_damping is None
 
     def values(self) -> Values:

@@ -105,3 +105,9 @@ def test_the_advice_works():
     given = [Task(support=one(), query=one()) for _ in range(3)]
     objective = Objective(Inside(), F.mse_loss)
     assert verify.meta_gradient(MAML(inner=INNER), objective, given).status == "passed"
+
+
+def test_a_sparse_meta_parameter_is_refused():
+    sparse = torch.eye(3).double().to_sparse().requires_grad_()
+    with pytest.raises(TypeError, match="'weights' must be a dense floating-point tensor.*torch.sparse_coo"):
+        Objective(nn.Linear(3, 2), F.mse_loss, meta={"weights": sparse})

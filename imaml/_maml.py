@@ -17,7 +17,7 @@ from imaml._states import most_states, states_backwards
 from imaml._storage import Storage, Store, store
 from imaml._strategy import MetaGradient, Pullback
 from imaml.inner import InnerOptimizer
-from imaml.inner._base import State
+from imaml.inner._problem import State
 from imaml.planning._costs import Costs
 from imaml.planning._maml import MAMLCosts
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from imaml._curvature import Curvature, HvpMode
 from imaml._problem import Problem
-from imaml.inner._base import State
+from imaml.inner._problem import State
 
 
 def needs_gradient(problem: Problem) -> bool:

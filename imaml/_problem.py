@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 from imaml._chunk import UPDATE, ChunkLoss
+from imaml._curvature import Curvature, HvpMode
 from imaml._errors import DivergenceError, NonFiniteError
 from imaml._foreign import described, foreign_leaves
 from imaml._gradient import Gradient
+from imaml._layout import Layout
 from imaml._microbatch import Microbatched
 from imaml._plan import Plan
 from imaml._report import Outcome
 from imaml.inner import InnerOptimizer, InnerSolver
-from imaml.inner._base import State
+from imaml.inner._problem import Quadratic, State
+from imaml_solvers import LinearOperator
 
 EXPLOSION = 1e6
 """A support loss that grows by this factor has diverged, finite or not."""
@@ -52,6 +55,11 @@ class Problem:
         self.statistics = {n: buffer.expand(tasks, *buffer.shape) for n, buffer in own.items()}
 
     @property
+    def layout(self) -> Layout:
+        """Which parameters a row of a vector holds, and where."""
+        return self.support.context.layout
+
+    @property
     def theta(self) -> Tensor:
         """Where the inner loop starts and what the proximal term pulls to, `(tasks, n)`, shared by the tasks.
 
@@ -74,6 +82,17 @@ class Problem:
         """The inner objective `(tasks,)` and its gradient `(tasks, n)`; from `support` if that is known."""
         support = support or self._support_gradient(phi, step)
         return support.losses + self._proximal(phi), self.gradient(phi, step, support)
+
+    def quadratic(self, phi: Tensor, step: int, mode: HvpMode) -> Quadratic:
+        """The inner objective, its gradient and its Hessian at phi."""
+        curvature = Curvature(self.support, phi, step, mode=mode, graph="keep")
+        value, gradient = self.value_and_gradient(phi, step, curvature.take_gradient())
+
+        def mv(w: Tensor) -> Tensor:
+            product = curvature.product(w)[0]
+            return product if self.damping is None else torch.addcmul(product, w, self.damping)
+
+        return Quadratic(value, gradient, LinearOperator(mv))
 
     def _support_gradient(self, phi: Tensor, step: int) -> Gradient:
         self.support.context.gradients += self.support.tasks

@@ -8,7 +8,7 @@ from checkpoint_schedules import Copy, Forward, Move, MultistageCheckpointSchedu
 
 from imaml._problem import Problem
 from imaml._storage import Store
-from imaml.inner._base import State
+from imaml.inner._problem import State
 
 
 def most_states(steps: int, checkpoints: int | None) -> int:

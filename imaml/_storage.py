@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from imaml.inner._base import State
+from imaml.inner._problem import State
 
 Storage = Literal["device", "cpu", "disk"]
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from imaml._hyper import Hyper, is_off
 from imaml._numbers import check_number
-from imaml.inner._base import InnerOptimizer, Rates, State
+from imaml.inner._base import InnerOptimizer, Rates
+from imaml.inner._problem import State
 
 
 def safe_sqrt(v: Tensor) -> Tensor:

@@ -5,19 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from imaml._hyper import Hyper, check_hyper
 from imaml._numbers import check_integer, check_number
+from imaml.inner._problem import InnerProblem, State
 
-if TYPE_CHECKING:
-    from imaml._problem import Problem
-
-State = tuple[Tensor, ...]
-"""The adapted parameters phi and the optimiser's buffers, each `(tasks, n)`."""
 Rates = Mapping[str, float | Tensor]
 """Every hyper-parameter at one step: a number, or a tensor that broadcasts against `(tasks, n)`."""
 
@@ -42,7 +38,7 @@ class InnerSolver(ABC):
         return {}
 
     @abstractmethod
-    def run(self, problem: Problem) -> Tensor:
+    def run(self, problem: InnerProblem) -> Tensor:
         """The adapted parameters of every task of a chunk, `(tasks, n)`."""
 
 
@@ -117,7 +113,7 @@ class InnerOptimizer(InnerSolver):
         """The state before the first step."""
         return (phi, *(torch.zeros_like(phi) for _ in range(self.buffers)))
 
-    def run(self, problem: Problem) -> Tensor:
+    def run(self, problem: InnerProblem) -> Tensor:
         """All steps, keeping nothing but the last state."""
         state = self.start(problem.theta)
         for step in range(self.steps):

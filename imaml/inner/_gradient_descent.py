@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from imaml._hyper import Hyper, is_off
-from imaml.inner._base import InnerOptimizer, Rates, State
+from imaml.inner._base import InnerOptimizer, Rates
+from imaml.inner._problem import State
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from imaml._curvature import Curvature, HvpMode, check_mode
+from imaml._curvature import HvpMode, check_mode
 from imaml._numbers import check_number
 from imaml.inner._base import InnerSolver
-from imaml_solvers import CG, LinearOperator, LinearSolver
-
-if TYPE_CHECKING:
-    from imaml._problem import Problem
+from imaml.inner._problem import InnerProblem, Quadratic
+from imaml_solvers import CG, LinearSolver
 
 _SUFFICIENT, _HALVINGS, _ROUNDINGS = 1e-4, 30, 100
 
@@ -57,14 +54,14 @@ class NewtonCG(InnerSolver):
         if check_number("`stationarity`", self.stationarity) < 0:
             raise ValueError(f"`stationarity` must be >= 0. Got {self.stationarity}.")
 
-    def run(self, problem: Problem) -> Tensor:
+    def run(self, problem: InnerProblem) -> Tensor:
         """See `InnerSolver`."""
         phi = before = problem.theta
         moving = torch.ones_like(phi[:, :1], dtype=torch.bool)
         unchecked, size_before = torch.zeros_like(moving), torch.full_like(phi[:, :1], torch.inf)
         for step in range(self.steps):
-            curvature = Curvature(problem.support, phi, step, mode=self.hvp, graph="keep")
-            value, gradient = problem.value_and_gradient(phi, step, curvature.take_gradient())
+            at = problem.quadratic(phi, step, self.hvp)
+            value, gradient = at.value, at.gradient
             size = gradient.norm(dim=-1, keepdim=True)
             in_vain = unchecked & (size >= size_before)
             phi = torch.where(in_vain, before, phi)
@@ -72,22 +69,18 @@ class NewtonCG(InnerSolver):
             if not moving.any():
                 break
             problem.stopped = ~moving.squeeze(-1)
-            direction = self._direction(problem, curvature, gradient)
-            del curvature
+            direction = self._direction(at)
+            del at  # the graph of the gradient hangs on it
             length, unchecked = _line_search(problem, phi, step, direction, value, _dot(gradient, direction))
             moving = moving & (length > 0)
             unchecked, before, size_before = unchecked & moving, phi, size
             phi = torch.where(moving, phi + length * direction, phi)
         return phi
 
-    def _direction(self, problem: Problem, curvature: Curvature, gradient: Tensor) -> Tensor:
-        def mv(w: Tensor) -> Tensor:
-            product = curvature.product(w)[0]
-            return product if problem.damping is None else torch.addcmul(product, w, problem.damping)
-
-        direction = self.solver.solve(LinearOperator(mv), -gradient).x
-        descends = _dot(gradient, direction) < 0
-        return torch.where(descends.unsqueeze(-1), direction, -gradient)
+    def _direction(self, at: Quadratic) -> Tensor:
+        direction = self.solver.solve(at.hessian, -at.gradient).x
+        descends = _dot(at.gradient, direction) < 0
+        return torch.where(descends.unsqueeze(-1), direction, -at.gradient)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -95,7 +88,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _line_search(
-    problem: Problem, phi: Tensor, step: int, direction: Tensor, before: Tensor, slope: Tensor
+    problem: InnerProblem, phi: Tensor, step: int, direction: Tensor, before: Tensor, slope: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The largest length that decreases each task's objective.
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from imaml.inner._base import InnerSolver
-
-if TYPE_CHECKING:
-    from imaml._problem import Problem
+from imaml.inner._problem import InnerProblem
 
 
 @dataclass(frozen=True, kw_only=True, init=False)
@@ -54,12 +52,12 @@ class TorchOptimizer(InnerSolver):
             raise TypeError(f"`optimizer` must make a torch.optim.Optimizer. Got {type(made).__name__}.")
         self.__post_init__()
 
-    def run(self, problem: Problem) -> Tensor:
+    def run(self, problem: InnerProblem) -> Tensor:
         """See `InnerSolver`."""
         return problem.one_by_one(self._run_one)
 
-    def _run_one(self, problem: Problem) -> Tensor:
-        layout = problem.support.context.layout
+    def _run_one(self, problem: InnerProblem) -> Tensor:
+        layout = problem.layout
         parts = problem.theta.squeeze(0).split(layout.sizes)
         leaves = [p.view(s).clone().requires_grad_() for p, s in zip(parts, layout.shapes, strict=True)]
         optimizer = self.optimizer(leaves, **self.options)

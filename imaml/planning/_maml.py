@@ -11,7 +11,7 @@ from imaml._point import Point
 from imaml._problem import Problem
 from imaml._states import most_states
 from imaml.inner import InnerOptimizer
-from imaml.inner._base import State
+from imaml.inner._problem import State
 from imaml.planning._costs import INEXACT, LINEARISED, REBUILT, Chunk, Costs, Facts, Stages, Work
 from imaml.planning._schedule import sweep
 

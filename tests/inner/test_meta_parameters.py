@@ -179,7 +179,7 @@ def test_a_learned_lambda_must_be_positive():
     [
         ({"0.weight": torch.ones(2)}, ValueError, r"\['0.weight'\] in `meta`.*rename"),
         ({"a": 0.1}, TypeError, "'a' must be a dense floating-point tensor.*Got float"),
-        ({"a": torch.ones(2, dtype=torch.long)}, TypeError, "'a' must be a dense floating-point tensor.*Got torch.int64"),
+        ({"a": torch.ones(2, dtype=torch.long)}, TypeError, "'a' must be a dense floating-point.*Got torch.int64"),
     ],
 )
 def test_bad_meta_parameters(meta, error, message):

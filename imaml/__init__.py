@@ -13,10 +13,10 @@ from imaml._errors import SolverWarning as SolverWarning
 from imaml._fomaml import FOMAML as FOMAML
 from imaml._implicit import ImplicitMAML as ImplicitMAML
 from imaml._maml import MAML as MAML
+from imaml._meta_gradient import MetaGradient as MetaGradient
 from imaml._objective import Objective as Objective
 from imaml._report import MetaResult as MetaResult
 from imaml._report import Report as Report
-from imaml._strategy import MetaGradient as MetaGradient
 from imaml._tasks import Task as Task
 from imaml._tasks import TaskBatch as TaskBatch
 from imaml.inner import Adam as Adam

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from imaml._meta_gradient import MetaGradient
 from imaml._problem import Problem
-from imaml._strategy import MetaGradient, Pullback
+from imaml._report import Pullback
 from imaml.planning._costs import Costs
 from imaml.planning._fomaml import FOMAMLCosts
 
@@ -22,12 +23,13 @@ class FOMAML(MetaGradient):
     support loss or the inner optimiser alone (their gradient is zero here): use `MAML` or `ImplicitMAML`.
     """
 
+    _manages_without_second_derivatives: ClassVar[bool] = True
     _costs: ClassVar[type[Costs] | None] = FOMAMLCosts
     _without_path: ClassVar[str] = (
         "FOMAML differentiates the query loss alone, and this acts through the inner loop or not at all; MAML, or "
         "ImplicitMAML for what the support loss uses, differentiates that"
     )
 
-    def _pull_back(self, problem: Problem) -> Pullback:
+    def pull_back(self, problem: Problem) -> Pullback:
         query = problem.judge(problem.adapt())
         return Pullback(query.adapted, query.fixed, problem.outcome(query))

@@ -15,9 +15,9 @@ from imaml._errors import SolverError, SolverWarning, warn
 from imaml._gauss_newton import GaussNewton
 from imaml._hvp import Graph
 from imaml._hyper import Hyper, check_hyper
+from imaml._meta_gradient import MetaGradient
 from imaml._problem import Problem
-from imaml._report import Report
-from imaml._strategy import MetaGradient, Pullback
+from imaml._report import Pullback, Report
 from imaml._warm_start import WarmStart
 from imaml.planning._costs import Costs
 from imaml.planning._implicit import ImplicitCosts
@@ -75,6 +75,7 @@ class ImplicitMAML(MetaGradient):
             not see.
     """
 
+    _manages_without_second_derivatives: ClassVar[bool] = True  # by finite differences
     _costs: ClassVar[type[Costs] | None] = ImplicitCosts
     _without_path: ClassVar[str] = (
         "neither a loss nor `regularization` uses it, and the stationary point does not depend on how the inner loop "
@@ -112,7 +113,7 @@ class ImplicitMAML(MetaGradient):
         if self.on_failure not in ("raise", "warn", "ignore"):
             raise ValueError(f"`on_failure` must be 'raise', 'warn' or 'ignore'. Got {self.on_failure!r}.")
 
-    def _pull_back(self, problem: Problem) -> Pullback:
+    def pull_back(self, problem: Problem) -> Pullback:
         self._check(problem)
         phi = problem.adapt()
         query = problem.judge(phi)

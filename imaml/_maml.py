@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from imaml._curvature import HvpMode, check_mode
+from imaml._meta_gradient import MetaGradient
 from imaml._numbers import check_integer
 from imaml._point import Point
 from imaml._problem import Problem
+from imaml._report import Pullback
 from imaml._states import most_states, states_backwards
 from imaml._storage import Storage, Store, store
-from imaml._strategy import MetaGradient, Pullback
 from imaml.inner import InnerOptimizer
 from imaml.inner._problem import State
 from imaml.planning._costs import Costs
@@ -107,7 +108,7 @@ class MAML(MetaGradient):
                     f"Got {self.checkpoints}: use one of the two."
                 )
 
-    def _pull_back(self, problem: Problem) -> Pullback:
+    def pull_back(self, problem: Problem) -> Pullback:
         states = most_states(problem.inner.steps - self._first, self.checkpoints)
         with store(self.storage, problem.support.context.like.device, states) as kept:
             return self._sweep(problem, kept)

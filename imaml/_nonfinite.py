@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 from imaml._context import Context
 from imaml._errors import DivergenceError, NonFiniteError
+from imaml._report import Pullback
 from imaml_solvers import Status
-
-if TYPE_CHECKING:
-    from imaml._strategy import Pullback
 
 OnNonfinite = Literal["raise", "skip"]
 T = TypeVar("T")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from imaml._context import Context
-from imaml_solvers import Status
+from imaml_solvers import Solution, Status
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,3 +145,16 @@ class MetaResult:
     loss: Tensor
     """The mean query loss after adaptation, 0-dim; its backward delivers the meta-gradient."""
     report: Report
+
+
+@dataclass
+class Pullback:
+    """What a strategy makes of one chunk."""
+
+    theta: Tensor
+    """The meta-gradient of each task, `(tasks, n)`."""
+    fixed: Tensor | None
+    """That for the fixed and the meta-parameters, summed over tasks, `(m,)`; None if there are none."""
+    outcome: Outcome
+    solution: Solution | None = None
+    """Of the linear systems, where the strategy solves any."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import ismethod
@@ -25,21 +24,20 @@ from imaml._nonfinite import check_chunk, skipping
 from imaml._objective import Objective
 from imaml._plan import ONE_BY_ONE, Plan, plan
 from imaml._problem import Problem
-from imaml._report import Outcome, Report
+from imaml._report import Outcome, Pullback, Report
+from imaml._strategy import Strategy
 from imaml._tasks import Batch, Task, TaskBatch, signature
 from imaml._tasks import group as by_shape
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from imaml._strategy import MetaGradient, Pullback
-
 
 @dataclass
 class Run:
     """What an engine does with one objective."""
 
-    engine: MetaGradient
+    engine: Strategy
     context: Context
     layouts: list[Layout]
     """Of the gradients that are wanted, for theta and for any fixed parameters; empty for none."""
@@ -47,16 +45,22 @@ class Run:
     """Of the engine's compiler; None for derivatives as they are."""
 
     @classmethod
-    def of(cls, engine: MetaGradient, objective: Objective, *, derivatives: bool) -> Run:
+    def of(
+        cls,
+        engine: Strategy,
+        objective: Objective,
+        *,
+        derivatives: bool,
+        layout_of: Callable[[Mapping[str, Tensor]], Layout] = Layout.of,
+    ) -> Run:
         """Take the snapshot, and evaluate the hyper-parameters."""
         given = {name: (hyper, engine.inner.steps) for name, hyper in engine.inner.hyperparameters.items()}
         if engine.regularization is not None:
             given["regularization"] = (engine.regularization, 1)
-        kind, layout_of = _if_sharded(engine, objective) or (cls, Layout.of)
         context = Context.of(objective, given, layout_of, differentiates=derivatives)
         layouts = [layout for layout in (context.layout, context.fixed_layout) if derivatives and layout.names]
         session = Session.of(engine._compiler, context) if engine.compile else None
-        return kind(engine, context, layouts, session)
+        return cls(engine, context, layouts, session)
 
     def sums(self, groups: list[tuple[list[int], TaskBatch]]) -> tuple[list[Tensor], Report]:
         """Sums over tasks: the gradients for theta and for any fixed parameters, then `(3,)`: loss, skipped, kept."""
@@ -106,7 +110,7 @@ class Run:
         return skipping(compute, where, self.context.mark)
 
     def _pull_back(self, problem: Problem) -> Pullback:
-        return self.engine._pull_back(problem)
+        return self.engine.pull_back(problem)
 
     def _no_task(self) -> Outcome:
         return Outcome.of_no_task(self.context, self.engine.inner.steps)
@@ -163,9 +167,7 @@ class Run:
             return Plan(size, size, keeps_graphs=False)
         key = (context.layout, context.fixed_layout, context.like.device, signature(batch))
         if size == "auto":
-            from imaml.planning._plan import automatic  # noqa: PLC0415
-
-            return automatic(self.engine, context.objective, batch, key)
+            return self.engine._choose(context.objective, batch, key)
         if key not in plans:
             trial = Run.of(self.engine, context.objective, derivatives=bool(self.layouts))
             one = trial.problem([0], batch[:1], ONE_BY_ONE)
@@ -240,14 +242,3 @@ def _weak(part: object) -> Callable[[], object]:
         return ref(part)
     except TypeError:  # None, or an object of a class that has no room for it
         return lambda: part
-
-
-def _if_sharded(
-    engine: MetaGradient, objective: Objective
-) -> tuple[type[Run], Callable[[Mapping[str, Tensor]], Layout]] | None:
-    """What runs an objective whose parameters are sharded over processes; there are none before torch's module is."""
-    if "torch.distributed.tensor" not in sys.modules or not isinstance(objective, Objective):
-        return None
-    from imaml._sharded_run import sharded  # noqa: PLC0415
-
-    return sharded(engine, objective)

@@ -21,7 +21,7 @@ from imaml._layout import Layout
 from imaml._objective import Objective
 from imaml._plan import ONE_BY_ONE, Plan
 from imaml._problem import Problem
-from imaml._report import Outcome, Report
+from imaml._report import Outcome, Pullback, Report
 from imaml._run import Run
 from imaml._sharded_loss import ShardedLoss
 from imaml._sharding import ShardedLayout, whole
@@ -31,7 +31,7 @@ from imaml.inner import InnerOptimizer
 from imaml_solvers import CG, MINRES, Neumann
 
 if TYPE_CHECKING:
-    from imaml._strategy import MetaGradient, Pullback
+    from imaml._strategy import Strategy
 
 
 class ShardedRun(Run):
@@ -81,7 +81,7 @@ def _checksum(tensor: Tensor) -> int:
 
 
 def sharded(
-    engine: MetaGradient, objective: Objective
+    engine: Strategy, objective: Objective
 ) -> tuple[type[ShardedRun], Callable[[Mapping[str, Tensor]], Layout]] | None:
     """How to run an objective with parameters sharded over processes.
 
@@ -109,14 +109,11 @@ def sharded(
 
 
 def _rules(
-    engine: MetaGradient, objective: Objective, tensors: Sequence[Tensor], meshes: Sequence[DeviceMesh]
+    engine: Strategy, objective: Objective, tensors: Sequence[Tensor], meshes: Sequence[DeviceMesh]
 ) -> Iterator[tuple[bool, str, object]]:
     """What must hold, what is expected, and what there is."""
-    from imaml._fomaml import FOMAML  # noqa: PLC0415
-    from imaml._implicit import ImplicitMAML  # noqa: PLC0415
-
     yield (
-        isinstance(engine, (FOMAML, ImplicitMAML)),
+        engine._manages_without_second_derivatives,
         "FOMAML or ImplicitMAML, since there are no second derivatives",
         type(engine).__name__,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -39,7 +41,7 @@ def plan(options: Options) -> int:
     memory = None if options.memory is None else parse(options.memory)
     set_up(MachineOptions(threads=options.threads))
     made = make(options.problem)
-    found: dict[Strategy, Forecast] = {}
+    found: dict[Strategy, Forecast[Any]] = {}
     reasons: list[str] = []
     for strategy, engine in engines(made, options.strategies, options.engine):
         if isinstance(engine, str):
@@ -63,7 +65,7 @@ def plan(options: Options) -> int:
     return 0
 
 
-def _table(found: dict[Strategy, Forecast]) -> Table:
+def _table(found: dict[Strategy, Forecast[Any]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     for number, heading in enumerate(("strategy", *HEADINGS)):
         table.add_column(heading, justify="right" if number > 1 else "left", no_wrap=number != 1)

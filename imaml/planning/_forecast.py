@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Generic, TypeVar
 
+from imaml._strategy import Strategy
 from imaml.planning._memory import written
 
-if TYPE_CHECKING:
-    from imaml._strategy import MetaGradient
+Engine = TypeVar("Engine", bound=Strategy)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class Setting(Generic[Engine]):
     """One way to compute the meta-gradient, and what a call of it takes. Settings give the same numbers."""
 
-    engine: MetaGradient
+    engine: Engine
     """To use it."""
     options: Mapping[str, object]
     """How it differs from the engine that was asked; empty for that engine itself."""
@@ -42,10 +42,10 @@ class Setting:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Forecast:
+class Forecast(Generic[Engine]):
     """Memory and cost of an engine's settings, before any of them runs; `print` it for a table."""
 
-    settings: tuple[Setting, ...]
+    settings: tuple[Setting[Engine], ...]
     """The fastest first, by prediction."""
     memory: int | None
     """The limit in bytes; None: there is none."""
@@ -56,12 +56,12 @@ class Forecast:
     """What the forecast itself took, for one, two and three tasks."""
 
     @property
-    def best(self) -> Setting | None:
+    def best(self) -> Setting[Engine] | None:
         """The fastest setting that fits; None: none does."""
         return next((setting for setting in self.settings if setting.fits), None)
 
     @property
-    def recommended(self) -> MetaGradient | None:
+    def recommended(self) -> Engine | None:
         """The engine of that setting."""
         return None if self.best is None else self.best.engine
 
@@ -71,14 +71,14 @@ class Forecast:
         return self.best is not None
 
     @property
-    def leanest(self) -> Setting:
+    def leanest(self) -> Setting[Engine]:
         """The setting that takes the least memory."""
         return min(self.settings, key=lambda setting: setting.peak_bytes)
 
     @property
-    def front(self) -> tuple[Setting, ...]:
+    def front(self) -> tuple[Setting[Engine], ...]:
         """Those worth a look: leaner by a tenth than every faster one; the engine as it is, the best, the leanest."""
-        found: list[Setting] = []
+        found: list[Setting[Engine]] = []
         for setting in self.settings:
             lean = all(setting.peak_bytes <= _LEANER * faster.peak_bytes for faster in found)
             if lean or not setting.options or setting in (self.best, self.leanest):
@@ -97,7 +97,7 @@ class Forecast:
             f"{written(leanest.peak_bytes)}. {_HELP}"
         )
 
-    def _called(self, setting: Setting) -> str:
+    def _called(self, setting: Setting[Engine]) -> str:
         return f"{type(setting.engine).__name__} {setting.name}" if not setting.options else setting.name
 
     def __str__(self) -> str:
@@ -119,7 +119,7 @@ _HELP = (
 )
 
 
-def cells(setting: Setting) -> tuple[str, ...]:
+def cells(setting: Setting[Any]) -> tuple[str, ...]:
     """A row under `HEADINGS`."""
     return (
         setting.name,
@@ -131,5 +131,5 @@ def cells(setting: Setting) -> tuple[str, ...]:
     )
 
 
-def _cost(setting: Setting) -> str:
+def _cost(setting: Setting[Any]) -> str:
     return f"{setting.gradients} gradients and {setting.hvps} Hessian-vector products"

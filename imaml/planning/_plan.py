@@ -5,24 +5,22 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from imaml._meta import no_gradient
 from imaml._objective import Objective
 from imaml._plan import VECTORISED, Plan
-from imaml._run import Run
+from imaml._runs import run_of
+from imaml._strategy import Strategy
 from imaml._tasks import Task, TaskBatch
 from imaml._tasks import group as by_shape
 from imaml._torch import tree_leaves
-from imaml.planning._forecast import Forecast, Setting
+from imaml.planning._forecast import Engine, Forecast, Setting
 from imaml.planning._memory import free, parse
 from imaml.planning._predict import Batch, costs_of, predict, sizes
 from imaml.planning._probe import MOST_TASKS, batch_device, probe
-
-if TYPE_CHECKING:
-    from imaml._strategy import MetaGradient
 
 SHARE = 0.8
 """Of the free memory that `chunk_size="auto"` takes: the rest is for what a prediction may miss."""
@@ -30,12 +28,12 @@ _STORAGES = (None, "device", "cpu", "disk")
 
 
 def forecast(
-    engine: MetaGradient, objective: Objective, tasks: TaskBatch | Sequence[Task], memory: int | str | None
-) -> Forecast:
+    engine: Engine, objective: Objective, tasks: TaskBatch | Sequence[Task], memory: int | str | None
+) -> Forecast[Engine]:
     """See `MetaGradient.plan`."""
     limit = None if memory is None else parse(memory)
     groups = [batch for _, batch in by_shape(tasks)]
-    run = Run.of(engine, objective, derivatives=True)
+    run = run_of(engine, objective, derivatives=True)
     device = run.context.like.device
     if limit is None and device.type != "cpu":
         limit = free(device)
@@ -44,7 +42,7 @@ def forecast(
     for key in set[str].intersection(*(set(batch.probe.facts.without_path) for batch in batches)):
         raise no_gradient(key, engine._without_path)
     count, stacked = max(map(len, groups)), 0 if isinstance(tasks, TaskBatch) else sum(map(size_of, groups))
-    settings = []
+    settings: list[Setting[Engine]] = []
     for options in _options(engine, variants, count):
         chosen = replace(engine, **options) if options else engine
         size = engine.chunk_size if "chunk_size" not in options else options["chunk_size"]
@@ -63,7 +61,7 @@ def forecast(
             )
         )
 
-    def order(setting: Setting) -> tuple[float, int, float]:
+    def order(setting: Setting[Engine]) -> tuple[float, int, float]:
         return setting.rank, _STORAGES.index(getattr(setting.engine, "storage", None)), setting.peak_bytes
 
     return Forecast(
@@ -80,7 +78,7 @@ def size_of(batch: TaskBatch) -> int:
     return sum(t.numel() * t.element_size() for t in tree_leaves((batch.support, batch.query)))
 
 
-def _options(engine: MetaGradient, variants: Sequence[dict[str, Any]], tasks: int) -> list[dict[str, Any]]:
+def _options(engine: Strategy, variants: Sequence[dict[str, Any]], tasks: int) -> list[dict[str, Any]]:
     """The engine as it is, and every setting of what it leaves open."""
     found: list[dict[str, Any]] = [{}]
     for changes in variants:
@@ -97,7 +95,7 @@ def _options(engine: MetaGradient, variants: Sequence[dict[str, Any]], tasks: in
 
 
 def look(
-    engine: MetaGradient,
+    engine: Strategy,
     variants: Sequence[dict[str, Any]],
     objective: Objective,
     batch: TaskBatch,
@@ -109,7 +107,7 @@ def look(
         usual = {}
         for one in (engine, *engines):
             if one._states not in usual:
-                run = Run.of(replace(one, chunk_size=None, compile=False), objective, derivatives=True)
+                run = run_of(replace(one, chunk_size=None, compile=False), objective, derivatives=True)
                 usual[one._states] = run._plan(batch)
         fixed = engine.chunk_size if isinstance(engine.chunk_size, int) else None
         most = min(len(batch), MOST_TASKS if fixed is None else min(fixed, MOST_TASKS))
@@ -127,7 +125,7 @@ class Look:
     """Bytes that were to be had."""
 
 
-def automatic(engine: MetaGradient, objective: Objective, batch: TaskBatch, shapes: Hashable) -> Plan:
+def automatic(engine: Strategy, objective: Objective, batch: TaskBatch, shapes: Hashable) -> Plan:
     """How tasks run with `chunk_size="auto"`; looked at once for these shapes, and again for more tasks up to three."""
     key = (shapes, min(len(batch), MOST_TASKS))
     if key not in engine._looks:
@@ -144,7 +142,7 @@ def room_of(device: torch.device) -> float | None:
     return None if left is None else SHARE * left
 
 
-def auto(engine: MetaGradient, batch: Batch, room: float | None) -> Plan:
+def auto(engine: Strategy, batch: Batch, room: float | None) -> Plan:
     """The fastest plan, by prediction, that stays within the room; the leanest where none does."""
     device, usual = batch.probe.facts.device, batch.usual[engine._states]
     most = min(batch.tasks, usual.tasks) if device.type in VECTORISED else batch.tasks

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import TYPE_CHECKING
 
 from imaml._plan import VECTORISED, Plan
+from imaml._strategy import Strategy
 from imaml.planning._account import Use
 from imaml.planning._costs import Chunk, Costs
 from imaml.planning._probe import Probe
-
-if TYPE_CHECKING:
-    from imaml._strategy import MetaGradient
 
 _CALL = 2**19
 """Issuing the operations of an evaluation takes about as long as the arithmetic of one whose graph has this size, in
@@ -31,7 +28,7 @@ class Batch:
     usual: Mapping[int, Plan]
     """What runs at once where `chunk_size` is None, by the vectors of inner states that a task holds."""
 
-    def plan(self, engine: MetaGradient, chunk_size: int | None) -> Plan:
+    def plan(self, engine: Strategy, chunk_size: int | None) -> Plan:
         """How they run."""
         return self.usual[engine._states] if chunk_size is None else Plan(chunk_size, chunk_size, keeps_graphs=False)
 
@@ -52,7 +49,7 @@ class Prediction:
     """What settings are ordered by, ascending."""
 
 
-def predict(engine: MetaGradient, batches: Sequence[Batch], plans: Sequence[Plan], *, stacked: int = 0) -> Prediction:
+def predict(engine: Strategy, batches: Sequence[Batch], plans: Sequence[Plan], *, stacked: int = 0) -> Prediction:
     """What a call takes.
 
     Args:
@@ -80,14 +77,15 @@ def predict(engine: MetaGradient, batches: Sequence[Batch], plans: Sequence[Plan
     return Prediction(peak=stacked + max(peaks), gradients=gradients, hvps=hvps, equivalents=equivalents, rank=rank)
 
 
-def costs_of(engine: MetaGradient, keeps_graphs: bool = False) -> Costs:
+def costs_of(engine: Strategy, keeps_graphs: bool = False) -> Costs:
     """What an engine says of its costs; raises ValueError for a strategy that does not."""
     if engine._costs is None:
         raise ValueError(
             f"{type(engine).__name__} does not say what it costs, so its memory cannot be predicted. Expected MAML, "
             "FOMAML or ImplicitMAML: give `chunk_size` as a number, and measure with imaml.measure.peak_memory."
         )
-    return engine._costs(engine, keeps_graphs)
+    costs: Costs = engine._costs(engine, keeps_graphs)
+    return costs
 
 
 def _chunk(probe: Probe, tasks: int, query_tasks: int) -> Chunk:

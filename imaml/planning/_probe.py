@@ -9,7 +9,7 @@ import torch
 
 from imaml._objective import Objective
 from imaml._plan import ONE_BY_ONE, Plan, saved_bytes
-from imaml._run import Run
+from imaml._runs import run_of
 from imaml._tasks import TaskBatch
 from imaml.planning._account import Account, Use
 from imaml.planning._costs import Chunk, Costs, Facts, Stages
@@ -65,7 +65,7 @@ def probe(
     engine = costs[0].engine
     uses: dict[int, dict[str, Use]] = {}
     facts, base, gradients, hvps = None, Use(0, 0), 0, 0
-    run = Run.of(engine, objective, derivatives=True)
+    run = run_of(engine, objective, derivatives=True)
     solve = costs[0].solve(run.context.theta)
     one = run.problem([0], batch[:1], ONE_BY_ONE)
     theta = one.theta
@@ -79,7 +79,7 @@ def probe(
         account = Account(run.context.like.device)
         with account.recording():
             with account.stage(_SNAPSHOT):
-                run = Run.of(engine, objective, derivatives=True)
+                run = run_of(engine, objective, derivatives=True)
             problem = run.problem(list(range(tasks)), batch[:tasks], Plan(tasks, tasks, keeps_graphs=False))
             stages = Stages.of(account, problem)
             try:

@@ -19,9 +19,9 @@ from imaml._errors import NonFiniteError
 from imaml._fomaml import FOMAML
 from imaml._implicit import ImplicitMAML
 from imaml._maml import MAML
+from imaml._meta_gradient import MetaGradient
 from imaml._objective import Objective
 from imaml._report import Report
-from imaml._strategy import MetaGradient
 from imaml._tasks import Task, TaskBatch
 from imaml.inner import GradientDescent
 from imaml.testing._models import network, small_models

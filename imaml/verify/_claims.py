@@ -13,7 +13,7 @@ from imaml._fomaml import FOMAML
 from imaml._hyper import Hyper
 from imaml._implicit import ImplicitMAML
 from imaml._maml import MAML
-from imaml._strategy import MetaGradient
+from imaml._meta_gradient import MetaGradient
 from imaml._tasks import Task
 from imaml.inner import GradientDescent, InnerOptimizer, InnerSolver
 from imaml.verify._argmin import InnerProblem

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from imaml._hyper import Hyper
+from imaml._meta_gradient import MetaGradient
 from imaml._objective import Objective
-from imaml._strategy import MetaGradient
 from imaml.inner import InnerSolver
 from imaml.verify._argmin import NoMinimum
 from imaml.verify._claims import along, as_function, claim_of, damping_of, inner_of, name_of

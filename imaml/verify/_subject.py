@@ -12,8 +12,8 @@ from torch import Tensor
 from imaml._buffers import HeldBuffers
 from imaml._errors import SolverWarning
 from imaml._foreign import check_loss
+from imaml._meta_gradient import MetaGradient
 from imaml._objective import Objective
-from imaml._strategy import MetaGradient
 from imaml._tasks import Task, TaskBatch
 from imaml.verify._claims import name_of
 from imaml.verify._reference import Reference, draws, flat

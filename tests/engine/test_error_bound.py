@@ -22,7 +22,7 @@ from imaml import (
     Status,
     TaskBatch,
 )
-from imaml._strategy import Pullback
+from imaml._report import Pullback
 from tests.engine.cases import mlp, problem
 
 F64 = torch.float64

@@ -6,28 +6,28 @@ import torch
 
 from imaml import FOMAML, MAML, Dense, GradientDescent, ImplicitMAML
 from imaml._curvature import Curvature
-from imaml._strategy import Pullback
+from imaml._report import Pullback
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SumOverTasks(MAML):
-    def _pull_back(self, problem):
-        pulled = super()._pull_back(problem)
+    def pull_back(self, problem):
+        pulled = super().pull_back(problem)
         return Pullback(pulled.theta * len(problem.theta), pulled.fixed, pulled.outcome)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OneStepTooFew(MAML):
-    def _pull_back(self, problem):
-        return super()._pull_back(
+    def pull_back(self, problem):
+        return super().pull_back(
             dataclasses.replace(problem, inner=GradientDescent(lr=problem.inner.lr, steps=problem.inner.steps - 1))
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForgetsTheFixedParameters(MAML):
-    def _pull_back(self, problem):
-        pulled = super()._pull_back(problem)
+    def pull_back(self, problem):
+        pulled = super().pull_back(problem)
         return Pullback(pulled.theta, None if pulled.fixed is None else pulled.fixed * 0, pulled.outcome)
 
 
@@ -35,7 +35,7 @@ class ForgetsTheFixedParameters(MAML):
 class HessianAtTheLastStateOnly(MAML):
     """Right for quadratics, whose Hessian is the same everywhere."""
 
-    def _pull_back(self, problem):
+    def pull_back(self, problem):
         phi = problem.adapt()
         query = problem.judge(phi)
         hessian = Curvature(problem.support, phi, problem.inner.steps, mode="auto", graph="keep")
@@ -47,27 +47,27 @@ class HessianAtTheLastStateOnly(MAML):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReversedReport(MAML):
-    def _pull_back(self, problem):
-        pulled = super()._pull_back(problem)
+    def pull_back(self, problem):
+        pulled = super().pull_back(problem)
         losses = pulled.outcome.query_loss.flip(0)
         return Pullback(pulled.theta, pulled.fixed, dataclasses.replace(pulled.outcome, query_loss=losses))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WritesGrad(MAML):
-    def _pull_back(self, problem):
+    def pull_back(self, problem):
         for parameter in problem.support.context.objective.parameters().values():
             parameter.grad = torch.zeros_like(parameter)
-        return super()._pull_back(problem)
+        return super().pull_back(problem)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MovesTheModel(MAML):
     @torch.no_grad()
-    def _pull_back(self, problem):
+    def pull_back(self, problem):
         for parameter in problem.support.context.objective.parameters().values():
             parameter.mul_(1.0)
-        return super()._pull_back(problem)
+        return super().pull_back(problem)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,9 +85,9 @@ class DifferentiatesUnderNoGrad(MAML):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SwallowsNaN(MAML):
-    def _pull_back(self, problem):
+    def pull_back(self, problem):
         problem.check_query = lambda losses: None
-        pulled = super()._pull_back(problem)
+        pulled = super().pull_back(problem)
         return Pullback(pulled.theta.nan_to_num(), pulled.fixed, pulled.outcome)
 
 
@@ -102,9 +102,9 @@ class HalvesBackward(MAML):
 class NoProximalTermInTheInnerLoop(ImplicitMAML):
     solver: Dense = Dense()
 
-    def _pull_back(self, problem):
+    def pull_back(self, problem):
         problem.add_proximal = lambda gradient, phi: gradient
-        return super()._pull_back(problem)
+        return super().pull_back(problem)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,12 +113,12 @@ class OtherSystem(ImplicitMAML):
 
     solver: Dense = Dense()
 
-    def _pull_back(self, problem):
+    def pull_back(self, problem):
         phi = dataclasses.replace(problem).adapt()
         moved = dataclasses.replace(
             problem, theta=phi, inner=GradientDescent(lr=1.0, steps=0), damping=problem.damping + 10
         )
-        pulled = super()._pull_back(moved)
+        pulled = super().pull_back(moved)
         return Pullback(pulled.theta / 2, pulled.fixed, pulled.outcome)
 
 

@@ -15,7 +15,9 @@ from imaml._implicit import ImplicitMAML as ImplicitMAML
 from imaml._maml import MAML as MAML
 from imaml._meta_gradient import MetaGradient as MetaGradient
 from imaml._objective import Objective as Objective
+from imaml._problem import Problem as Problem
 from imaml._report import MetaResult as MetaResult
+from imaml._report import Pullback as Pullback
 from imaml._report import Report as Report
 from imaml._tasks import Task as Task
 from imaml._tasks import TaskBatch as TaskBatch

@@ -29,7 +29,12 @@ EXPLOSION = 1e6
 
 @dataclass
 class Problem:
-    """min over phi of L_support(phi) + 1/2 (phi - theta)' Lambda (phi - theta), followed by L_query(phi)."""
+    """min over phi of L_support(phi) + 1/2 (phi - theta)' Lambda (phi - theta), followed by L_query(phi).
+
+    What `MetaGradient.pull_back` gets: a chunk of tasks, whose vectors are `(tasks, n)`. `adapt` comes first, then
+    `judge`, then `outcome`; docs/testing.md says what else may be asked, when, and at what cost. `support`, `query` and
+    `plan` are the library's own.
+    """
 
     support: ChunkLoss | Microbatched
     query: ChunkLoss | Microbatched

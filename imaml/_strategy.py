@@ -78,7 +78,14 @@ class Strategy(ABC):
 
     @abstractmethod
     def pull_back(self, problem: Problem) -> Pullback:
-        """Adapt, judge, and pull the query gradient back to theta, for one chunk of tasks."""
+        """Adapt, judge, and pull the query gradient back to theta, for one chunk of tasks.
+
+        Args:
+            problem: The chunk. It is called with gradients disabled, once for each chunk, in any order.
+
+        Returns:
+            The meta-gradient of each task; NaN and infinity in it are found by the caller.
+        """
 
     @abstractmethod
     def _choose(self, objective: Objective, batch: TaskBatch, shapes: Hashable) -> Plan:

@@ -23,7 +23,7 @@ SOLVERS = {
     *("LinearOperator", "LinearSolver", "Solution", "Status"),
 }
 ENGINE = {
-    *("MetaGradient", "MAML", "FOMAML", "ImplicitMAML", "MetaResult", "Report"),
+    *("MetaGradient", "MAML", "FOMAML", "ImplicitMAML", "MetaResult", "Report", "Problem", "Pullback"),
     *("Objective", "Task", "TaskBatch", "bilevel"),
     *("InnerSolver", "InnerOptimizer", "GradientDescent", "Adam", "AdamW", "RMSprop", "NewtonCG", "TorchOptimizer"),
     *("NonFiniteError", "DivergenceError", "SolverError", "SolverWarning", "CompileWarning"),

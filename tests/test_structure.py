@@ -61,9 +61,3 @@ def test_a_circle_would_be_found():
     )
     assert imported(source, names) == {"a.b", "a.c", "a.d"}
     assert imported("from a import version", names) == {"a"}
-
-
-def test_solvers_know_nothing_of_the_engine():
-    arrows = graph()
-    solvers = {name: arrow for name, arrow in arrows.items() if name.partition(".")[0] == "imaml_solvers"}
-    assert solvers and not any(name.partition(".")[0] == "imaml" for arrow in solvers.values() for name in arrow)

@@ -4,9 +4,8 @@ import dataclasses
 
 import torch
 
-from imaml import FOMAML, MAML, Dense, GradientDescent, ImplicitMAML
+from imaml import FOMAML, MAML, Dense, GradientDescent, ImplicitMAML, Pullback
 from imaml._curvature import Curvature
-from imaml._report import Pullback
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imaml._foreign import leaves_of
 from imaml._layout import Layout
@@ -52,6 +52,11 @@ def check_hyper(name: str, given: object, *, must: str, where: str = "") -> None
             )
         for value in (given.min().item(), given.max().item()) if given.numel() else ():
             check_hyper(name, value, must=must, where=where)
+    elif isinstance(given, (nn.ParameterDict, nn.ParameterList)):
+        raise TypeError(
+            f"`{name}` is a {type(given).__name__}. Expected a number, or a function of the meta-parameters: name its "
+            "tensors in Objective(..., meta={...}), and return them from a function of that dictionary."
+        )
     elif where or not callable(given):
         value = check_number(f"`{name}`", given)
         if value < 0 or value == 0 and not must.startswith(">= 0"):
@@ -200,25 +205,30 @@ def _evaluate(name: str, what: Hyper, meta: MetaParameters, leaves: Mapping[str,
     try:
         with torch.enable_grad():
             return what(meta.like_given(leaves))
+    except (AttributeError, TypeError) as error:
+        if groups := [key for key, value in meta.given.items() if isinstance(value, Mapping)]:
+            error.add_note(
+                f"In the dictionary that the function of `{name}` gets, each of {groups} is a dictionary itself."
+            )
+        raise
     except KeyError as error:
         if error.args and error.args[0] in meta.given:
             raise
+        groups = [f", {k!r} a group of {sorted(v)}" for k, v in meta.given.items() if isinstance(v, Mapping)]
         raise ValueError(
-            f"`{name}` asks for the meta-parameter {error}. Got {sorted(meta.given) or 'none'}: name it in "
-            "Objective(..., meta={...})."
+            f"`{name}` asks for the meta-parameter {error}. Got {sorted(meta.given) or 'none'}{''.join(groups)}: name "
+            "it in Objective(..., meta={...}), and ask for a member of a group as meta['group']['member']."
         ) from error
 
 
 def _value(name: str, found: Any, layout: Layout, steps: int, like: Tensor) -> _Value:
     if isinstance(found, Mapping):
-        if set(found) != set(layout.names):
-            raise ValueError(
-                f"`{name}` must name every adapted parameter and no other. "
-                f"Missing: {sorted(set(layout.names) - set(found)) or 'none'}; "
-                f"unknown: {sorted(set(found) - set(layout.names)) or 'none'}."
-            )
-        columns = zip(layout.names, layout.shapes, strict=True)
-        return _Value([_column(f"{name}[{n!r}]", found[n], s, steps, like) for n, s in columns], layout.sizes)
+        _check_names(name, found, layout.names)
+        shapes = dict(zip(layout.names, layout.shapes, strict=True))
+        _check_one_meaning(name, found, shapes, steps)
+        return _Value(
+            [_column(f"{name}[{n!r}]", found[n], shape, steps, like) for n, shape in shapes.items()], layout.sizes
+        )
     if isinstance(found, (list, tuple)) and found:
         value = torch.stack([_tensor(name, v, like) for v in found])
     else:
@@ -231,8 +241,37 @@ def _value(name: str, found: Any, layout: Layout, steps: int, like: Tensor) -> _
     return _Value([value.reshape(-1, 1)], None)
 
 
+def _check_names(name: str, found: Mapping[Any, Any], names: Sequence[str]) -> None:
+    """Raise unless a mapping is by parameter name."""
+    missing, unknown = set(names) - set(found), sorted(map(str, set(found) - set(names)))
+    if unknown and len(missing) == len(names):
+        raise ValueError(
+            f"`{name}` must be one value for all parameters, or a dictionary with one for each by its name. Got a "
+            f"group of values with other names, {unknown}, where {list(names)} adapt: choose one of the group, or give "
+            "one to each parameter."
+        )
+    if missing or unknown:
+        raise ValueError(
+            f"`{name}` must name every adapted parameter and no other. Missing: {sorted(missing) or 'none'}; "
+            f"unknown: {unknown or 'none'}."
+        )
+
+
+def _check_one_meaning(name: str, found: Mapping[str, Any], shapes: Mapping[str, torch.Size], steps: int) -> None:
+    """Raise where a vector may be one value per step, as others beside it are, or one per entry of its parameter."""
+    vectors = [n for n, value in found.items() if isinstance(value, Tensor) and value.shape == (steps,)]
+    both = [n for n in vectors if shapes[n] == (steps,)]
+    if steps > 1 and both and len(both) < len(vectors):
+        other = next(n for n in vectors if n not in both)
+        raise ValueError(
+            f"`{name}[{both[0]!r}]` may be one value per inner step, as `{name}[{other!r}]` is, or one per entry of "
+            f"the parameter, which has as many. Expected shape ({steps}, 1) for one per step, or (1, {steps}) for one "
+            f"per entry. Got ({steps},)."
+        )
+
+
 def _column(name: str, value: Any, shape: torch.Size, steps: int, like: Tensor) -> Tensor:
-    """One parameter's part, `(1 or steps, 1 or size)`."""
+    """One parameter's part, `(1 or steps, 1 or size)`; of the parameter's shape is one value per entry."""
     if isinstance(value, (list, tuple)):
         if len(value) not in (1, steps):
             raise ValueError(f"`{name}` must be a sequence of {steps} values, one per inner step. Got {len(value)}.")
@@ -242,13 +281,15 @@ def _column(name: str, value: Any, shape: torch.Size, steps: int, like: Tensor) 
     tensor = _tensor(name, value, like)
     if tensor.ndim == 0 or tensor.shape == shape:
         return tensor.reshape(1, -1)
+    if tensor.ndim == 1 and len(tensor) in (1, steps):
+        return tensor.reshape(-1, 1)
     per_step = (steps, *shape)
     if tensor.ndim == len(per_step) and all(a in (1, b) for a, b in zip(tensor.shape, per_step, strict=True)):
         full = tensor if tensor[0].numel() == 1 else tensor.expand(len(tensor), *shape)
         return full.reshape(len(full), -1)
     raise ValueError(
-        f"`{name}` must be a number, of the parameter's shape {tuple(shape)}, or of shape {per_step}, where dimensions "
-        f"may be 1, for each inner step. Got {tuple(tensor.shape)}."
+        f"`{name}` must be a number, of the parameter's shape {tuple(shape)}, or for each inner step of shape "
+        f"({steps},), or {per_step}, where dimensions may be 1. Got {tuple(tensor.shape)}."
     )
 
 
@@ -257,4 +298,9 @@ def _tensor(name: str, value: Any, like: Tensor) -> Tensor:
         return value.to(like)
     if isinstance(value, Real):
         return like.new_tensor(float(value))
+    if isinstance(value, Mapping):
+        raise TypeError(
+            f"`{name}` must be numbers or tensors. Got a group of them, {sorted(map(str, value))}: choose one. Values "
+            "by parameter and step are a dictionary by parameter name, of one sequence each."
+        )
     raise TypeError(f"`{name}` must be numbers or tensors. Got {value!r}.")

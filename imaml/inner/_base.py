@@ -55,9 +55,11 @@ class InnerOptimizer(InnerSolver):
     Args:
         lr: Step size, > 0. It, `momentum` and `weight_decay` are each a number; a sequence of `steps` numbers, one a
             step; a mapping from the name of every adapted parameter to a number, to a tensor of the parameter's shape,
-            to a sequence of these, or to a tensor `(steps, *shape)` whose dimensions may be 1; or a function of the
-            objective's meta-parameters, by name, that returns any of these as tensors:
-            `lr=lambda meta: meta["log_lr"].exp()`.
+            to a sequence of these, one a step, or to a tensor `(steps,)` or `(steps, *shape)`, whose dimensions may be
+            1; or a function of the objective's meta-parameters, by name, that returns any of these as tensors:
+            `lr=lambda meta: meta["log_lr"].exp()`. A tensor of the parameter's shape is always one value an entry; for
+            a parameter of shape `(steps,)` it is refused beside vectors that are one value a step, where `(steps, 1)`
+            and `(1, steps)` say which is meant.
         steps: Number of steps K >= 0; 0 adapts nothing.
         stationarity: Stop a task once the norm of its gradient, proximal term included, is at most this: `steps` is
             then a limit. Not for `MAML`, which differentiates a known number of steps. None: take all.

@@ -63,6 +63,10 @@ NUMBERS = {
         {n: PER_STEP.view(3, 1, 1) * per_entry(n)[:1] if n == "0.weight" else 0.05 for n in NAMES},
         lambda name, k: PER_STEP[k] * per_entry(name)[:1] if name == "0.weight" else 0.05,
     ),
+    "vectors per step": (
+        {n: PER_STEP if SHAPES[n].numel() > 4 else PER_STEP[:1] for n in NAMES},
+        lambda name, k: PER_STEP[k if SHAPES[name].numel() > 4 else 0],
+    ),
     "one step for all": (
         {n: per_entry(n).unsqueeze(0) if n == "0.weight" else 0.05 for n in NAMES},
         lambda name, k: per_entry(name) if name == "0.weight" else 0.05,
@@ -193,12 +197,17 @@ def test_the_ends_of_the_ranges_are_allowed(make):
         (lambda meta: [0.1, 0.1], r"shape \(3,\)\. Got \(2,\)"),
         (
             lambda meta: dict.fromkeys(NAMES, 0.1) | {"0.bias": torch.ones(3, 2)},
-            r"^`lr\['0\.bias'\]` must be a number, of the parameter's shape \(4,\), or of shape \(3, 4\), where "
-            r"dimensions may be 1, for each inner step\. Got \(3, 2\)\.$",
+            r"^`lr\['0\.bias'\]` must be a number, of the parameter's shape \(4,\), or for each inner step of shape "
+            r"\(3,\), or \(3, 4\), where dimensions may be 1\. Got \(3, 2\)\.$",
         ),
         (
             lambda meta: dict.fromkeys(NAMES, 0.1) | {"0.bias": [0.1, 0.2]},
             r"`lr\['0\.bias'\]`.*sequence of 3.*Got 2\.$",
+        ),
+        (
+            lambda meta: {"a": torch.ones(()), "b": 0.1},
+            r"^`lr` must be one value for all parameters, or a dictionary.*a group of values with other names, "
+            r"\['a', 'b'\], where \['0\.weight'.*\] adapt: choose one",
         ),
         (lambda meta: meta["none"], r"^`lr` asks for the meta-parameter 'none'\. Got none: name it in Objective"),
         (lambda meta: [0.1, float("inf"), 0.1], r"^`lr` must be finite\. Got tensor\("),
@@ -208,6 +217,104 @@ def test_values_that_do_not_fit(lr, message):
     objective = Objective(cases.make_model(), F.mse_loss)
     with pytest.raises(ValueError, match=message):
         FOMAML(inner=GradientDescent(lr=lr, steps=3))(objective, cases.make_tasks())
+
+
+def _of_width(width):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, width)).double()
+    x, y = torch.randn(2, 2, 5, 3).double(), torch.randn(2, 2, 5, width).double()
+    return model, TaskBatch(support=(x[0], y[0]), query=(x[1], y[1]))
+
+
+def _gradient(model, tasks, lr, **options):
+    engine = MAML(inner=GradientDescent(lr=lr, steps=3, **options))
+    return engine.value_and_grad(Objective(model, F.mse_loss), tasks)[1]
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["number", "function"])
+def test_a_vector_that_may_be_of_steps_or_of_entries_beside_one_of_steps_is_refused(learned):
+    model, tasks = _of_width(3)
+    names = [n for n, _ in model.named_parameters()]
+
+    def given(value):
+        rates = dict.fromkeys(names, PER_STEP) | {"2.bias": value}
+        return (lambda meta: rates) if learned else rates
+
+    with pytest.raises(
+        ValueError,
+        match=r"^`lr\['2\.bias'\]` may be one value per inner step, as `lr\['0\.weight'\]` is, or one per entry of the "
+        r"parameter, which has as many\. Expected shape \(3, 1\) for one per step, or \(1, 3\) for one per entry\. Got "
+        r"\(3,\)\.$",
+    ):
+        _gradient(model, tasks, given(PER_STEP))
+    per_step = _gradient(model, tasks, PER_STEP)
+    for value in (PER_STEP.unsqueeze(1), list(PER_STEP)):
+        close(_gradient(model, tasks, given(value)), per_step)
+    per_entry = _gradient(model, tasks, dict.fromkeys(names, list(PER_STEP)) | {"2.bias": [PER_STEP] * 3})
+    close(_gradient(model, tasks, given(PER_STEP.unsqueeze(0))), per_entry)
+    assert not torch.allclose(per_entry["2.bias"], per_step["2.bias"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("of", ["lr", "momentum", "weight_decay"])
+def test_a_tensor_of_the_parameters_shape_is_one_value_an_entry_whatever_its_size(of):
+    """Meta-SGD, for a layer with as many outputs as there are steps."""
+    model, tasks = _of_width(3)
+    entries = {n: torch.linspace(0.02, 0.1, p.numel()).double().view(p.shape) for n, p in model.named_parameters()}
+    found, expected = (
+        _gradient(model, tasks, **{"lr": 0.1} | {of: {n: as_form(v) for n, v in entries.items()}})
+        for as_form in (lambda v: v, lambda v: [v] * 3)
+    )
+    close(found, expected)
+
+
+def test_one_step_or_a_parameter_of_one_entry_leaves_nothing_to_choose():
+    model, tasks = _of_width(1)
+    names = [n for n, _ in model.named_parameters()]
+    for steps in (1, 3):
+        one = torch.full((1,), 0.1, dtype=torch.float64)
+        engine, other = (
+            MAML(inner=GradientDescent(lr=lr, steps=steps), regularization=weight)
+            for lr, weight in ((dict.fromkeys(names, one), dict.fromkeys(names, 2 * one)), (0.1, 0.2))
+        )
+        found, expected = (e.value_and_grad(Objective(model, F.mse_loss), tasks)[1] for e in (engine, other))
+        close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("lr", "error", "message"),
+    [
+        (lambda meta: meta["rates"], ValueError, r"a group of values with other names, \['a', 'b'\]"),
+        (
+            lambda meta: meta["rates.a"],
+            ValueError,
+            r"'rates\.a'\. Got \['c', 'rates'\], 'rates' a group of \['a', 'b'\].*\['group'\]",
+        ),
+        (
+            lambda meta: meta["rates"]["d"],
+            ValueError,
+            r"'d'\. Got \['c', 'rates'\], 'rates' a group of \['a', 'b'\]: name",
+        ),
+        (lambda meta: dict.fromkeys(NAMES, meta["rates"]), TypeError, r"`lr\['0\.weight'\]`.*a group.*\['a', 'b'\]"),
+        (lambda meta: [meta["rates"]] * 3, TypeError, r"^`lr` must be.*a group of them, \['a', 'b'\]: choose one"),
+    ],
+)
+def test_a_group_of_tensors_where_one_is_expected_is_named(lr, error, message):
+    meta = {"rates": {"a": cases.random(), "b": cases.random()}, "c": cases.random()}
+    with pytest.raises(error, match=message):
+        FOMAML(inner=GradientDescent(lr=lr, steps=3))(
+            Objective(cases.make_model(), F.mse_loss, meta=meta), cases.make_tasks()
+        )
+
+
+def test_an_error_of_a_function_that_takes_a_group_for_a_tensor_says_that_it_is_one():
+    meta = {"rates": {"a": cases.random()}}
+    with pytest.raises(AttributeError, match="exp") as caught:
+        FOMAML(inner=GradientDescent(lr=lambda meta: meta["rates"].exp(), steps=3))(
+            Objective(cases.make_model(), F.mse_loss, meta=meta), cases.make_tasks()
+        )
+    assert caught.value.__notes__ == [
+        "In the dictionary that the function of `lr` gets, each of ['rates'] is a dictionary itself."
+    ]
 
 
 def test_a_float64_copy_has_meta_parameters_of_its_own():
@@ -278,6 +385,11 @@ def test_optimisers_of_torch_are_named_with_their_wrapper(what):
     ("make", "error", "message"),
     [
         (lambda: MAML(inner=GradientDescent(lr=0.1, steps=1), regularization=[1.0]), TypeError, "one for all steps"),
+        (
+            lambda: GradientDescent(lr=nn.ParameterList([torch.ones(1)]), steps=1),
+            TypeError,
+            "ParameterList.*a function",
+        ),
         (lambda: GradientDescent(lr={"a": lambda meta: 1.0}, steps=1), TypeError, "`lr` must be a number. Got <func"),
         (lambda: Adam(lr=0.1, steps=1, betas=0.9), ValueError, "`betas` must be two numbers. Got 0.9"),
         (lambda: Objective(cases.make_model(), F.mse_loss, meta=[1]), TypeError, "`meta` must be a dictionary"),

@@ -241,8 +241,13 @@ class ChunkLoss:
     ) -> tuple[Tensor, ...]:
         """One function of every task, stacked."""
         if self.tasks > 1 and self.context.is_vectorised:
+            leaves, structure = tree_flatten(self._given(batch))  # vmap would fill the structure with other things too
+
+            def of_leaves(values: list[Tensor], leaves: list[Tensor]) -> tuple[Tensor, ...]:
+                return one(values, structure.unflatten(leaves))
+
             with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no batching rule
-                return vmap(one, randomness="different")(values, self._given(batch))
+                return vmap(of_leaves, randomness="different")(values, leaves)
         try:
             found = [
                 one(own, self._given(tree_map(lambda t, i=i: t[i], batch)))

@@ -14,6 +14,7 @@ from imaml._compiler import Compiled, Function, Outputs, Session, agree, run
 from imaml._context import Context
 from imaml._gradient import Gradient
 from imaml._hvp import ReverseOverReverse
+from imaml._leaves import objects
 from imaml._torch import TreeSpec, tree_flatten
 
 
@@ -103,6 +104,9 @@ class CompiledLoss(ChunkLoss):
                 return plain(loss, *tensors[: len(given)])
 
             expected = plain(self, *given)
+            if others := objects(self.batch):
+                session.compiler.give_up(f"a task holds a {type(others[0]).__name__}, which is no tensor.")
+                return expected
             if context.replay.draws:
                 session.compiler.give_up("a loss draws random numbers (dropout), which are replayed uncompiled.")
                 return expected

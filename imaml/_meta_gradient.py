@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
+from imaml._leaves import wrapped
 from imaml._node import attach
 from imaml._nonfinite import check_some
 from imaml._objective import Objective
@@ -131,7 +132,7 @@ class MetaGradient(Strategy):
             task's running statistics; the model is not changed.
         """
         check_tensors("support", support)
-        batch = tree_map(lambda t: t.unsqueeze(0), support)
+        batch = tree_map(lambda t: t.unsqueeze(0), wrapped(support))
         with torch.inference_mode(False), torch.no_grad():
             run = run_of(self, objective, derivatives=False)
             context = run.context

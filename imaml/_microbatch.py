@@ -11,6 +11,7 @@ from torch import Tensor
 from imaml._chunk import SUPPORT, ChunkLoss
 from imaml._context import Context
 from imaml._gradient import Gradient
+from imaml._leaves import objects
 from imaml._tasks import Batch
 from imaml._torch import tree_leaves, tree_map
 
@@ -91,6 +92,11 @@ class Microbatched:
             )
 
     def _examples(self) -> int:
+        if others := objects(self.whole.batch):
+            raise ValueError(
+                f"`microbatch_size` slices every tensor of a task. Got a {type(others[0]).__name__}, which is passed "
+                "as it is: use microbatch_size=None."
+            )
         sizes = {tuple(t.shape[1:2]) for t in tree_leaves(self.whole.batch)}
         if len(sizes) != 1 or () in sizes:
             raise ValueError(

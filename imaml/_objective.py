@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from imaml._buffers import BufferPolicy, check_policy
 from imaml._exact import ExactDerivatives
+from imaml._leaves import opened
 from imaml._meta import Given, MetaParameters
 from imaml._program import FunctionProgram, ModelProgram, Parameters
 from imaml._reach import modules_of
@@ -21,10 +22,10 @@ from imaml._tasks import Batch
 class Objective:
     """A loss of named parameters and a batch, of which some parameters adapt in the inner loop.
 
-    `Objective(model, loss)` evaluates `loss(model(input), target)` on a batch `(input, target)`; a tuple `input` is
-    passed as positional arguments, a dict as keyword arguments. `Objective.from_function` takes any `loss(params,
-    batch)`. The model is used as it is, by reference: its parameters are read anew at every call, and it is never
-    changed.
+    `Objective(model, loss)` evaluates `loss(model(input), target)` on a batch `(input, target)`; a tuple or list
+    `input` is passed as positional arguments, a dict as keyword arguments, a named tuple as one argument.
+    `Objective.from_function` takes any `loss(params, batch)`. The model is used as it is, by reference: its parameters
+    are read anew at every call, and it is never changed.
 
     Meta-gradients are computed for every adapted parameter and for every other parameter that requires grad (the
     support loss may depend on those, so they are meta-learned through the adaptation). The rest are constants.
@@ -213,7 +214,7 @@ class Objective:
     def record(self, values: Parameters, batch: Batch) -> None:
         """One forward pass that updates the running statistics among `values` in place."""
         assert isinstance(self._program, ModelProgram)
-        self._program.predict(self._others(values), batch, recording=True)
+        self._program.predict(self._others(values), opened(batch), recording=True)
 
     def evaluate(
         self, values: Parameters, batch: Batch, *, metric: bool = False, outer: bool = False
@@ -231,7 +232,7 @@ class Objective:
         """
         with ExactDerivatives():
             program, meta = self._program, self.meta.like_given(values)
-            loss, figure = program.evaluate(self._others(values), meta, batch, metric=metric, outer=outer)
+            loss, figure = program.evaluate(self._others(values), meta, opened(batch), metric=metric, outer=outer)
         if figure is not None:
             _check_scalar("metric", figure)
         return _check_loss(loss), figure
@@ -240,13 +241,13 @@ class Objective:
         """The model's output on one task's batch, for `judge`; only for an objective of a model."""
         assert isinstance(self._program, ModelProgram)
         with ExactDerivatives():
-            return self._program.predict(self._others(values), batch)
+            return self._program.predict(self._others(values), opened(batch))
 
     def judge(self, output: Any, values: Parameters, batch: Batch) -> Tensor:
         """The support loss of an output of `predict` with the same arguments."""
         assert isinstance(self._program, ModelProgram)
         with ExactDerivatives():
-            return _check_loss(self._program.judge(output, self.meta.like_given(values), batch, outer=False))
+            return _check_loss(self._program.judge(output, self.meta.like_given(values), opened(batch), outer=False))
 
     def _others(self, values: Parameters) -> Parameters:
         names = self.meta.flat()

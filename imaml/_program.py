@@ -94,7 +94,8 @@ class ModelProgram:
                 + ": for other batches use Objective.from_function."
             )
         inputs = batch[0]
-        args = () if isinstance(inputs, dict) else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+        is_many = isinstance(inputs, (tuple, list)) and not hasattr(inputs, "_fields")  # a named tuple is one thing
+        args = () if isinstance(inputs, dict) else tuple(inputs) if is_many else (inputs,)
         kwargs = inputs if isinstance(inputs, dict) else None
         policy = nullcontext() if self.buffers is None or recording else Statistics(self.buffers)
         with eager(self.model), held(self.model), policy:

@@ -9,36 +9,32 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from imaml._leaves import check_leaves, objects, opened, wrapped
 from imaml._torch import tree_flatten, tree_map
 
 Batch = Any
-"""What a loss is evaluated on: tensors in any nesting of tuples, lists and dicts, `(input, target)` as a rule."""
+"""What a loss is evaluated on: tensors in any nesting of tuples, lists, dicts and other types that
+`torch.utils._pytree` knows, `(input, target)` as a rule."""
 
 
 def signature(tasks: Task | TaskBatch) -> tuple[Any, ...]:
     """What a task, or each of a batch, is like."""
-    leaves, structure = tree_flatten((tasks.support, tasks.query))
+    leaves, structure = tree_flatten(wrapped((tasks.support, tasks.query)))
     first = int(isinstance(tasks, TaskBatch))
     return (structure, *((leaf.shape[first:], leaf.dtype, leaf.device) for leaf in leaves))
 
 
 def check_tensors(name: str, batch: Batch) -> list[Tensor]:
-    """The tensors of a batch; raises TypeError for any other leaf, ValueError where there is none."""
+    """The tensors of a batch; raises TypeError where a model cannot be given a leaf, ValueError where there is none."""
+    if isinstance(batch, (Task, TaskBatch)):
+        raise TypeError(f"Every leaf of `{name}` must be a tensor. Got {type(batch).__name__}: pass its `support`.")
+    check_leaves(name, batch)
     leaves = tree_flatten(batch)[0]
-    if not leaves:
-        raise ValueError(f"`{name}` holds no tensor. Expected tensors such as `(input, target)`.")
-    for leaf in leaves:
-        if not isinstance(leaf, Tensor):
-            raise TypeError(
-                f"Every leaf of `{name}` must be a tensor. Got {type(leaf).__name__}: convert it with torch.as_tensor."
-            )
-        if leaf.layout not in (torch.strided, torch.jagged):
-            raise TypeError(
-                f"Every tensor of `{name}` must be dense, so that tasks can be stacked and sliced. Got {leaf.layout}: "
-                "pass its indices and its values as two tensors, and make it of them in the model or the loss, with "
-                "torch.sparse_coo_tensor."
-            )
-    return leaves
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if not tensors:
+        got = f" Got {type(batch).__name__}: pass a target beside it." if leaves else ""
+        raise ValueError(f"`{name}` holds no tensor. Expected tensors such as `(input, target)`.{got}")
+    return tensors
 
 
 def check_constant(tasks: TaskBatch | Sequence[Task]) -> None:
@@ -58,13 +54,19 @@ def check_constant(tasks: TaskBatch | Sequence[Task]) -> None:
 class Task:
     """One task: tensors of any nesting, without a leading task dimension.
 
+    Any nesting is one of tuples, lists, dicts, named tuples, and types registered with `torch.utils._pytree` or
+    `torch.export.register_dataclass`; a field of a type may be None. An object that is no such nesting but has a method
+    `to`, such as a batch of graphs, is passed to the model as it is: a task that holds one is never stacked with
+    another, nor compiled, nor cut into slices, and what a forward pass writes to it stays.
+
     Args:
         support: What the model adapts on, `(input, target)` as a rule. With a model objective `input` may be a
-            tensor, a tuple (positional arguments) or a dict (keyword arguments).
+            tensor, a tuple or list (positional arguments) or a dict (keyword arguments); anything else, a named tuple
+            too, is one argument.
         query: What the adapted model is judged by, nested likewise.
 
     Raises:
-        TypeError: A leaf is not a tensor.
+        TypeError: A part is of another kind, such as an array, or a tensor is nested or quantised.
         ValueError: A set holds no tensor.
     """
 
@@ -85,7 +87,7 @@ class TaskBatch:
         query: The query sets, stacked likewise; their number of examples may differ from that of the support.
 
     Raises:
-        TypeError: A leaf is not a tensor.
+        TypeError: See `Task`; or a part is an object.
         ValueError: A set holds no tensor, a tensor has no task dimension, the numbers of tasks differ, or there are
             none.
     """
@@ -97,6 +99,13 @@ class TaskBatch:
         counts: dict[str, set[int]] = {}
         for name, batch in (("support", self.support), ("query", self.query)):
             leaves = check_tensors(name, batch)
+            if any(not isinstance(leaf, Tensor) for leaf in tree_flatten(batch)[0]):
+                if others := objects(batch):
+                    raise TypeError(
+                        f"Every leaf of `{name}` must be a tensor (tasks, ...). Got {type(others[0]).__name__}: pass a "
+                        "list of Task, one for each."
+                    )
+                object.__setattr__(self, name, wrapped(batch))
             if any(leaf.ndim == 0 for leaf in leaves):
                 raise ValueError(f"Every tensor of `{name}` must be (tasks, ...). Got a 0-dim tensor.")
             counts[name] = {leaf.shape[0] for leaf in leaves}
@@ -129,14 +138,31 @@ class TaskBatch:
             )
         if not -len(self) <= index < len(self):
             raise IndexError(f"Task {index} of a batch of {len(self)}.")
-        return Task(support=tree_map(lambda t: t[index], self.support), query=tree_map(lambda t: t[index], self.query))
+        support, query = (opened(tree_map(lambda t: t[index], batch)) for batch in (self.support, self.query))
+        return Task(support=support, query=query)
 
     def __iter__(self) -> Iterator[Task]:
         """The tasks, one by one."""
         return (self[i] for i in range(len(self)))
 
     def to(self, device: torch.device | str | None = None, *, dtype: torch.dtype | None = None) -> TaskBatch:
-        """Return the batch on `device`, its floating-point tensors as `dtype`; labels keep their integer dtype."""
+        """Return the batch on `device`, its floating-point tensors as `dtype`; labels keep their integer dtype.
+
+        Args:
+            device: Where to; None: where it is.
+            dtype: Of floating-point tensors; None: as they are.
+
+        Returns:
+            The batch.
+
+        Raises:
+            TypeError: A dtype for a batch that holds an object.
+        """
+        if others := objects((self.support, self.query)):
+            raise TypeError(
+                f"Only tensors can be copied to another dtype or device. Got {type(others[0]).__name__}: move it "
+                "before the task is made, or register its type once, with torch.utils._pytree.register_pytree_node."
+            )
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
@@ -148,12 +174,21 @@ class TaskBatch:
         """Stack tasks of equal shapes into a batch; raises ValueError where the shapes differ."""
         if len({signature(task) for task in tasks}) != 1:
             raise ValueError(f"Only tasks of one shape can be stacked. Got {len(tasks)} tasks of different shapes.")
+        if len(tasks) > 1 and (others := _objects(tasks[0])):
+            raise ValueError(
+                f"Only tasks of tensors can be stacked. Got {len(tasks)} tasks with a {type(others[0]).__name__} each."
+            )
 
         def stacked(batches: list[Batch]) -> Batch:
+            batches = [wrapped(batch) for batch in batches]
             columns = zip(*(tree_flatten(batch)[0] for batch in batches), strict=True)
             return tree_flatten(batches[0])[1].unflatten([torch.stack(column) for column in columns])
 
         return cls(support=stacked([t.support for t in tasks]), query=stacked([t.query for t in tasks]))
+
+
+def _objects(task: Task) -> list[Any]:
+    return objects((task.support, task.query))
 
 
 def group(tasks: TaskBatch | Sequence[Task]) -> list[tuple[list[int], TaskBatch]]:
@@ -168,5 +203,6 @@ def group(tasks: TaskBatch | Sequence[Task]) -> list[tuple[list[int], TaskBatch]
         raise ValueError("Expected at least one task. Got an empty list.")
     positions: dict[tuple[Any, ...], list[int]] = {}
     for i, task in enumerate(tasks):
-        positions.setdefault(signature(task), []).append(i)
+        alone = (i,) if _objects(task) else ()
+        positions.setdefault((*signature(task), *alone), []).append(i)
     return [(where, TaskBatch.stack([tasks[i] for i in where])) for where in positions.values()]

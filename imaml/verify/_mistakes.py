@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imaml._leaves import wrapped
 from imaml._torch import load_forward_ad, tree_map
 from imaml.verify._reference import Reference, Values, flat
 
@@ -163,7 +164,7 @@ def vectorised(reference: Reference) -> Tensor:
 
 
 def _stack(batches: Sequence[Any]) -> Any:
-    return tree_map(lambda *t: torch.stack(t), *batches)
+    return tree_map(lambda *t: torch.stack(t), *map(wrapped, batches))
 
 
 def permuted(reference: Reference, right: Tensor) -> Iterator[Suspect]:

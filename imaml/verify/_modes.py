@@ -13,6 +13,7 @@ from imaml._chunk import SUPPORT, ChunkLoss
 from imaml._context import Context
 from imaml._curvature import Curvature, HvpMode
 from imaml._hvp import Graph
+from imaml._leaves import wrapped
 from imaml._objective import Objective
 from imaml._torch import tree_map
 from imaml.verify._reference import draws
@@ -62,7 +63,7 @@ def find(mode: str, objective: Objective, batch: Any, directions: Tensor, seed: 
 
 def _find(mode: str, objective: Objective, batch: Any, directions: Tensor) -> Found | str:
     context = Context.of(objective)
-    one = tree_map(lambda t: t.unsqueeze(0), batch)
+    one = tree_map(lambda t: t.unsqueeze(0), wrapped(batch))
     loss = ChunkLoss(context, one, tasks=1, start=0, kind=SUPPORT)
     phi = context.theta.unsqueeze(0)
     loss.gradient(phi, 0)  # learns whether random numbers are drawn

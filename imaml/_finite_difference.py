@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from imaml._casts import Casts
 from imaml._chunk import ChunkLoss
 from imaml._gradient import Gradient
 from imaml._microbatch import Microbatched
@@ -29,7 +30,8 @@ class FiniteDifference:
     shorter of the two that differ least, in the mean over tasks. What they differ by, in the worst task, is the
     estimate of the error.
 
-    eps is that of the coarsest dtype among phi and the tensors that autograd saves: that of autocast, for one.
+    eps is that of the coarsest dtype among phi, the tensors that autograd saves, and those that a tensor is cast to:
+    that of autocast, for one, or of a quantised layer.
     """
 
     gradient: Gradient | None = None
@@ -64,13 +66,15 @@ class FiniteDifference:
 
     def _eps(self) -> float:
         """That of the coarsest dtype, by one gradient."""
-        dtypes = {self._phi.dtype}
+        casts = Casts()
+        dtypes = casts.dtypes
+        dtypes.add(self._phi.dtype)
 
         def pack(saved: Tensor) -> Tensor:
             dtypes.add(saved.dtype)
             return saved.detach()  # the tensor itself would be kept by its own graph
 
-        with saved_tensors_hooks(pack, lambda saved: saved), contextlib.suppress(RuntimeError):
+        with casts, saved_tensors_hooks(pack, lambda saved: saved), contextlib.suppress(RuntimeError):
             self._loss.gradient(self._phi, self._step)  # a model that differentiates may refuse to be looked at
         return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
 

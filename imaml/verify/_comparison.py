@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from imaml.verify._argmin import NoMinimum
-from imaml.verify._differences import derivative
+from imaml.verify._differences import EPS, derivative
 from imaml.verify._reference import Values, flat, unflat
 from imaml.verify._verification import RESOLVING
 
@@ -24,11 +24,17 @@ UNSETTLED = (
 
 
 def compare(
-    functions: Callable[[Values], Callable[[float], float]], got: Tensor, like: Values, tolerance: float, seed: int
+    functions: Callable[[Values], Callable[[float], float]],
+    got: Tensor,
+    like: Values,
+    tolerance: float,
+    seed: int,
+    eps: float = EPS,
 ) -> tuple[float, float, str | None]:
     """The relative error of `got` and the resolution of finite differences, over random directions.
 
-    Directions on which finite differences resolve too little (kinks near theta) are replaced by others.
+    Directions on which finite differences resolve too little (kinks near theta) are replaced by others; `eps` is the
+    relative rounding error of the functions, at least.
 
     Returns:
         Relative error, resolution, and the reason where the latter is too large for a verdict.
@@ -41,7 +47,7 @@ def compare(
         d = torch.randn(len(got), generator=generator, dtype=torch.float64).to(got.device)
         d /= d.norm()
         try:
-            slope = derivative(functions(unflat(d, like)), step, tolerance / 100)
+            slope = derivative(functions(unflat(d, like)), step, tolerance / 100, eps)
         except NoMinimum as unsolved:
             reason = str(unsolved)
             continue

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 SHRINK = 4.0
 LEVELS = 12
+EPS = 1e-16
 KINK = 10
 """Rounding, and the terms that the extrapolation leaves, look like a jump of some goals."""
 
@@ -21,7 +22,7 @@ class Derivative:
     step: float
 
 
-def derivative(f: Callable[[float], float], step: float, goal: float) -> Derivative:
+def derivative(f: Callable[[float], float], step: float, goal: float, eps: float = EPS) -> Derivative:
     """The derivative of f at 0 by central differences with steps h = step, step / 4, ..., extrapolated to h = 0.
 
     Ridders 1982: the table of Neville's scheme holds an estimate for every pair of orders and steps, and the best is
@@ -37,6 +38,7 @@ def derivative(f: Callable[[float], float], step: float, goal: float) -> Derivat
         f: A function of a real number.
         step: The largest h.
         goal: The relative error to stop at.
+        eps: The relative rounding error of f, at least.
 
     Returns:
         The best estimate. Cost: 2 evaluations a level, at most 12 levels, and f(0).
@@ -49,7 +51,7 @@ def derivative(f: Callable[[float], float], step: float, goal: float) -> Derivat
         ahead, behind = f(h), f(-h)
         row = [(ahead - behind) / (2 * h)]
         jumps.append((ahead - 2 * centre + behind) / h)
-        floor = 1e-16 * (abs(ahead) + abs(behind)) / h
+        floor = max(EPS, eps) * (abs(ahead) + abs(behind)) / h
         jump = abs(SHRINK * jumps[-1] - jumps[-2]) / (SHRINK - 1) if level else 0.0
         for order in range(level):
             factor = SHRINK ** (2 * (order + 1))

@@ -124,7 +124,7 @@ def meta_gradient(
             functions = along(reference, claim, seed)
     except NoMinimum as error:
         return verification("inconclusive", math.nan, math.inf, str(error))
-    relative_error, resolution, reason = compare(functions, got, values, tolerance, seed)
+    relative_error, resolution, reason = compare(functions, got, values, tolerance, seed, reference.rounding())
     status = judge(relative_error, resolution, tolerance)
     if drift > tolerance:
         cause = f"two calls with equal arguments and seed differ by {drift:.2g}: {why_calls_differ(own, before)}"

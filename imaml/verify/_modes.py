@@ -37,6 +37,8 @@ class Found:
     """|H(sum c_i u_i) - sum c_i H u_i| / |sum c_i H u_i|."""
     asymmetry: float
     """Root mean square of u'Hv - v'Hu over pairs, relative to that of u'Hv."""
+    admitted: float = 0.0
+    """The relative error that the mode itself reports, as `Report.hvp_error`."""
 
     @property
     def is_exact(self) -> bool:
@@ -79,7 +81,8 @@ def _find(mode: str, objective: Objective, batch: Any, directions: Tensor) -> Fo
         return str(error.__cause__ or error).splitlines()[0]
     *each, combined = rows
     products = torch.stack(each)
-    return Found(mode, products, ratio(combined - weights @ products, combined), unsymmetric(directions, products)[1])
+    nonlinearity, asymmetry = ratio(combined - weights @ products, combined), unsymmetric(directions, products)[1]
+    return Found(mode, products, nonlinearity, asymmetry, admitted=context.hvp_error or 0.0)
 
 
 def unsymmetric(directions: Tensor, products: Tensor) -> tuple[float, float]:

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imaml.verify._differences import LEVELS, SHRINK
+from imaml.verify._differences import EPS, LEVELS, SHRINK
 
 START = 1e-2
 """The largest step, relative to the norm of the parameters (or to 1)."""
 ORDERS = 4
-EPS = 1e-16
 VISIBLE = 0.1
 """A relative error of differences beyond which a step shows no order of convergence."""
 
@@ -43,7 +42,9 @@ class Differences:
         return math.log(pairs[-1][0] / pairs[-1][1], SHRINK) if pairs else None
 
 
-def differences(gradient: Callable[[Tensor], Tensor], phi: Tensor, directions: Tensor, goal: float) -> Differences:
+def differences(
+    gradient: Callable[[Tensor], Tensor], phi: Tensor, directions: Tensor, goal: float, eps: float = EPS
+) -> Differences:
     """(g(phi + h u) - g(phi - h u)) / 2h for every direction u and h = h0, h0 / 4, ..., extrapolated to h = 0.
 
     The scheme is that of `_differences.derivative`, for vectors. It stops when the estimated error is below `goal`
@@ -54,6 +55,7 @@ def differences(gradient: Callable[[Tensor], Tensor], phi: Tensor, directions: T
         phi: Where, `(n,)`.
         directions: Unit vectors `(directions, n)`.
         goal: The relative error to stop at.
+        eps: The relative rounding error of the gradient, at least.
 
     Returns:
         The products `(directions, m)`. Cost: 2 gradients per level and direction, at most 9 levels, and 1; memory: 6
@@ -69,7 +71,7 @@ def differences(gradient: Callable[[Tensor], Tensor], phi: Tensor, directions: T
         ahead, behind = (torch.stack([gradient(phi + sign * h * u) for u in directions]) for sign in (1, -1))
         row = [(ahead - behind) / (2 * h)]
         bends = [*bends[-1:], (ahead + behind - 2 * centre) / h]
-        floor = EPS * (ahead.norm() + behind.norm()).item() / h
+        floor = max(EPS, eps) * (ahead.norm() + behind.norm()).item() / h
         for order in range(min(len(previous), ORDERS)):
             factor = SHRINK ** (2 * (order + 1))
             row.append((factor * row[order] - previous[order]) / (factor - 1))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from imaml._buffers import HeldBuffers
+from imaml._casts import Casts
 from imaml._hyper import Hyperparameters, is_off
 from imaml._layout import Layout
 from imaml._meta import MetaParameters
@@ -130,6 +131,13 @@ class Reference:
     def query_loss(self, values: Values, task: Task) -> Tensor:
         """The query loss of a task at these parameters, detached."""
         return self.value(lambda leaves: self.loss(leaves, task.query, outer=True), values)
+
+    def rounding(self) -> float:
+        """The relative rounding error of the coarsest dtype that the losses of the first task compute in."""
+        task, values = self.tasks[0], self.values()
+        with draws(0), Casts() as casts:
+            self.gradient(lambda v: self.loss(v, task.support) + self.loss(v, task.query, outer=True), values)
+        return max((torch.finfo(dtype).eps / 2 for dtype in casts.dtypes), default=0.0)
 
     def gradient(self, loss: Callable[[Values], Tensor], values: Values) -> Values:
         """First derivatives by every parameter; zeros where the loss does not depend on one."""

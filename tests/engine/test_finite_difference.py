@@ -126,6 +126,33 @@ def test_they_are_of_use_in_float32(activation, least, seed):
     assert (found - exact).norm() < (first_order - exact).norm() / least
 
 
+class Hidden(torch.autograd.Function):
+    """x in float32, of which autograd saves nothing."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return (x.float() + 20 - 20).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_move_suits_a_dtype_that_autograd_does_not_see(seed):
+    class Layer(nn.Module):
+        def forward(self, x):
+            return Hidden.apply(x)
+
+    torch.manual_seed(seed)
+    tasks, model = classification(), nn.Sequential(nn.Linear(4, 40), nn.Tanh(), Layer(), nn.Linear(40, 5))
+    exact, _ = meta_gradient(MAML(inner=INNER), model, tasks, F64)
+    first_order, _ = meta_gradient(FOMAML(inner=INNER), model, tasks, F64)
+    found, report = meta_gradient(MAML(inner=INNER, hvp="finite-difference"), model, tasks, F64)
+    assert (found - exact).norm() < (first_order - exact).norm() / 100
+    assert report.hvp_error < 1e-2
+
+
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("adapt", [None, ["4"]])
 @pytest.mark.parametrize("seed", range(3))

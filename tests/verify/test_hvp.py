@@ -1,5 +1,6 @@
 """`imaml.verify.hvp`: right products pass on any model, each broken one fails with its cause."""
 
+import itertools
 from contextlib import nullcontext
 
 import pytest
@@ -78,6 +79,41 @@ class StraightThrough(Function):
     @staticmethod
     def backward(ctx, g):
         return g * ctx.saved_tensors[0].square()
+
+
+class Quantised(Function):
+    """x times a weight of 16 levels, in a dtype of its own, and saved as autograd does not see."""
+
+    @staticmethod
+    def forward(ctx, x, levels, scale, dtype):
+        ctx.weight = levels.to(dtype) * scale.to(dtype)
+        return (x.to(dtype) @ ctx.weight).to(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return (g.to(ctx.weight.dtype) @ ctx.weight.T).to(g), None, None, None
+
+
+class Adapter(nn.Module):
+    """A frozen layer of 4 bits beside a trainable one of low rank."""
+
+    def __init__(self, width, dtype):
+        super().__init__()
+        self.dtype = dtype
+        weight = torch.randn(width, width) / width**0.5
+        scale = weight.abs().max() / 7
+        self.register_buffer("scale", scale)
+        self.register_buffer("levels", (weight / scale).round().to(torch.int8))
+        self.low_rank = nn.Sequential(nn.Linear(width, 2, bias=False), nn.Linear(2, width, bias=False))
+
+    def forward(self, x):
+        return Quantised.apply(x, self.levels, self.scale, self.dtype) + self.low_rank(x)
+
+
+def of_four_bits(dtype=torch.float32, width=WIDTH):
+    torch.manual_seed(0)
+    layers = (Adapter(width, dtype), nn.Tanh(), nn.LayerNorm(width), Adapter(width, dtype), nn.Linear(width, CLASSES))
+    return nn.Sequential(*layers)
 
 
 def tied():
@@ -189,6 +225,52 @@ def test_finite_differences_alone_pass_with_their_own_tolerance():
     found = verify(network(Custom(Once)))
     assert found.status == "passed" and found.tolerance == 1e-3
     assert sum("not supported" in line for line in found.details) == 3
+
+
+def test_a_layer_that_computes_in_less_than_float64_passes_within_what_differences_resolve():
+    found = verify(of_four_bits())
+    assert found.status == "passed" and found.cause is None, str(found)
+    assert found.tolerance < found.resolution and found.relative_error < 3 * found.resolution
+    (row,) = [line for line in found.details if line.startswith("finite-difference")]
+    assert float(row.split()[1]) < 1e-2
+
+
+def test_rounding_in_sixteen_bits_is_no_failure():
+    """Of the differences with short steps nothing is left, and they agree."""
+    for dtype, width in itertools.product((torch.bfloat16, torch.float16), (WIDTH, 16)):
+        model, data = of_four_bits(dtype, width), batch(width)
+        found = verify(model, data=data)
+        assert found.status == "inconclusive" and "computes in less than float64" in found.cause, str(found)
+        objective, task = Objective(model, F.cross_entropy), imaml.Task(support=data, query=data)
+        engine = imaml.MAML(inner=imaml.GradientDescent(lr=0.1, steps=2))
+        assert imaml.verify.meta_gradient(engine, objective, [task]).status == "inconclusive"
+
+
+@pytest.mark.parametrize("sign", ["off from finite differences", "is not linear"])
+def test_a_broken_mode_is_found_in_less_than_float64_too(monkeypatch, sign):
+    original = ReverseOverReverse.__call__
+
+    def broken(self, w, *, mixed=False):
+        product, fixed = original(self, w, mixed=mixed)
+        return product * (1.01 if sign.startswith("off") else 1 + w.abs().max()), fixed
+
+    monkeypatch.setattr(ReverseOverReverse, "__call__", broken)
+    found = verify(of_four_bits())
+    assert found.status == "failed" and found.cause.startswith("reverse-over-reverse") and sign in found.cause
+
+
+def test_a_finite_difference_mode_alone_that_reports_a_large_error_gives_no_verdict(monkeypatch):
+    original = FiniteDifference.__call__
+
+    def coarse(self, w, *, mixed=False):
+        product, fixed = original(self, w, mixed=mixed)
+        self._loss.context.hvp_error = 0.2
+        return 1.1 * product, fixed
+
+    monkeypatch.setattr(FiniteDifference, "__call__", coarse)
+    found = verify(network(Custom(Once)))
+    assert found.status == "inconclusive" and "report an error above the tolerance" in found.cause
+    assert verify(network()).status == "passed"
 
 
 def test_a_dropped_second_derivative_fails_and_the_right_mode_is_named():

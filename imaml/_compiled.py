@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from imaml._chunk import SUPPORT, ChunkLoss
-from imaml._compiler import Compiled, Function, Outputs, Session, agree, run
+from imaml._compiler import Compiled, Session, agree
 from imaml._context import Context
 from imaml._gradient import Gradient
 from imaml._hvp import ReverseOverReverse
+from imaml._inductor import Function, Outputs, run
 from imaml._leaves import objects
 from imaml._torch import TreeSpec, tree_flatten
 
@@ -22,10 +23,10 @@ from imaml._torch import TreeSpec, tree_flatten
 class CompiledLoss(ChunkLoss):
     """A loss whose derivatives are compiled functions of every tensor that it is made of.
 
-    Whatever else it depends on is frozen in them. So the losses of the first gradient of a shape in every call are
-    compared with an uncompiled forward pass of the first task (of the query set only if it has a loss of its own), and
-    what is compiled anew with the uncompiled derivative; where they differ, or cannot be compiled, the engine goes on
-    without.
+    Whatever else it depends on is frozen in them. So what is compiled anew is compared with the uncompiled derivative,
+    and the losses of the next gradient of its shape, as of the first in every later call, with an uncompiled forward
+    pass of the first task (of the query set only if it has a loss of its own); where they differ, or cannot be
+    compiled, the engine goes on without.
     """
 
     session: Session
@@ -40,11 +41,11 @@ class CompiledLoss(ChunkLoss):
             return found.losses, found.adapted, found.fixed
 
         if self.is_compiled:
-            given = (phi,) if weights is None else (phi, weights)
+            given, made = (phi,) if weights is None else (phi, weights), self.session.compiler.made
             losses, adapted, by_fixed = self._derive(f"gradient {fixed and bool(self.context.fixed)}", plain, given)
             assert losses is not None
             assert adapted is not None
-            if self._is_still(losses, phi, step):
+            if self.session.compiler.made > made or self._is_still(losses, phi, step):
                 is_judged = metric and self.context.objective.metric is not None
                 return Gradient(losses, adapted, by_fixed, self.value(phi, step)[1] if is_judged else None)
         return super().gradient(phi, step, fixed=fixed, metric=metric, weights=weights)
@@ -113,7 +114,8 @@ class CompiledLoss(ChunkLoss):
             if self.tasks > 1 and not context.is_vectorised:
                 session.compiler.give_up("the model cannot be vectorised over tasks. Use chunk_size=1 to compile it.")
                 return expected
-            function = session.compile(traced, tensors, expected)
+            what = f"the {name.partition(' ')[0]} of the {('support', 'query')[self.kind]} loss, {self.tasks} at once"
+            function = session.compile(traced, tensors, expected, what)
             if function is None:
                 return expected
             self._functions[key] = Compiled(function, **used)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from time import monotonic
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from imaml._context import Context
+from imaml._deadline import OutOfTimeError
 from imaml._errors import CompileWarning, warn
+from imaml._inductor import Function, Outputs, run, trace_and_compile
 from imaml._objective import Objective
-from imaml._torch import compile_graph
 
-Outputs = tuple[Tensor | None, ...]
-Function = Callable[..., Outputs]
 MOST = 12
 """Functions that one engine compiles; more say that the shapes or the objective keep changing."""
 
@@ -42,6 +40,8 @@ class Compiler:
 
     functions: WeakKeyDictionary[Objective, Functions] = field(default_factory=WeakKeyDictionary)
     made: int = 0
+    spent: float = 0.0
+    """Seconds so far."""
     is_on: bool = True
 
     def give_up(self, reason: str) -> None:
@@ -63,11 +63,13 @@ class Session:
     """What a trace depends on besides tensors, as far as it can be seen."""
     accuracy: float
     """Of the losses: the square root of the coarsest rounding in them."""
+    budget: float
+    """Seconds of compilation, in all of an engine's calls."""
     checked: set[int] = field(default_factory=set)
     """Addresses of those whose loss has been compared with an uncompiled evaluation."""
 
     @classmethod
-    def of(cls, compiler: Compiler, context: Context) -> Session:
+    def of(cls, compiler: Compiler, context: Context, budget: float) -> Session:
         """For a call on the context's objective."""
         objective, device = context.objective, context.like.device.type
         training = () if objective.model is None else tuple(m.training for m in objective.model.modules())
@@ -76,17 +78,26 @@ class Session:
         state = (context.layout, context.fixed_layout, training, lower)
         functions = compiler.functions.setdefault(objective, defaultdict(dict))
         learned = {*context.layout.names, *context.fixed_layout.names}
-        return cls(compiler, functions, objective.others(learned), state, rounding**0.5)
+        return cls(compiler, functions, objective.others(learned), state, rounding**0.5, budget)
 
-    def compile(self, function: Function, tensors: Sequence[Tensor], expected: Outputs) -> Function | None:
+    def compile(self, function: Function, tensors: Sequence[Tensor], expected: Outputs, what: str) -> Function | None:
         """The compiled form of a function; None, with a warning, where there is none that agrees with `expected`."""
         if self.compiler.made == MOST:
             self.compiler.give_up(f"{MOST} functions are compiled already, and shapes or objectives keep changing.")
             return None
         self.compiler.made += 1
+        start = monotonic()
         try:
-            compiled = trace_and_compile(function, tensors)
+            compiled = trace_and_compile(function, tensors, what, self.budget - self.compiler.spent)
+            self.compiler.spent += monotonic() - start
             found = run(compiled, tensors)
+        except OutOfTimeError:
+            self.compiler.give_up(
+                f"compiling takes more than compile_budget={self.budget:g} seconds (at {what}, function "
+                f"{self.compiler.made} of this engine). Convolutions take minutes and gain little; for a larger model "
+                "without, give more."
+            )
+            return None
         except Exception as error:  # whatever a compiler may raise, the uncompiled loss has just been evaluated
             reason = next(iter(str(error).splitlines()), "")
             self.compiler.give_up(f"the loss cannot be compiled ({type(error).__name__}: {reason}).")
@@ -95,31 +106,6 @@ class Session:
             self.compiler.give_up("the compiled derivative of the loss differs from the uncompiled one.")
             return None
         return compiled
-
-
-def trace_and_compile(function: Function, tensors: Sequence[Tensor]) -> Function:
-    """By TorchInductor, which takes a second to import."""
-    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of its own
-        from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415
-
-        graph = make_fx(function)(*tensors)
-        with as_traced(tensors[0].device):
-            return compile_graph(graph, tensors)
-
-
-@contextmanager
-def as_traced(device: torch.device) -> Iterator[None]:
-    """Within it a trace means what it did, where the casts of autocast are operations like any other."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield
-
-
-def run(function: Function, tensors: Sequence[Tensor]) -> Outputs:
-    """The outputs of a compiled function."""
-    if not torch.is_autocast_enabled(tensors[0].device.type):
-        return function(*tensors)
-    with as_traced(tensors[0].device):
-        return function(*tensors)
 
 
 def agree(found: Tensor | None, expected: Tensor | None, tolerance: float) -> bool:

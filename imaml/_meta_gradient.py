@@ -63,12 +63,17 @@ class MetaGradient(Strategy):
             inner loop diverges: "raise" an error, or "skip" it. The mean is then over the other tasks, as if it had not
             been given, and `report.skipped` names it; the cost is that of its chunk, which is computed anew without it.
         compile: Whether the derivatives of the losses are traced and compiled by TorchInductor, once for each shape:
-            about twice as fast where calls are many and tensors small, for seconds of compilation the first time. A
-            compiled product evaluates its step anew; no graph is kept. A loss is taken for a function of its tensors
-            (parameters, buffers, batch, `meta`). Whatever else changes in it is noticed, where it changes the losses:
-            every call compares one of each shape with an uncompiled forward pass, as the first compares the
-            derivatives. On such a change, with random draws (dropout), without a C++ compiler, or beyond 12 functions,
-            a `CompileWarning` says why, and the engine goes on uncompiled, with the same results.
+            about twice as fast where calls are many and tensors small, for some ten seconds of compilation the first
+            time. Convolutions take minutes to compile, and gain little. A compiled product evaluates its step anew; no
+            graph is kept. A loss is taken for a function of its tensors (parameters, buffers, batch, `meta`). Whatever
+            else changes in it is noticed, where it changes the losses: every call compares one of each shape with an
+            uncompiled forward pass, as the first compares the derivatives. On such a change, with random draws
+            (dropout), without a C++ compiler, with forward-mode derivatives in the loss that torch cannot trace
+            (`vmap(hessian(...))`), beyond 12 functions, or beyond `compile_budget`, a `CompileWarning` says why, and
+            the engine goes on uncompiled, with the same results. The logger "imaml" says what is being compiled and how
+            long it took, and warns after 10 s.
+        compile_budget: How many seconds an engine may compile in all. The call that exceeds it goes on at once,
+            uncompiled; what the compiler was doing is stopped, at the latest when the C++ compiler returns.
     """
 
     def __call__(

@@ -59,7 +59,7 @@ class Run:
             given["regularization"] = (engine.regularization, 1)
         context = Context.of(objective, given, layout_of, differentiates=derivatives)
         layouts = [layout for layout in (context.layout, context.fixed_layout) if derivatives and layout.names]
-        session = Session.of(engine._compiler, context) if engine.compile else None
+        session = Session.of(engine._compiler, context, engine.compile_budget) if engine.compile else None
         return cls(engine, context, layouts, session)
 
     def sums(self, groups: list[tuple[list[int], TaskBatch]]) -> tuple[list[Tensor], Report]:

@@ -13,7 +13,7 @@ import torch
 from imaml._compiler import Compiler
 from imaml._hyper import Hyper, check_hyper
 from imaml._nonfinite import OnNonfinite, check_on_nonfinite
-from imaml._numbers import check_integer
+from imaml._numbers import check_integer, check_number
 from imaml._objective import Objective
 from imaml._plan import Plan
 from imaml._problem import Problem
@@ -44,6 +44,7 @@ class Strategy(ABC):
     microbatch_size: int | None = None
     on_nonfinite: OnNonfinite = "raise"
     compile: bool = False
+    compile_budget: float = 60.0
     _compiler: Compiler = field(default_factory=Compiler, init=False, repr=False, compare=False)
     _plans: dict[Any, Plan] = field(default_factory=Recent, init=False, repr=False, compare=False)
     _checked: dict[Any, Any] = field(default_factory=Recent, init=False, repr=False, compare=False)
@@ -68,6 +69,8 @@ class Strategy(ABC):
             check_integer("`chunk_size`, unless None or 'auto',", self.chunk_size, least=1)
         if not isinstance(self.compile, bool):
             raise TypeError(f"`compile` must be True or False. Got {self.compile!r}.")
+        if check_number("`compile_budget`", self.compile_budget) <= 0:
+            raise ValueError(f"`compile_budget` must be positive, in seconds. Got {self.compile_budget}.")
         if self.microbatch_size is not None:
             check_integer("`microbatch_size`, unless None,", self.microbatch_size, least=1)
         check_on_nonfinite(self.on_nonfinite)

@@ -24,7 +24,7 @@ from imaml.cli._options import MachineOptions
 from imaml.cli._outcome import NAMES
 from imaml.cli._page import Drawing, Section, save_figures, write_page
 from imaml.cli._problem import given, set_up
-from imaml.cli._progress import say
+from imaml.cli._progress import log_shown, say
 from imaml.training import make_folder, replace_file
 
 HEADINGS = ("setting", "ms", "spread", "gradients", "peak MB", "error")
@@ -61,7 +61,8 @@ def bench(options: Bench) -> int:
     chosen = list(_settings(made, options, console))
     make_folder(options.out)
     try:
-        costs = measure(made, chosen, memory=options.memory, repeats=options.repeats, console=console)
+        with log_shown(console):
+            costs = measure(made, chosen, memory=options.memory, repeats=options.repeats, console=console)
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"{options.problem}: {error}") from error
     advice = [*_advice(costs, options.memory), *_failures(costs)]

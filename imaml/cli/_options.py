@@ -62,6 +62,7 @@ class EngineOptions:
         hvp: maml, imaml: how Hessian-vector products are computed.
         curvature: imaml: the Hessian of the support loss, or its Gauss-Newton matrix.
         compile: Compile the derivatives of the losses, once for each shape: for small models without dropout.
+        compile_budget: Seconds of compilation after which it runs uncompiled.
         on_nonfinite: raise an error at a task whose losses or gradient are NaN or infinite, or skip and count it.
     """
 
@@ -76,6 +77,7 @@ class EngineOptions:
     hvp: HvpMode | None = None
     curvature: Literal["hessian", "ggn"] | None = None
     compile: bool | None = None
+    compile_budget: float | None = None
     on_nonfinite: OnNonfinite | None = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
@@ -64,6 +65,31 @@ def progress(console: Console, trainer: Trainer, metric: Metric, *, label: str) 
 def say(console: Console, text: str) -> None:
     """Print a line as it is: no colours for numbers, no breaks in paths."""
     console.print(text, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def log_shown(console: Console) -> Iterator[None]:
+    """Within it, what the library logs appears on the console."""
+    logger = logging.getLogger("imaml")
+    handler, level, propagate = _Said(console), logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+class _Said(logging.Handler):
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self._console, record.getMessage())
 
 
 class _Smooth:

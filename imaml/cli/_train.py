@@ -17,7 +17,7 @@ from imaml.cli._launch import process_group, restarted
 from imaml.cli._metric import Metric
 from imaml.cli._options import Train
 from imaml.cli._problem import Problem, build_engine, build_problem
-from imaml.cli._progress import progress, say
+from imaml.cli._progress import log_shown, progress, say
 from imaml.training import RunFolder, Trainer
 
 _FREE_ON_RESUME = ("minutes", "data", "device", "threads", "on_nonfinite")
@@ -132,7 +132,8 @@ def _agreed(trainer: Trainer, stop: Signals | None) -> Signals | None:
 def _run(options: Train, trainer: Trainer, folder: RunFolder, metric: Metric, console: Console) -> Signals | None:
     """Train with checkpoints to the end of the plan, or to the signal that is returned."""
     saved = monotonic()
-    with deferred_stop() as stop, progress(console, trainer, metric, label=options.strategy) as show:
+    shown = progress(console, trainer, metric, label=options.strategy)
+    with deferred_stop() as stop, log_shown(console), shown as show:
         for record in trainer:
             folder.log(record)
             show(record)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import pickle
+import subprocess
+import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -57,7 +62,7 @@ def _compare(
     engine: MetaGradient, objective: Objective, tasks: TaskBatch, *, compiled: MetaGradient | None = None
 ) -> MetaGradient:
     """That a compiled engine finds what another does, in its first call and in its second; returns it."""
-    compiled = compiled or replace(engine, compile=True)
+    compiled = compiled or replace(engine, compile=True, compile_budget=600.0)  # on a busy machine too
     loss, gradients = engine.value_and_grad(objective, tasks)
     for _ in range(2):
         its_loss, its_gradients = compiled.value_and_grad(objective, tasks)
@@ -234,3 +239,160 @@ def test_autocast_is_as_it_was_traced(traced: None) -> None:
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7)
     assert compiled._compiler.is_on
+
+
+def _of_points(of: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]) -> Objective:
+    """An objective whose loss has derivatives of a function of two variables in it, as physics-informed ones do."""
+    torch.manual_seed(0)
+    shapes = {"a": (5, 2), "b": (5,), "c": (5,)}
+    params = {name: torch.randn(shape).double().requires_grad_() for name, shape in shapes.items()}
+
+    def loss(params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+        def function(x: Tensor) -> Tensor:
+            return torch.tanh(x @ params["a"].T + params["b"]) @ params["c"]
+
+        return F.mse_loss(function(batch[0]) + of(function, batch[0]), batch[1])
+
+    return Objective.from_function(loss, params)
+
+
+def _points() -> TaskBatch:
+    torch.manual_seed(1)
+    x, y = torch.randn(2, 3, 4, 2).double(), torch.randn(2, 3, 4).double()
+    return TaskBatch(support=(x[0], y[0]), query=(x[1], y[1]))
+
+
+TRACEABLE: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x).sum(1),
+    "grad of grad": lambda f, x: torch.func.vmap(torch.func.grad(lambda x: torch.func.grad(f)(x).sum()))(x).sum(1),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+    "vmap of jvp": lambda f, x: torch.func.vmap(lambda x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1])(x),
+}
+UNTRACEABLE: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
+    "vmap of hessian": lambda f, x: torch.func.vmap(torch.func.hessian(f))(x).diagonal(dim1=1, dim2=2).sum(1),
+    "jvp of grad": lambda f, x: torch.func.jvp(torch.func.grad(lambda x: f(x).sum()), (x,), (torch.ones_like(x),))[
+        1
+    ].sum(1),
+    "jvp of a loss": lambda f, x: torch.func.jvp(
+        lambda x: F.mse_loss(f(x), x.detach()[:, 0] * 0 + 1.0, reduction="none"), (x,), (torch.ones_like(x),)
+    )[1],
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # of torch.func.jvp, from torch 2.15
+@pytest.mark.parametrize("chunk_size", [1, 3])
+@pytest.mark.parametrize("of", TRACEABLE.values(), ids=TRACEABLE)
+def test_a_loss_that_differentiates_is_compiled(of: Any, chunk_size: int, traced: None) -> None:
+    compiled = _compare(MAML(inner=STEPS, chunk_size=chunk_size), _of_points(of), _points())
+    assert compiled._compiler.is_on
+
+
+def _in_a_process(kinds: str) -> None:
+    """What `_compare` says of untraceable losses, whose trace would end the process that it runs in."""
+    import torch._inductor  # noqa: PLC0415
+
+    torch._inductor.compile = lambda graph, inputs: graph  # type: ignore[assignment]
+    for kind in kinds.split(","):
+        for chunk_size in (1, 3):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                compiled = _compare(MAML(inner=STEPS, chunk_size=chunk_size), _of_points(UNTRACEABLE[kind]), _points())
+            said = [str(w.message) for w in caught if issubclass(w.category, CompileWarning)]
+            assert len(said) == (not compiled._compiler.is_on)
+            print(said)
+
+
+def test_a_loss_whose_trace_would_end_the_process_runs_uncompiled() -> None:
+    """Or compiled, where a trace does not come to read a zero tangent."""
+    script = f"from tests.engine.test_compile import _in_a_process; _in_a_process({','.join(UNTRACEABLE)!r})"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    said = [line for line in found.stdout.splitlines() if line != "[]"]
+    assert len(said) > len(UNTRACEABLE)
+    assert all("cannot be compiled" in line and "forward-mode derivatives in the loss" in line for line in said)
+
+
+def _frozen_in_a_process() -> None:
+    """A loss with `torch.func.linearize`, whose own trace keeps values of the point that it was made at."""
+    import torch._inductor  # noqa: PLC0415
+
+    torch._inductor.compile = lambda graph, inputs: graph  # type: ignore[assignment]
+    warnings.simplefilter("ignore")
+    of = lambda f, x: torch.func.linearize(f, x)[1](torch.ones_like(x))  # noqa: E731
+    _compare(MAML(inner=STEPS, chunk_size=1), _of_points(of), _points())
+
+
+def test_a_value_that_a_trace_freezes_is_noticed_in_the_same_call() -> None:
+    script = "from tests.engine.test_compile import _frozen_in_a_process; _frozen_in_a_process()"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize("nth", [1, 3])
+def test_a_compiler_that_takes_too_long_is_given_up(
+    nth: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    started, ended = [], threading.Event()
+
+    def compile_(graph: Any, inputs: list[Tensor]) -> Any:
+        started.append(graph)
+        if len(started) < nth:
+            return graph
+        try:
+            while True:
+                time.sleep(0.001)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr("torch._inductor.compile", compile_)
+    monkeypatch.setattr("imaml._inductor.LONG", 0.05)
+    engine, objective, tasks = MAML(inner=STEPS, chunk_size=3), Objective(_model(), F.mse_loss), _tasks()
+    compiled = replace(engine, compile=True, compile_budget=2.0)
+    said = f"takes more than compile_budget=2 seconds .*function {nth} of this engine.*runs uncompiled from here on"
+    with caplog.at_level(logging.INFO, "imaml"), pytest.warns(CompileWarning, match=said):
+        _compare(engine, objective, tasks, compiled=compiled)
+    assert ended.wait(60.0)
+    assert len(started) == nth
+    messages = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert [level for level, _ in messages].count("WARNING") == 1
+    (warning,) = [message for level, message in messages if level == "WARNING"]
+    assert "is still being compiled" in warning
+    assert "`compile_budget`" in warning
+    assert sum("Compiled the" in message for _, message in messages) == nth - 1
+
+
+def test_a_budget_is_that_of_all_functions_of_an_engine(
+    traced: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count(0.0, 1.0)
+    monkeypatch.setattr("imaml._compiler.monotonic", lambda: next(clock))  # each function takes a second
+    objective, tasks = Objective(_model(), F.mse_loss), _tasks()
+    compiled = MAML(inner=STEPS, compile=True, compile_budget=60.0)
+    with caplog.at_level(logging.INFO, "imaml"):
+        compiled.value_and_grad(objective, tasks)
+    given = [
+        int(r.getMessage().split("It may take ")[1].split()[0]) for r in caplog.records if "It may" in r.getMessage()
+    ]
+    assert compiled._compiler.spent == 3.0
+    assert len(given) == 3
+    assert given[0] > given[1] > given[2]
+    assert "Compiling the gradient of the support loss, 3 at once (" in caplog.text
+    assert "Compiling the product of the support loss" in caplog.text
+    assert "WARNING" not in caplog.text
+
+
+def test_convolutions_are_said(traced: None, caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(
+        nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4, 2)
+    ).double()
+    with caplog.at_level(logging.INFO, "imaml"):
+        FOMAML(inner=STEPS, compile=True).value_and_grad(Objective(model, F.mse_loss), _tasks())
+    assert "of convolutions)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("budget", "error"), [(0, ValueError), (-1.0, ValueError), (float("nan"), ValueError), ("1", TypeError)]
+)
+def test_a_budget_is_a_positive_number(budget: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"`compile_budget` must be.*Got"):
+        MAML(inner=STEPS, compile_budget=budget)

@@ -6,7 +6,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import monotonic
 from typing import Any
 
@@ -50,13 +50,12 @@ def trace_and_compile(function: Function, tensors: Sequence[Tensor], what: str, 
         size = _size(graph)
         left = seconds - (monotonic() - start)
         LOGGER.info("Compiling %s (%s). It may take %.0f s.", what, size, left)
-        threads = torch.get_num_threads()
+        device, threads = tensors[0].device, torch.get_num_threads()
 
         def compute() -> Function:
-            with _ONE_AT_A_TIME:
+            with _ONE_AT_A_TIME, _current(device), as_traced(device):
                 torch.set_num_threads(threads)  # each thread has a number of its own, which goes into the code
-                with as_traced(tensors[0].device):
-                    return compile_graph(graph, tensors)
+                return compile_graph(graph, tensors)
 
         compiled = within(
             compute, seconds=left, meanwhile=[(LONG, lambda: LOGGER.warning(_STILL, what, LONG, size, left))]
@@ -99,6 +98,14 @@ def _refusing_to_read_zeros(function: Function) -> Function:
             return function(*tensors)
 
     return refusing
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Within it, a thread works on this one of several accelerators."""
+    if device.type == "cpu":
+        return nullcontext()
+    found: AbstractContextManager[object] = torch.get_device_module(device).device(device)
+    return found
 
 
 @contextmanager

@@ -73,7 +73,8 @@ class _Run(Iteration):
         curvature = dot(self._p, q)
         # For r orthogonal to the old p, p'M^-1 p is `_size`: the ratio is a Rayleigh quotient.
         largest = self._largest.maximum(curvature / self._size)
-        noise = (ROUNDING * norm(self._p) * norm(q)).maximum(_SINGULAR * largest * self._size) * self._eps
+        length = self._size.sqrt() if self._preconditioner is None else norm(self._p)
+        noise = (ROUNDING * length * norm(q)).maximum(_SINGULAR * largest * self._size) * self._eps
         broken = torch.isfinite(curvature) & (curvature <= noise)
         alpha = self._rho / curvature
         step = alpha.unsqueeze(-1)

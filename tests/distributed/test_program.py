@@ -11,6 +11,7 @@ import pytest
 from imaml.cli import main
 from imaml.training import load_checkpoint
 
+pytest.importorskip("tyro", reason="The program needs the extra `train`.")
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = ["--dataset", "sinusoid", "--meta-batch", "3", "--val-tasks", "3", "--eval-tasks", "5", "--eval-every", "2"]
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.experimental import implicit_replication
 
 from imaml._layout import Layout
@@ -136,3 +136,18 @@ def _rules(
     solver = getattr(engine, "solver", None)
     plain = isinstance(solver, (CG, MINRES, Neumann)) and getattr(solver, "preconditioner", None) is None
     yield solver is None or plain, "CG, MINRES or Neumann without a preconditioner", solver
+    yield (
+        solver is None or _computes(meshes[0]),
+        "FOMAML, or a newer torch, such as 2.13, whose DTensors have what linear solvers compute with",
+        f"torch {torch.__version__}",
+    )
+
+
+def _computes(mesh: DeviceMesh) -> bool:
+    """Whether the DTensors of this torch know operations that they learned late; those of 2.9 do not."""
+    one = torch.ones(1, device=mesh.device_type)
+    try:
+        torch.frexp(DTensor.from_local(one, mesh, [Replicate()], run_check=False))
+    except NotImplementedError:
+        return False
+    return True

@@ -20,6 +20,13 @@ def found():
     return on_two_ranks(sharded.FUNCTIONS, seconds=120)
 
 
+def solved(outcomes):
+    """Those of an implicit gradient; the test is skipped where an old torch has been refused."""
+    if torch.__version__ < "2.13" and all(isinstance(o, tuple) and "or a newer torch" in str(o[1]) for o in outcomes):
+        pytest.skip(outcomes[0][1])
+    return outcomes
+
+
 def assert_equal(ours, theirs, tolerance):
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
@@ -27,19 +34,19 @@ def assert_equal(ours, theirs, tolerance):
 @pytest.mark.parametrize(("build", "engine", "adapt"), sharded.CASES)
 def test_the_meta_gradient_is_that_of_the_whole_model(found, build, engine, adapt):
     tolerance = 1e-12 if engine in sharded.FIRST_ORDER else 1e-7
-    for ours in found[f"{build}, {engine}, {adapt}"]:
+    for ours in solved(found[f"{build}, {engine}, {adapt}"]):
         assert_equal(ours, sharded.gradients("whole", engine, adapt, None), tolerance)
 
 
 def test_products_by_finite_differences_are_close_to_exact_ones(found):
     exact = sharded.gradients("whole", "auto", None, None)
-    assert_equal(found["FSDP, auto, None"][0], exact, 1e-6)
+    assert_equal(solved(found["FSDP, auto, None"])[0], exact, 1e-6)
 
 
 @pytest.mark.parametrize("build", ["FSDP", "TP"])
 def test_the_report_is_that_of_the_whole_model(found, build):
     entries, facts = sharded.report("whole", None)
-    for ours, theirs in found[f"report, {build}"]:
+    for ours, theirs in solved(found[f"report, {build}"]):
         assert_equal(ours, entries, 1e-5)
         assert theirs == facts
 
@@ -86,7 +93,7 @@ def test_the_loop_of_the_page_is_that_of_the_whole_model(found):
         engine(Objective(model, F.mse_loss), Sinusoid().batch("train", step, 4)).loss.backward()
         optimizer.step()
     moved = parameters_to_vector(model.parameters()).detach()
-    for ours in found["the_page"]:
+    for ours in solved(found["the_page"]):
         difference = parameters_to_vector(ours.values()) - moved
         assert difference.norm() <= 1e-3 * (moved - start).norm()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from imaml._torch import TorchDispatchMode
+from imaml._torch import CAST, TorchDispatchMode
 
 
 class Casts(TorchDispatchMode):
@@ -24,6 +24,6 @@ class Casts(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Sequence[Any], args: Any = (), kwargs: Any = None) -> Any:
         """Call `func`."""
         found = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and args[0].requires_grad and found.is_floating_point():
+        if func is CAST and args[0].requires_grad and found.is_floating_point():
             self.dtypes.add(found.dtype)
         return found

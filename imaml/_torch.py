@@ -12,6 +12,7 @@ Tested with torch 2.9 to 2.15. A private name may be gone in the next release:
 | `CheckpointFunction` and the like | no recomputation with other parameters | ImportError |
 | `get_interpreter_stack`, `TransformType` | buffers are copied once a call | copied in every pass |
 | `_get_sequence_nr` | equal graphs are looked through once | looked through every time |
+| `aten._to_copy` | `verify` knows what a model rounds to | ImportError |
 | `_SpectralNorm`, `SpectralNorm` | `spectral_norm` is known | by `n_power_iterations` |
 | `_forward_cls`, `autograd_function` | custom functions under `vmap` are known | none is trusted |
 | `_get_dispatch_mode` and its keys | a trace sees no random state | as if there were no trace |
@@ -39,6 +40,7 @@ from torch.autograd import profiler
 from torch.autograd.function import BackwardCFunction
 
 try:
+    CAST = torch.ops.aten._to_copy.default
     weight_norm = torch._weight_norm
     from torch._C._functorch import get_unwrapped, is_batchedtensor
     from torch._C._functorch import is_functorch_wrapped_tensor as is_functorch_wrapped_tensor
@@ -189,10 +191,8 @@ def without_checkpoints() -> Iterator[None]:
     Raises:
         RuntimeError: It recomputes all the same, by a way that is not known.
     """
-    known = {name: _plain for name in vars(_checkpoint) if name.startswith("_checkpoint_without_reentrant_generator")}
-    replaced = {"CheckpointFunction": _Plain, "_CheckpointFrame": _recomputed} | known
-    before = {name: getattr(_checkpoint, name) for name in replaced}
-    vars(_checkpoint).update(replaced)
+    before = {name: getattr(_checkpoint, name) for name in _INSTEAD}
+    vars(_checkpoint).update(_INSTEAD)
     try:
         yield
     finally:
@@ -218,3 +218,9 @@ def _recomputed(*_: Any) -> NoReturn:
         f"torch {torch.__version__} recomputes a checkpoint in a way that is not known, with other parameters. "
         "Expected a release such as 2.9 to 2.15: install one, or switch checkpoints off in the model."
     )
+
+
+_INSTEAD: dict[str, Any] = {"CheckpointFunction": _Plain, "_CheckpointFrame": _recomputed} | {
+    name: _plain for name in vars(_checkpoint) if name.startswith("_checkpoint_without_reentrant_generator")
+}
+"""What stands in torch's module where there is to be no recomputation."""

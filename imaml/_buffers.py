@@ -14,7 +14,6 @@ from torch.overrides import TorchFunctionMode
 
 from imaml._torch import is_spectral_norm
 
-_OF_EVERY_MODULE = nn.Module().__dict__.keys()
 BufferPolicy = Literal["batch", "frozen", "update"]
 """`batch`: normalise by batch statistics. `frozen`: by the running statistics, as in eval mode. `update`: as `batch`,
 and carry the running statistics of every task through its inner loop."""
@@ -36,7 +35,7 @@ def check_buffers(model: nn.Module) -> None:
                 "or build it with track_running_stats=False (batch statistics), or call .eval() on it (fixed "
                 "statistics)."
             )
-    for name, module, _ in _power_iterations(model):
+    for name, module, _ in power_iterations(model):
         if module.training:
             layer = name.partition(".parametrizations")[0]
             raise ValueError(
@@ -55,34 +54,6 @@ def statistics(model: nn.Module) -> list[str]:
         for buffer in module.buffers(recurse=False)
     }
     return [name for name, buffer in model.named_buffers() if buffer in moving]
-
-
-@contextmanager
-def held(model: nn.Module) -> Iterator[None]:
-    """Within it spectral_norm keeps its vectors."""
-    iterating = [(norm, norm.n_power_iterations) for _, _, norm in _power_iterations(model)]
-    for norm, _ in iterating:
-        norm.n_power_iterations = 0
-    try:
-        yield
-    finally:
-        for norm, iterations in iterating:
-            norm.n_power_iterations = iterations
-
-
-@contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
-    """After it no module has a tensor as an attribute that was set within: a weight made by a hook, an output."""
-    before = [(m.__dict__, {n: m.__dict__[n] for n in m.__dict__.keys() - _OF_EVERY_MODULE}) for m in model.modules()]
-    try:
-        yield
-    finally:
-        for attributes, old in before:
-            for name in attributes.keys() - _OF_EVERY_MODULE:
-                if isinstance(attributes[name], Tensor):
-                    del attributes[name]
-                    if name in old:
-                        attributes[name] = old[name]
 
 
 @dataclass
@@ -124,7 +95,7 @@ def differ(copy: Tensor, buffer: Tensor) -> bool:
     return copy._version > 0 or (copy.layout is torch.strided and not torch.equal(copy, buffer))
 
 
-def _power_iterations(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
+def power_iterations(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
     """Every spectral_norm of more than a vector, with the module in whose training mode it updates."""
     for name, module in model.named_modules():
         for norm in (module, *module._forward_pre_hooks.values()):

@@ -110,7 +110,9 @@ class ChunkLoss:
 
         def one(values: list[Tensor], batch: Batch) -> tuple[Tensor, ...]:
             named, outer = self._named(values, fixed), self.kind == QUERY
-            loss, figure = self.context.objective.evaluate(named, batch, metric=metric, outer=outer)
+            loss, figure = self.context.objective.evaluate(
+                named, batch, metric=metric, outer=outer, survey=self.context.survey
+            )
             return (loss,) if figure is None else (loss, figure.detach())
 
         outputs = self._evaluate(lambda: self._each(one, list(adapted), batch), step)
@@ -123,7 +125,9 @@ class ChunkLoss:
         outlines: list[tuple[TreeSpec, list[Any]]] = []
 
         def predict(values: list[Tensor], batch: Batch) -> tuple[Tensor, ...]:
-            leaves, spec = tree_flatten(self.context.objective.predict(self._named(values, fixed), batch))
+            leaves, spec = tree_flatten(
+                self.context.objective.predict(self._named(values, fixed), batch, self.context.survey)
+            )
             _check_leaves(leaves)
             outlines.append((spec, [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]))
             return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
@@ -148,7 +152,9 @@ class ChunkLoss:
 
         def one(values: list[Tensor], batch: Batch) -> tuple[Tensor, ...]:
             updated = dict(zip(before, (v.clone() for v in values[len(parameters) :]), strict=True))
-            context.objective.record(self._named(values[: len(parameters)], context.fixed) | updated, batch)
+            context.objective.record(
+                self._named(values[: len(parameters)], context.fixed) | updated, batch, context.survey
+            )
             return tuple(updated.values())
 
         values = [*parameters, *before.values()]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from imaml._buffers import HeldBuffers, differ
+from imaml._faithful import Survey
 from imaml._hyper import Hyper, Hyperparameters
 from imaml._layout import Layout
 from imaml._objective import Objective
@@ -33,6 +34,8 @@ class Context:
     """Copies of the model's buffers; see `fresh_constants`."""
     buffers: list[Tensor]
     """The buffers themselves."""
+    survey: Survey | None
+    """What the model needs in a forward pass; None without a model."""
     held: HeldBuffers
     """Those of modules that the losses and the metric hold."""
     replay: Replay
@@ -155,6 +158,7 @@ class Context:
             fixed=list(fixed.values()),
             constants=objective.constants(),
             buffers=[] if objective.model is None else list(objective.model.buffers()),
+            survey=objective.survey(),
             held=HeldBuffers.of(objective.held()),
             replay=Replay(devices.pop()),
             hyper=Hyperparameters.of(hyper or {}, objective.meta, layout, like),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from imaml._buffers import BufferPolicy, check_policy
-from imaml._exact import ExactDerivatives
+from imaml._faithful import Survey, faithful
 from imaml._leaves import opened
 from imaml._meta import Given, MetaParameters
 from imaml._program import FunctionProgram, ModelProgram, Parameters
@@ -211,13 +211,24 @@ class Objective:
         """Names of the buffers that follow each task's inner loop; none unless `buffers="update"`."""
         return self._program.statistics()
 
-    def record(self, values: Parameters, batch: Batch) -> None:
+    def survey(self) -> Survey | None:
+        """What the model needs in a forward pass, for the evaluations of one call; None without a model."""
+        return self._program.survey()
+
+    def record(self, values: Parameters, batch: Batch, survey: Survey | None) -> None:
         """One forward pass that updates the running statistics among `values` in place."""
         assert isinstance(self._program, ModelProgram)
-        self._program.predict(self._others(values), opened(batch), recording=True)
+        with faithful():
+            self._program.predict(self._others(values), opened(batch), survey, recording=True)
 
     def evaluate(
-        self, values: Parameters, batch: Batch, *, metric: bool = False, outer: bool = False
+        self,
+        values: Parameters,
+        batch: Batch,
+        *,
+        metric: bool = False,
+        outer: bool = False,
+        survey: Survey | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Loss, and metric if asked, at `values` (which may name fewer than all parameters) on one task's batch.
 
@@ -226,27 +237,35 @@ class Objective:
             batch: One task's support or query set.
             metric: Whether to evaluate the metric.
             outer: Whether the loss is that of the query set.
+            survey: Of the model as it is; None: looked through anew.
 
         Returns:
             The loss and the metric.
         """
-        with ExactDerivatives():
-            program, meta = self._program, self.meta.like_given(values)
-            loss, figure = program.evaluate(self._others(values), meta, opened(batch), metric=metric, outer=outer)
+        with faithful():
+            named, meta = self._others(values), self.meta.like_given(values)
+            loss, figure = self._program.evaluate(
+                named,
+                meta,
+                opened(batch),
+                survey,
+                metric=metric,
+                outer=outer,
+            )
         if figure is not None:
             _check_scalar("metric", figure)
         return _check_loss(loss), figure
 
-    def predict(self, values: Parameters, batch: Batch) -> Any:
+    def predict(self, values: Parameters, batch: Batch, survey: Survey | None) -> Any:
         """The model's output on one task's batch, for `judge`; only for an objective of a model."""
         assert isinstance(self._program, ModelProgram)
-        with ExactDerivatives():
-            return self._program.predict(self._others(values), opened(batch))
+        with faithful():
+            return self._program.predict(self._others(values), opened(batch), survey)
 
     def judge(self, output: Any, values: Parameters, batch: Batch) -> Tensor:
         """The support loss of an output of `predict` with the same arguments."""
         assert isinstance(self._program, ModelProgram)
-        with ExactDerivatives():
+        with faithful():
             return _check_loss(self._program.judge(output, self.meta.like_given(values), opened(batch), outer=False))
 
     def _others(self, values: Parameters) -> Parameters:

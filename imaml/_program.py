@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from imaml._buffers import BufferPolicy, Statistics, check_buffers, held, restored, statistics
-from imaml._eager import eager
+from imaml._buffers import BufferPolicy, Statistics, check_buffers, statistics
+from imaml._faithful import Survey
 from imaml._meta import with_meta
 from imaml._tasks import Batch
 
@@ -68,25 +68,39 @@ class ModelProgram:
         if self.buffers is None:
             check_buffers(self.model)
 
+    def survey(self) -> Survey:
+        return Survey.of(self.model)
+
     def statistics(self) -> list[str]:
         return statistics(self.model) if self.buffers == "update" else []
 
     def evaluate(
-        self, values: Parameters, meta: Mapping[str, Any], batch: Batch, *, metric: bool, outer: bool
+        self,
+        values: Parameters,
+        meta: Mapping[str, Any],
+        batch: Batch,
+        survey: Survey | None,
+        *,
+        metric: bool,
+        outer: bool,
     ) -> tuple[Any, Any]:
-        with restored(self.model):  # afterwards: a loss may read what the forward pass has set on the model
-            output = self._output(values, batch)
+        survey = survey or self.survey()
+        with survey.restored():  # afterwards: a loss may read what the forward pass has set on the model
+            output = self._output(values, batch, survey)
             figure = self.metric(output, batch[1]) if metric and self.metric else None
             return self.judge(output, meta, batch, outer=outer), figure
 
     def judge(self, output: Any, meta: Mapping[str, Any], batch: Batch, *, outer: bool) -> Any:
         return (self._outer if outer else self._inner)(output, batch[1], meta=meta)
 
-    def predict(self, values: Parameters, batch: Batch, *, recording: bool = False) -> Any:
-        with restored(self.model):
-            return self._output(values, batch, recording=recording)
+    def predict(
+        self, values: Parameters, batch: Batch, survey: Survey | None = None, *, recording: bool = False
+    ) -> Any:
+        survey = survey or self.survey()
+        with survey.restored():
+            return self._output(values, batch, survey, recording=recording)
 
-    def _output(self, values: Parameters, batch: Batch, *, recording: bool = False) -> Any:
+    def _output(self, values: Parameters, batch: Batch, survey: Survey, *, recording: bool = False) -> Any:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise ValueError(
                 f"A model's batch must be (input, target). Got {type(batch).__name__}"
@@ -98,27 +112,8 @@ class ModelProgram:
         args = () if isinstance(inputs, dict) else tuple(inputs) if is_many else (inputs,)
         kwargs = inputs if isinstance(inputs, dict) else None
         policy = nullcontext() if self.buffers is None or recording else Statistics(self.buffers)
-        with eager(self.model), held(self.model), policy:
-            return functional_call(self.model, _by_place(self.model, values), args, kwargs, tie_weights=False)
-
-
-def _by_place(model: nn.Module, values: Parameters) -> dict[str, Tensor]:
-    """The values under all names of a tied tensor, but one name only of a module that has several.
-
-    `functional_call` swaps by name, and where two names mean one place it puts back what it has put there itself.
-
-    Returns:
-        What it takes, with `tie_weights=False`.
-    """
-    places = {
-        f"{prefix}.{name}" if prefix else name: tensor
-        for prefix, module in model.named_modules()
-        for members in (module._parameters, module._buffers)
-        for name, tensor in members.items()
-        if tensor is not None
-    }
-    given = {places[name]: value for name, value in values.items()}
-    return {name: given[tensor] for name, tensor in places.items() if tensor in given}
+        with survey.guarded(), policy:
+            return functional_call(self.model, survey.by_place(values), args, kwargs, tie_weights=False)
 
 
 def _reshard(model: nn.Module) -> None:
@@ -166,8 +161,18 @@ class FunctionProgram:
     def statistics(self) -> list[str]:
         return []
 
+    def survey(self) -> None:
+        return None
+
     def evaluate(
-        self, values: Parameters, meta: Mapping[str, Any], batch: Batch, *, metric: bool, outer: bool
+        self,
+        values: Parameters,
+        meta: Mapping[str, Any],
+        batch: Batch,
+        survey: Survey | None,
+        *,
+        metric: bool,
+        outer: bool,
     ) -> tuple[Any, Any]:
         named = {name: values.get(name, tensor) for name, tensor in self.params.items()}
         loss = (self._outer if outer else self._inner)(named, batch, meta=meta)

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from imaml import FOMAML, MAML, Dense, GradientDescent, ImplicitMAML, Objective
 from tests.engine.cases import classification
@@ -83,3 +85,31 @@ def test_compiled_models_run_as_written(how, chunk_size) -> None:
         got = {name.replace("_orig_mod.", ""): grad for name, grad in got.items()}
         assert relative_error(got, expected) <= 1e-12
         assert engine(objective, tasks).report.hvp_mode in ("reverse-over-reverse", None)
+
+
+class Wrapped(nn.Module):
+    """A network, checkpointed where asked."""
+
+    def __init__(self, network, **how):
+        super().__init__()
+        self.network, self.how = network, how
+
+    def forward(self, x):
+        return checkpoint(self.network, x, **self.how) if self.how else self.network(x)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_a_checkpoint_in_a_function_of_parameters_sees_these(chunk_size, use_reentrant):
+    """Recomputed, it would see the module's own parameters: wrong in silence."""
+    network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    engine, tasks = MAML(inner=GradientDescent(lr=0.3, steps=2), chunk_size=chunk_size), classification((4,))
+
+    def gradients(module):
+        def loss(params, batch):
+            return F.cross_entropy(functional_call(module, params, (batch[0],)), batch[1])
+
+        return engine.value_and_grad(Objective.from_function(loss, dict(module.named_parameters())), tasks)[1]
+
+    found = gradients(Wrapped(network, use_reentrant=use_reentrant))
+    assert relative_error(found, gradients(Wrapped(network))) <= 1e-12

@@ -112,19 +112,20 @@ def test_configuration(make, error, message):
 
 
 @pytest.mark.parametrize(
-    "inner", [GradientDescent(lr=0.3, steps=60, stationarity=0.05), NewtonCG(steps=9, stationarity=0.02)]
+    "inner", [GradientDescent(lr=0.1, steps=60, stationarity=0.05), NewtonCG(steps=9, stationarity=0.02)]
 )
 def test_running_statistics_stop_with_their_task(inner):
+    """Of an inner problem that is convex enough: elsewhere Newton's steps make rounding a thousand times larger."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2)).double()
     tasks = cases.make_tasks(3, examples=8)
     found = []
     for chunk_size in (None, 1):
         objective = Objective(model, F.mse_loss, buffers="update")
-        found.append(FOMAML(inner=inner, regularization=0.5, chunk_size=chunk_size)(objective, tasks).report)
+        found.append(FOMAML(inner=inner, regularization=2.0, chunk_size=chunk_size)(objective, tasks).report)
     assert len({int(n) for n in found[1].support_loss.isfinite().sum(0)}) > 1  # they stop at different steps
     for name, buffer in found[0].buffers.items():
-        assert torch.allclose(buffer, found[1].buffers[name], rtol=1e-4), name
+        assert torch.allclose(buffer, found[1].buffers[name], rtol=1e-9), name
 
 
 @pytest.mark.parametrize(("dtype", "reached"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])

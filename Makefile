@@ -7,6 +7,8 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint c
 # What runs with other releases of torch: the newest by default, and all tests of the engine.
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints-newest.txt)
 TORCH_ENV = .venv-torch-$(TORCH)
+# A limit on torch in pip's own configuration gives way to PIP_CONSTRAINT, but not to an argument.
+TORCH_PIP = PIP_CONSTRAINT=$(@D)/constraints.txt $(@D)/bin/python -m pip install --quiet --disable-pip-version-check
 TESTS ?= $(addprefix tests/,distributed engine inner layers planning properties solvers testing verify zoo)
 
 .PHONY: help env demo bench test test-torch mutation lint format wheel-check clean
@@ -35,14 +37,11 @@ test: env ## run the tests, on two cores
 test-torch: $(TORCH_ENV)/installed ## run the engine's tests with another torch: TORCH=2.9.1 (7 GB)
 	$(TORCH_ENV)/bin/python -m pytest --numprocesses 2 --dist worksteal $(TESTS)
 
-# A limit on torch in pip's own configuration gives way to PIP_CONSTRAINT, but not to an argument.
 .venv-torch-%/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
 	sed 's/^torch==.*/torch==$*/' constraints.txt > $(@D)/constraints.txt
-	for wanted in torch "--editable .[testing] pytest-xdist"; do \
-	  PIP_CONSTRAINT=$(@D)/constraints.txt $(@D)/bin/python -m pip install --quiet --disable-pip-version-check $$wanted \
-	  || { echo "torch $* cannot be installed: see what pip says above, and choose a release by TORCH=..." >&2; exit 1; }; \
-	done
+	$(TORCH_PIP) torch && $(TORCH_PIP) --editable '.[testing]' pytest-xdist \
+	|| { echo "torch $* cannot be installed: see what pip says above, and choose a release by TORCH=..." >&2; exit 1; }
 	@touch $@
 
 # mutmut wants both packages side by side. MUTANTS='*_cg.*' runs a part: patterns of mutants' names.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, Objective, Task, TaskBatch, verify
 from imaml.verify._implicit_mistakes import fitted
+from imaml.verify._plain_cg import NegativeCurvature, solve
 
 LOOP = GradientDescent(lr=0.1, steps=3)
 CONVERGED = ImplicitMAML(
@@ -282,3 +283,10 @@ def test_the_cause_is_looked_for_where_a_result_overflows() -> None:
             return u * math.inf
 
     assert fitted(Overflowing(), torch.ones(3, dtype=torch.float64))[2] == math.inf
+
+
+@pytest.mark.parametrize("ulps", [0.0, 0.5, 2.0, -1.0])
+def test_a_curvature_of_rounding_alone_is_no_minimum(ulps):
+    diagonal = torch.tensor([1.0, -1.0 + ulps * torch.finfo(torch.float64).eps], dtype=torch.float64)
+    with pytest.raises(NegativeCurvature):
+        solve(lambda p: diagonal * p, torch.ones(2, dtype=torch.float64), rtol=1e-10)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, Objective, Task, TaskBatch, verify
 from imaml.verify._implicit_mistakes import fitted
-from imaml.verify._plain_cg import NegativeCurvature, solve
+from imaml.verify._plain_cg import NegativeCurvature, iterates
 
 LOOP = GradientDescent(lr=0.1, steps=3)
 CONVERGED = ImplicitMAML(
@@ -288,5 +288,6 @@ def test_the_cause_is_looked_for_where_a_result_overflows() -> None:
 @pytest.mark.parametrize("ulps", [0.0, 0.5, 2.0, -1.0])
 def test_a_curvature_of_rounding_alone_is_no_minimum(ulps):
     diagonal = torch.tensor([1.0, -1.0 + ulps * torch.finfo(torch.float64).eps], dtype=torch.float64)
+    steps = iterates(lambda p: diagonal * p, torch.ones(2, dtype=torch.float64), rtol=1e-10, most=9)
     with pytest.raises(NegativeCurvature):
-        solve(lambda p: diagonal * p, torch.ones(2, dtype=torch.float64), rtol=1e-10)
+        next(steps)

@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python $(PIP_INSTALL) --editable '.[train,text,examples,dev]'
 	@touch $@
 
-demo: env ## compare the strategies on real characters (a few minutes)
+demo: env ## memory and accuracy of the strategies, on real characters (4 minutes)
 	$(BIN)/imaml compare --out runs/demo
 
 bench: env ## time and memory of a meta-gradient beside other libraries (most of an hour, on an idle machine)

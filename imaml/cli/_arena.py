@@ -3,20 +3,64 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from time import monotonic
 
 from rich.console import Console
 from torch.nn import functional as F
 
-from imaml import MetaGradient, Objective, TaskBatch
+from imaml import TaskBatch
 from imaml.cli._exact_gradient import exact_gradient, flat
 from imaml.cli._options import EngineOptions, Strategy
 from imaml.cli._outcome import Outcome, Point
 from imaml.cli._problem import Problem, build_engine
 from imaml.cli._progress import progress
+from imaml.cli._time_left import TimeLeft
 from imaml.measure import peak_memory
 from imaml.training import Plan, Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A strategy before its training.
+
+    Args:
+        strategy: Which.
+        options: Of its engine.
+        trainer: At step 0.
+        start: The validation of the initial parameters.
+        cosine: There, between its meta-gradient and the exact one.
+        peak_bytes: Of a meta-gradient.
+        step_seconds: What a meta-step took.
+        task_seconds: What a task of the validation took.
+    """
+
+    strategy: Strategy
+    options: EngineOptions
+    trainer: Trainer
+    start: Point
+    cosine: float
+    peak_bytes: int
+    step_seconds: float
+    task_seconds: float
+
+    @property
+    def test_seconds(self) -> float:
+        """What its test should take."""
+        return self.task_seconds * self.trainer.plan.eval_tasks
+
+    @property
+    def validation_seconds(self) -> float:
+        """What a validation should take."""
+        return self.task_seconds * self.trainer.plan.val_tasks
+
+    @property
+    def seconds(self) -> float:
+        """What its training, its validations and its test should take."""
+        plan = self.trainer.plan
+        validations = -(-plan.steps // plan.eval_every)
+        return plan.steps * self.step_seconds + validations * self.validation_seconds + self.test_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,65 +69,91 @@ class Arena:
 
     Args:
         problem: Tasks and initial model.
-        plan: Of the training.
         probe: Tasks that meta-gradients are compared on.
         console: Where progress is shown.
+        left: The estimate of the time left, which is kept up to date.
     """
 
     problem: Problem
-    plan: Plan
     probe: TaskBatch
     console: Console
+    left: TimeLeft
 
-    def judge(self, strategy: Strategy, options: EngineOptions, *, label: str, seconds: float | None) -> Outcome:
-        """Measure, train and test one strategy.
+    def enter(self, strategy: Strategy, options: EngineOptions, plan: Plan) -> Contender:
+        """Measure a strategy at the initial parameters.
 
         Args:
             strategy: Which.
             options: Of its engine.
+            plan: Of its training.
+
+        Returns:
+            What is to be trained.
+        """
+        engine, model = build_engine(strategy, options), self.problem.fresh_model()
+        objective = self.problem.objective(model, options.adapt)
+        trainer = Trainer(model=model, objective=objective, engine=engine, episodes=self.problem.episodes, plan=plan)
+        call = partial(engine.value_and_grad, objective, self.probe)
+        cosine = self._cosine_to_exact(trainer)
+        peak = peak_memory(call, device=trainer.device)
+        began = monotonic()
+        call()
+        step_seconds = monotonic() - began
+        began = monotonic()
+        validation = trainer.evaluate("val", tasks=plan.val_tasks)
+        return Contender(
+            strategy=strategy,
+            options=options,
+            trainer=trainer,
+            start=Point(step=0, seconds=0.0, value=validation),
+            cosine=cosine,
+            peak_bytes=peak,
+            step_seconds=step_seconds * plan.meta_batch / len(self.probe),
+            task_seconds=(monotonic() - began) / plan.val_tasks,
+        )
+
+    def judge(self, contender: Contender, *, label: str, seconds: float | None) -> Outcome:
+        """Train and test one strategy.
+
+        Args:
+            contender: From `enter`.
             label: Shown while it runs.
-            seconds: Budget of everything here; None: the plan alone decides.
+            seconds: Budget of everything here; None: the steps alone decide.
 
         Returns:
             What came of it.
         """
-        began = monotonic()
-        engine, model = build_engine(strategy, options), self.problem.fresh_model()
-        objective = self.problem.objective(model, options.adapt)
-        trainer = Trainer(
-            model=model, objective=objective, engine=engine, episodes=self.problem.episodes, plan=self.plan
-        )
-        with self.console.status(f"{label}: measuring"):
-            cosine_start = self._cosine_to_exact(engine, objective)
-            after = monotonic() - began  # the same again follows the training
-            peak = peak_memory(lambda: engine(objective, self.probe).loss.backward(), device=trainer.device)
-            before = monotonic()
-            curve = [Point(step=0, seconds=0.0, value=trainer.evaluate("val", tasks=self.plan.val_tasks))]
-            after += (monotonic() - before) * (1 + self.plan.eval_tasks / self.plan.val_tasks)
+        trainer, metric = contender.trainer, self.problem.metric
         if seconds is not None:
-            left = began + seconds - after - monotonic()
-            trainer.plan = replace(self.plan, minutes=max(left, 1.0) / 60)
-        milliseconds = []
-        with progress(self.console, trainer, self.problem.metric, label=label) as show:
+            trainer.plan = replace(trainer.plan, minutes=max(seconds - contender.test_seconds, 1.0) / 60)
+        milliseconds, curve, expected = [], [contender.start], contender.seconds
+        with progress(self.console, trainer, metric, label=label, left=self.left) as show:
             for record in trainer:
                 milliseconds.append(record.milliseconds)
+                done = contender.step_seconds
                 if record.val:
                     curve.append(Point(step=record.step, seconds=sum(milliseconds) / 1000, value=record.val))
+                    done += contender.validation_seconds
+                self.left.did(done)
+                expected -= done
                 show(record)
-        with self.console.status(f"{label}: testing"):
-            return Outcome(
-                strategy=strategy,
-                options=options,
-                test=trainer.evaluate("test", tasks=self.plan.eval_tasks),
-                steps=trainer.step,
-                milliseconds=median(milliseconds),
-                peak_bytes=peak,
-                cosine_start=cosine_start,
-                cosine_end=self._cosine_to_exact(engine, objective),
-                curve=tuple(curve),
-            )
+        with self.console.status(f"{label}: testing, {self.left} left"):
+            test = trainer.evaluate("test", tasks=trainer.plan.eval_tasks)
+        self.left.did(expected)  # the test, and steps that a budget of time left out
+        return Outcome(
+            strategy=contender.strategy,
+            options=contender.options,
+            plan=trainer.plan,
+            test=test,
+            steps=trainer.step,
+            milliseconds=median(milliseconds),
+            peak_bytes=contender.peak_bytes,
+            cosine_start=contender.cosine,
+            cosine_end=self._cosine_to_exact(trainer),
+            curve=tuple(curve),
+        )
 
-    def _cosine_to_exact(self, engine: MetaGradient, objective: Objective) -> float:
+    def _cosine_to_exact(self, trainer: Trainer) -> float:
         """The cosine of the angle between an engine's meta-gradient and the exact one.
 
         Exact is the derivative of the query loss through the inner loop which the engine runs (its proximal term and
@@ -93,6 +163,7 @@ class Arena:
         Returns:
             At most 1.
         """
+        engine, objective = trainer.engine, trainer.objective
         ours = engine.value_and_grad(objective, self.probe)[1]
         true = exact_gradient(engine, objective, self.probe, chunk_size=engine.chunk_size)
         return F.cosine_similarity(flat(ours), true, dim=0).item()

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from time import monotonic
 from typing import Any
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +16,7 @@ from rich.text import Text
 
 from imaml.cli._arena import Arena
 from imaml.cli._environment import environment
+from imaml.cli._memory_curves import MemoryCurve, memory_curves, sentence
 from imaml.cli._metric import Metric
 from imaml.cli._options import Compare, EngineOptions, Strategy
 from imaml.cli._outcome import COLORS, FOOTNOTES, NAMES, Outcome, columns
@@ -22,11 +24,12 @@ from imaml.cli._presets import PRESETS
 from imaml.cli._problem import applies, build_engine, build_problem, check_given, given
 from imaml.cli._progress import say
 from imaml.cli._report import write_report
-from imaml.training import make_folder, replace_file
+from imaml.cli._time_left import TimeLeft
+from imaml.training import Plan, make_folder, replace_file
 
 
 def compare(options: Compare) -> int:
-    """Train every strategy in turn, print the table and write the report.
+    """Measure every strategy, train one after the other, print the table and write the report.
 
     Args:
         options: Everything from the command line.
@@ -35,33 +38,44 @@ def compare(options: Compare) -> int:
         The exit code, 0.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself on stderr
-    began = monotonic()
+    deadline = None if options.plan.minutes is None else monotonic() + 60 * options.plan.minutes
     console = Console()
     problem = build_problem(options.episodes, options.machine)
-    engines = _engines(options)
+    engines, plans = _engines(options), _plans(options)
     settings = {
         "episodes": asdict(options.episodes),
-        "plan": asdict(options.plan),
+        "why": PRESETS[options.episodes.dataset].why,
+        "minutes": options.plan.minutes,
         "engines": {strategy: asdict(engine) for strategy, engine in engines.items()},
+        "plans": {strategy: asdict(plan) for strategy, plan in plans.items()},
         **environment(),
     }
     make_folder(options.folder)
-    _write(options, settings, [])
+    _write(options, settings, [], [])
+    say(console, _threads())
     with console.status("Preparing the tasks"):
-        probe = problem.episodes.batch("val", 0, options.plan.meta_batch).to(device=options.machine.device)
-    arena = Arena(problem=problem, plan=options.plan, probe=probe, console=console)
+        probe = problem.episodes.batch("val", 0, max(plan.meta_batch for plan in plans.values()))
+    left = TimeLeft(deadline)
+    arena = Arena(problem=problem, probe=probe.to(device=options.machine.device), console=console, left=left)
+    with console.status("Memory by inner steps"):
+        curves = memory_curves(problem, engines, arena.probe)
+    contenders = []
+    for strategy, engine in engines.items():
+        with console.status(f"{NAMES[strategy]}: measuring"):
+            contenders.append(arena.enter(strategy, engine, plans[strategy]))
+        left.expect(contenders[-1].seconds)
+    say(console, f"{left} left: {', '.join(f'{NAMES[s]} {plan.steps:,} meta-steps' for s, plan in plans.items())}.")
     outcomes: list[Outcome] = []
-    for number, (strategy, engine) in enumerate(engines.items(), start=1):
-        seconds = None
-        if options.plan.minutes is not None:
-            seconds = (began + 60 * options.plan.minutes - monotonic()) / (len(engines) - number + 1)
-        label = f"{number}/{len(engines)} {NAMES[strategy]}"
-        outcomes.append(arena.judge(strategy, engine, label=label, seconds=seconds))
-        _write(options, settings, outcomes)
+    for number, contender in enumerate(contenders, start=1):
+        seconds = None if deadline is None else (deadline - monotonic()) / (len(contenders) - number + 1)
+        label = f"{number}/{len(contenders)} {NAMES[contender.strategy]}"
+        outcomes.append(arena.judge(contender, label=label, seconds=seconds))
+        _write(options, settings, outcomes, curves)
+    say(console, f"\n{sentence(curves)}")
     console.print(_table(outcomes, problem.metric))
     for note in FOOTNOTES:
         console.print(Text(note, style="dim"))
-    report = write_report(options.folder, outcomes, problem.metric, settings)
+    report = write_report(options.folder, outcomes, curves, problem.metric, settings)
     say(console, f"Report: {report.resolve().as_uri()}")
     return 0
 
@@ -80,8 +94,26 @@ def _engines(options: Compare) -> dict[Strategy, EngineOptions]:
     return engines
 
 
-def _write(options: Compare, settings: dict[str, Any], outcomes: list[Outcome]) -> None:
-    results = {"settings": settings, "outcomes": [asdict(outcome) for outcome in outcomes]}
+def _plans(options: Compare) -> dict[Strategy, Plan]:
+    """For each strategy the defaults of the dataset, and what was given."""
+    chosen = {name: value for name, value in given(options.plan).items() if name != "minutes"}
+    presets = PRESETS[options.episodes.dataset].plans
+    return {strategy: replace(presets[strategy], **chosen) for strategy in options.strategies}
+
+
+def _threads() -> str:
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return "One thread, which other programs disturb little; --threads takes more, for an idle machine."
+    return f"{threads} threads. Where other programs run, --threads 1 is several times faster."
+
+
+def _write(options: Compare, settings: dict[str, Any], outcomes: list[Outcome], curves: list[MemoryCurve]) -> None:
+    results = {
+        "settings": settings,
+        "memory": [asdict(curve) for curve in curves],
+        "outcomes": [asdict(outcome) for outcome in outcomes],
+    }
     text = json.dumps(results, indent=2, default=str) + "\n"
     replace_file(options.folder / "results.json", lambda stream: stream.write(text.encode()))
 

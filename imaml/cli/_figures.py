@@ -10,8 +10,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from imaml.cli._memory_curves import INNER_STEPS, MemoryCurve
 from imaml.cli._metric import Metric
-from imaml.cli._outcome import COLORS, NAMES, Outcome, Point
+from imaml.cli._outcome import COLORS, LOOP_COLOR, NAMES, Outcome, Point
 from imaml.training import replace_file
 
 _WINDOW = 25
@@ -50,8 +51,8 @@ def training_curve(metrics: Sequence[dict[str, Any]], metric: Metric) -> Figure:
 
 
 def learning_curves(outcomes: Sequence[Outcome], metric: Metric, theme: Theme, *, by_seconds: bool) -> Figure:
-    """Validation over meta-steps or over the seconds they took, with 95 % bands."""
-    figure, axes = empty_axes(theme, (5.2, 3.6))
+    """Validation over meta-steps, or over the seconds they took (a larger figure), with 95 % bands."""
+    figure, axes = empty_axes(theme, (10.4, 4.2) if by_seconds else (5.2, 3.6))
     x: Callable[[Point], float] = (lambda point: point.seconds) if by_seconds else (lambda point: point.step)
     for outcome in outcomes:
         xs = [x(point) for point in outcome.curve]
@@ -64,6 +65,33 @@ def learning_curves(outcomes: Sequence[Outcome], metric: Metric, theme: Theme, *
     axes.set(xlabel="seconds of meta-steps" if by_seconds else "meta-step", ylabel=f"validation {metric.label}")
     axes.set_xlim(left=0)
     axes.legend(frameon=False, labelcolor=theme.ink, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+    return figure
+
+
+def memory_figure(curves: Sequence[MemoryCurve], theme: Theme) -> Figure:
+    """Peak memory over the number of inner steps; each curve has its name and last value at its end."""
+    figure, axes = empty_axes(theme, (10.4, 4.4))
+    top = max(max(curve.peak_bytes) for curve in curves) / 1e6
+    at = 0.0
+    for curve in sorted(curves, key=lambda curve: curve.peak_bytes[-1]):
+        values = [peak / 1e6 for peak in curve.peak_bytes]
+        color = LOOP_COLOR if curve.method == "loop" else COLORS[curve.method]
+        axes.plot(INNER_STEPS, values, color=color, linewidth=2.6, marker="o", markersize=5, clip_on=False)
+        at = max(values[-1], at)
+        axes.annotate(
+            f"{curve.name}  {curve.last}",
+            (INNER_STEPS[-1], at),
+            (14, 0),
+            textcoords="offset points",
+            verticalalignment="center",
+            annotation_clip=False,
+            color=color,
+            fontsize=12,
+        )
+        at += 0.075 * top  # names of curves that end together stand above one another
+    axes.set(xlabel="inner steps", ylabel="peak MB of one meta-gradient", xticks=INNER_STEPS)
+    axes.set_xlim(0, INNER_STEPS[-1])
+    axes.set_ylim(0, 1.04 * top)
     return figure
 
 

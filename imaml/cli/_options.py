@@ -157,10 +157,38 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """How long and how fast to meta-train each strategy. An option left at None takes the default of the strategy.
+
+    Args:
+        steps: Meta-steps at most.
+        minutes: Wall-clock budget of everything together; None: the steps alone decide, and a busy machine finds the
+            same, only later.
+        meta_batch: Tasks per meta-step.
+        meta_lr: Learning rate of Adam on the initialisation.
+        schedule: Learning rate over the run: constant, or half a cosine to 0.
+        eval_every: Meta-steps between two validations.
+        val_tasks: Tasks of a validation.
+        eval_tasks: Test tasks of the final evaluation.
+        eval_inner_steps: Inner steps in validation and test; None: as in training.
+    """
+
+    steps: int | None = None
+    minutes: float | None = None
+    meta_batch: int | None = None
+    meta_lr: float | None = None
+    schedule: Literal["constant", "cosine"] | None = None
+    eval_every: int | None = None
+    val_tasks: int | None = None
+    eval_tasks: int | None = None
+    eval_inner_steps: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Compare:
     """Train every strategy from the same start on the same tasks, and write a report.
 
-    An engine option goes to every strategy that has it. --minutes is the budget of everything together.
+    Every strategy has settings of its own; an option that is given goes to each that has it.
 
     Args:
         strategies: Which to compare.
@@ -171,7 +199,7 @@ class Compare:
     out: Path | None = None
     episodes: EpisodeOptions = field(default_factory=EpisodeOptions)
     engine: EngineOptions = field(default_factory=EngineOptions)
-    plan: Plan = field(default_factory=Plan)
+    plan: PlanOptions = field(default_factory=PlanOptions)
     machine: MachineOptions = field(default_factory=MachineOptions)
 
     @property

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from imaml.cli._metric import Metric
 from imaml.cli._options import EngineOptions, Strategy
-from imaml.training import Evaluation
+from imaml.training import Evaluation, Plan
 
 NAMES: dict[Strategy, str] = {"maml": "MAML", "fomaml": "FOMAML", "imaml": "iMAML"}
 COLORS: dict[Strategy, str] = {"maml": "#3b7dd8", "fomaml": "#d9822b", "imaml": "#2f9e6e"}
+LOOP_COLOR = "#c2413b"
 
 FOOTNOTES = (
     "Test: mean over tasks of unseen classes and its 95 % interval, 1.96 standard errors.",
@@ -36,6 +37,7 @@ class Outcome:
 
     strategy: Strategy
     options: EngineOptions
+    plan: Plan
     test: Evaluation
     steps: int
     milliseconds: float

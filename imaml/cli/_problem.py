@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, MetaGradient, Objective, data, text
 from imaml.cli._metric import ACCURACY, MSE, Metric
-from imaml.cli._options import Dataset, EngineOptions, EpisodeOptions, MachineOptions, Model, Strategy
+from imaml.cli._options import Dataset, EngineOptions, EpisodeOptions, MachineOptions, Model, PlanOptions, Strategy
 from imaml.data._banking77 import existing
 from imaml.models import MLP, Conv4
 from imaml.training import Episodes
@@ -75,7 +75,8 @@ def build_problem(options: EpisodeOptions, machine: MachineOptions) -> Problem:
         encoder, model = text.load_minilm(given["ways"])
         given["encoder"] = encoder.to(machine.device)
     else:
-        model = MLP() if name == "mlp" else Conv4(given["ways"])
+        channels = 32 if options.dataset == "glyphs" else 64  # a demo trains in a minute
+        model = MLP() if name == "mlp" else Conv4(given["ways"], channels=channels)
     loss, metric = (F.mse_loss, MSE) if name == "mlp" else (F.cross_entropy, ACCURACY)
     return Problem(episodes=kind(**given), model=model.to(machine.device), loss=loss, metric=metric)
 
@@ -117,7 +118,7 @@ def build_engine(strategy: Strategy, options: EngineOptions) -> MetaGradient:
     return kind(**given)
 
 
-def given(options: EngineOptions) -> dict[str, Any]:
+def given(options: EngineOptions | PlanOptions) -> dict[str, Any]:
     """The options that are not left open."""
     return {name: value for name, value in vars(options).items() if value is not None}
 

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from imaml.cli._metric import Metric
+from imaml.cli._time_left import TimeLeft
 from imaml.training import Evaluation, StepRecord, Trainer
 
 _LINE_SECONDS = 15.0
@@ -19,7 +20,9 @@ Show = Callable[[StepRecord], None]
 
 
 @contextmanager
-def progress(console: Console, trainer: Trainer, metric: Metric, *, label: str) -> Iterator[Show]:
+def progress(
+    console: Console, trainer: Trainer, metric: Metric, *, label: str, left: TimeLeft | None = None
+) -> Iterator[Show]:
     """A bar with loss, metric and time left; where there is no terminal, a line now and then instead.
 
     Args:
@@ -27,6 +30,7 @@ def progress(console: Console, trainer: Trainer, metric: Metric, *, label: str) 
         trainer: Its progress is shown.
         metric: How its metric is written.
         label: Name of the training.
+        left: Of the work that the training is a part of; None: it is all of it, and its own pace counts.
 
     Yields:
         What to call after every meta-step.
@@ -41,7 +45,8 @@ def progress(console: Console, trainer: Trainer, metric: Metric, *, label: str) 
             if record.val or monotonic() - last_line > _LINE_SECONDS:
                 last_line = monotonic()
                 done = f"{100 * min(trainer.progress, 1):3.0f} %"
-                say(console, f"{label}  {done}  {smooth.text(record, metric)}")
+                rest = f"  {left} left" if left else ""
+                say(console, f"{label}  {done}  {smooth.text(record, metric)}{rest}")
 
         yield print_line
         return
@@ -49,15 +54,16 @@ def progress(console: Console, trainer: Trainer, metric: Metric, *, label: str) 
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=8)),
         TextColumn("{task.fields[text]}"),
-        TimeRemainingColumn(compact=True),
+        TextColumn("[cyan]{task.fields[left]}") if left else TimeRemainingColumn(compact=True),
         TextColumn("left"),
     )
     with Progress(*columns, console=console, expand=True) as bar:
-        task = bar.add_task(label, total=1.0, text="")
+        task = bar.add_task(label, total=1.0, text="", left="")
 
         def move_bar(record: StepRecord) -> None:
             smooth.update(record)
-            bar.update(task, completed=min(trainer.progress, 1), text=smooth.text(record, metric))
+            done = min(trainer.progress, 1)
+            bar.update(task, completed=done, text=smooth.text(record, metric), left=str(left))
 
         yield move_bar
 

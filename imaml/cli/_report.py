@@ -8,21 +8,29 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from imaml.cli._figures import DARK, LIGHT, Theme, bars, learning_curves, save_png
+from imaml.cli._figures import DARK, LIGHT, Theme, bars, learning_curves, memory_figure, save_png
+from imaml.cli._memory_curves import CHECKPOINTS, MemoryCurve, sentence
 from imaml.cli._metric import Metric
 from imaml.cli._outcome import COLORS, FOOTNOTES, NAMES, Outcome, columns
 from imaml.cli._page import data_uri, write_page
 from imaml.cli._problem import flag
 
 
-def write_report(folder: Path, outcomes: Sequence[Outcome], metric: Metric, settings: dict[str, Any]) -> Path:
+def write_report(
+    folder: Path,
+    outcomes: Sequence[Outcome],
+    curves: Sequence[MemoryCurve],
+    metric: Metric,
+    settings: dict[str, Any],
+) -> Path:
     """Write the plots as PNG files and the page `report.html`.
 
     Args:
         folder: Must exist.
         outcomes: One for each strategy.
+        curves: Memory by inner steps.
         metric: How the metric is written.
-        settings: Episodes, plan and environment.
+        settings: Episodes, engines, plans and environment.
 
     Returns:
         Path of the page.
@@ -30,8 +38,9 @@ def write_report(folder: Path, outcomes: Sequence[Outcome], metric: Metric, sett
     megabytes = [outcome.peak_bytes / 1e6 for outcome in outcomes]
     milliseconds = [outcome.milliseconds for outcome in outcomes]
     draw: dict[str, Callable[[Theme], Figure]] = {
-        "by-step": lambda theme: learning_curves(outcomes, metric, theme, by_seconds=False),
+        "memory-by-inner-steps": lambda theme: memory_figure(curves, theme),
         "by-seconds": lambda theme: learning_curves(outcomes, metric, theme, by_seconds=True),
+        "by-step": lambda theme: learning_curves(outcomes, metric, theme, by_seconds=False),
         "memory": lambda theme: bars(outcomes, megabytes, "peak MB of a meta-gradient", "{:.1f}", theme),
         "time": lambda theme: bars(outcomes, milliseconds, "milliseconds per meta-step", "{:.0f}", theme),
     }
@@ -49,6 +58,9 @@ def write_report(folder: Path, outcomes: Sequence[Outcome], metric: Metric, sett
         colors=COLORS,
         footnotes=FOOTNOTES,
         columns=columns(metric),
+        sentence=sentence(curves),
+        checkpoints=CHECKPOINTS,
+        chosen={strategy: engine | settings["plans"][strategy] for strategy, engine in settings["engines"].items()},
         flag=flag,
     )
     return path

@@ -25,7 +25,8 @@ class EpisodeOptions:
 
     Args:
         dataset: Sine curves, characters in many typefaces, handwritten characters, or messages of bank customers.
-        model: sinusoid: mlp; glyphs, omniglot: conv4; banking77: minilm, its last two layers and a head.
+        model: sinusoid: mlp; glyphs, omniglot: conv4, with 32 and 64 channels; banking77: minilm, its last two layers
+            and a head.
         data: omniglot: packed file, archive, or folder; banking77: folder with train.csv and test.csv; None downloads
             it once.
         split: omniglot: characters dealt at random, or the original background and evaluation alphabets.

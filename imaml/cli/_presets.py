@@ -57,11 +57,15 @@ PRESETS: dict[Dataset, Preset] = {
     ),
     "glyphs": Preset(
         episodes=EpisodeOptions(dataset="glyphs", ways=5, shots=5, queries=1),
-        plans=_alike(Plan(steps=10_000, meta_batch=8, meta_lr=2e-3, eval_every=50)),
+        plans={  # found by benchmarks/tune_demo.py, as the engines are
+            "maml": Plan(steps=1000, meta_batch=4, meta_lr=6e-3),
+            "fomaml": Plan(steps=1000, meta_batch=4, meta_lr=1.2e-2),
+            "imaml": Plan(steps=1000, meta_batch=4, meta_lr=6e-3),
+        },
         engines={
             "maml": EngineOptions(adapt=["head"], inner_lr=1.0, inner_steps=1),
-            "fomaml": EngineOptions(adapt=["head"], inner_lr=1.0, inner_steps=1),
-            "imaml": EngineOptions(adapt=["head"], inner_lr=1.0, inner_steps=2, regularization=0.1, cg_steps=2),
+            "fomaml": EngineOptions(adapt=["head"], inner_lr=0.3, inner_steps=4),
+            "imaml": EngineOptions(adapt=["head"], inner_lr=0.025, inner_steps=4, regularization=0.2, cg_steps=10),
         },
         comparison=PlanOptions(val_tasks=100),
         machine=MachineOptions(threads=1),

@@ -63,7 +63,7 @@ def progress(
         def move_bar(record: StepRecord) -> None:
             smooth.update(record)
             done = min(trainer.progress, 1)
-            bar.update(task, completed=done, text=smooth.text(record, metric), left=str(left))
+            bar.update(task, completed=done, text=smooth.text(record, metric), left=str(left or ""))
 
         yield move_bar
 

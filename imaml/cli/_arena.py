@@ -71,13 +71,11 @@ class Arena:
         problem: Tasks and initial model.
         probe: Tasks that meta-gradients are compared on.
         console: Where progress is shown.
-        left: The estimate of the time left, which is kept up to date.
     """
 
     problem: Problem
     probe: TaskBatch
     console: Console
-    left: TimeLeft
 
     def enter(self, strategy: Strategy, options: EngineOptions, plan: Plan) -> Contender:
         """Measure a strategy at the initial parameters.
@@ -112,13 +110,14 @@ class Arena:
             task_seconds=(monotonic() - began) / plan.val_tasks,
         )
 
-    def judge(self, contender: Contender, *, label: str, seconds: float | None) -> Outcome:
+    def judge(self, contender: Contender, *, label: str, seconds: float | None, left: TimeLeft) -> Outcome:
         """Train and test one strategy.
 
         Args:
             contender: From `enter`.
             label: Shown while it runs.
             seconds: Budget of everything here; None: the steps alone decide.
+            left: Of all strategies together; kept up to date.
 
         Returns:
             What came of it.
@@ -127,19 +126,19 @@ class Arena:
         if seconds is not None:
             trainer.plan = replace(trainer.plan, minutes=max(seconds - contender.test_seconds, 1.0) / 60)
         milliseconds, curve, expected = [], [contender.start], contender.seconds
-        with progress(self.console, trainer, metric, label=label, left=self.left) as show:
+        with progress(self.console, trainer, metric, label=label, left=left) as show:
             for record in trainer:
                 milliseconds.append(record.milliseconds)
                 done = contender.step_seconds
                 if record.val:
                     curve.append(Point(step=record.step, seconds=sum(milliseconds) / 1000, value=record.val))
                     done += contender.validation_seconds
-                self.left.did(done)
+                left.did(done)
                 expected -= done
                 show(record)
-        with self.console.status(f"{label}: testing, {self.left} left"):
+        with self.console.status(f"{label}: testing, {left} left"):
             test = trainer.evaluate("test", tasks=trainer.plan.eval_tasks)
-        self.left.did(expected)  # the test, and steps that a budget of time left out
+        left.did(expected)  # the test, and steps that a budget of time left out
         return Outcome(
             strategy=contender.strategy,
             options=contender.options,

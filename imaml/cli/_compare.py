@@ -55,21 +55,20 @@ def compare(options: Compare) -> int:
     say(console, _threads())
     with console.status("Preparing the tasks"):
         probe = problem.episodes.batch("val", 0, max(plan.meta_batch for plan in plans.values()))
-    left = TimeLeft(deadline)
-    arena = Arena(problem=problem, probe=probe.to(device=options.machine.device), console=console, left=left)
+    arena = Arena(problem=problem, probe=probe.to(device=options.machine.device), console=console)
     with console.status("Memory by inner steps"):
         curves = memory_curves(problem, engines, arena.probe)
     contenders = []
     for strategy, engine in engines.items():
         with console.status(f"{NAMES[strategy]}: measuring"):
             contenders.append(arena.enter(strategy, engine, plans[strategy]))
-        left.expect(contenders[-1].seconds)
+    left = TimeLeft(sum(contender.seconds for contender in contenders), deadline)
     say(console, f"{left} left: {', '.join(f'{NAMES[s]} {plan.steps:,} meta-steps' for s, plan in plans.items())}.")
     outcomes: list[Outcome] = []
     for number, contender in enumerate(contenders, start=1):
         seconds = None if deadline is None else (deadline - monotonic()) / (len(contenders) - number + 1)
         label = f"{number}/{len(contenders)} {NAMES[contender.strategy]}"
-        outcomes.append(arena.judge(contender, label=label, seconds=seconds))
+        outcomes.append(arena.judge(contender, label=label, seconds=seconds, left=left))
         _write(options, settings, outcomes, curves)
     say(console, f"\n{sentence(curves)}")
     console.print(_table(outcomes, problem.metric))

@@ -6,24 +6,18 @@ from time import monotonic
 
 
 class TimeLeft:
-    """The seconds that are left of work whose parts were timed once beforehand.
+    """The seconds that are left of work whose parts were timed once beforehand; the clock starts here.
 
-    The clock starts at the first call of `expect`. What the work took so far, beside what was expected of it, corrects
-    the estimate as other programs come and go.
+    What the work took so far, beside what was expected of it, corrects the estimate as other programs come and go.
 
     Args:
-        deadline: On the clock of `time.monotonic`, when the work ends at the latest; None: when it is done.
+        seconds: What the work should take.
+        deadline: On the clock of `time.monotonic`, when it ends at the latest; None: when it is done.
     """
 
-    def __init__(self, deadline: float | None = None) -> None:
-        self._deadline = deadline
-        self._began: float | None = None
-        self._expected = self._done = 0.0
-
-    def expect(self, seconds: float) -> None:
-        """Add a part of the work, and how long it should take."""
-        self._began = self._began or monotonic()
-        self._expected += seconds
+    def __init__(self, seconds: float, deadline: float | None = None) -> None:
+        self._expected, self._deadline = seconds, deadline
+        self._began, self._done = monotonic(), 0.0
 
     def did(self, seconds: float) -> None:
         """Note a part as done, by the time that was expected of it."""
@@ -33,7 +27,7 @@ class TimeLeft:
     def seconds(self) -> float:
         """The estimate."""
         now = monotonic()
-        pace = (now - (self._began or now)) / self._done if self._done else 1.0
+        pace = (now - self._began) / self._done if self._done else 1.0
         left = max(self._expected - self._done, 0.0) * pace
         return left if self._deadline is None else min(left, max(self._deadline - now, 0.0))
 

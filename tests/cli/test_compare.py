@@ -150,11 +150,8 @@ def test_the_time_left_of_everything_and_the_threads_are_said(tmp_path, capsys):
 def test_the_time_left_follows_the_pace_and_ends_at_the_deadline(monkeypatch):
     now = 100.0
     monkeypatch.setattr(_time_left, "monotonic", lambda: now)
-    free, bound = _time_left.TimeLeft(), _time_left.TimeLeft(deadline=250.0)
-    for left in (free, bound):
-        left.expect(60.0)
-        left.expect(40.0)
-        assert left.seconds == 100
+    free, bound = _time_left.TimeLeft(100.0), _time_left.TimeLeft(100.0, deadline=250.0)
+    assert free.seconds == bound.seconds == 100
     now = 150.0  # 50 seconds for what should have taken 20
     for left in (free, bound):
         left.did(20.0)

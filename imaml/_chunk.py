@@ -15,6 +15,7 @@ from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from imaml._context import Context, inside_transform
+from imaml._exact import denied
 from imaml._foreign import check_loss
 from imaml._gradient import Gradient
 from imaml._tasks import Batch
@@ -148,31 +149,44 @@ class ChunkLoss:
 
     def statistics(self, phi: Tensor, step: int, before: dict[str, Tensor]) -> dict[str, Tensor]:
         """The running statistics `(tasks, *shape)` after one more forward pass of every task at phi."""
-        context, parameters = self.context, self.context.layout.views(phi)
+        context, count = self.context, len(self.context.layout.names)
 
-        def one(values: list[Tensor], batch: Batch) -> tuple[Tensor, ...]:
-            updated = dict(zip(before, (v.clone() for v in values[len(parameters) :]), strict=True))
-            context.objective.record(
-                self._named(values[: len(parameters)], context.fixed) | updated, batch, context.survey
-            )
-            return tuple(updated.values())
+        def compute(adapted: list[Tensor], fixed: list[Tensor]) -> tuple[Tensor, ...]:
+            def one(values: list[Tensor], batch: Batch) -> tuple[Tensor, ...]:
+                updated = dict(zip(before, (v.clone() for v in values[count:]), strict=True))
+                context.objective.record(self._named(values[:count], fixed) | updated, batch, context.survey)
+                return tuple(updated.values())
 
-        values = [*parameters, *before.values()]
-        found = self._without_derivatives(lambda: self._evaluate(lambda: self._each(one, values, self.batch), step))
+            return self._evaluate(lambda: self._each(one, [*adapted, *before.values()], self.batch), step)
+
+        found = self._without_derivatives(phi, compute)
         return {name: value.detach() for name, value in zip(before, found, strict=True)}
 
-    def _without_derivatives(self, compute: Callable[[], T]) -> T:
-        """What is computed with gradients disabled, or enabled where a model or a loss differentiates by itself."""
-        context = self.context
+    def _without_derivatives(self, phi: Tensor, compute: Callable[[list[Tensor], list[Tensor]], T]) -> T:
+        """What is computed of the parameters, adapted and fixed, with gradients disabled.
+
+        Enabled where a model or a loss differentiates by itself.
+
+        Args:
+            phi: The adapted parameters.
+            compute: What to compute.
+
+        Returns:
+            What `compute` returns.
+
+        Raises:
+            RuntimeError: That of the evaluation with gradients enabled, or there is not enough memory.
+        """
+        context, leaves = self.context, self.leaves(phi, fixed=True)  # parameters require grad here too
         if not context.needs_grad_mode:
             try:
                 with torch.no_grad():
-                    return compute()
+                    return compute(*leaves)
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
         with torch.enable_grad():
-            found = compute()
+            found = compute(*leaves)
         context.needs_grad_mode = True
         return found
 
@@ -285,10 +299,10 @@ class ChunkLoss:
         return self.context.replay.at(self.kind, self.start, step, *self.part)
 
     def leaves(self, phi: Tensor, *, fixed: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """Views of the flat parameters as autograd leaves; the fixed ones require grad only if asked."""
+        """Views of the flat parameters as autograd leaves; the fixed ones require grad only if asked, or needed."""
         context = self.context
         adapted = [v.detach().requires_grad_() for v in context.layout.views(phi)]
-        others = [t.detach().requires_grad_(fixed) for t in context.fixed]
+        others = [t.detach().requires_grad_(fixed or context.needs_fixed) for t in context.fixed]
         return adapted, others
 
     @torch.enable_grad()
@@ -296,17 +310,33 @@ class ChunkLoss:
         self, phi: Tensor, step: int, *, fixed: bool, metric: bool = False
     ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor | None]:
         """The leaves, as `leaves` makes them, with the losses `(tasks,)` that depend on them, and the metric."""
+        context = self.context
         adapted, others = self.leaves(phi, fixed=fixed)
+        hides = bool(others) and not others[0].requires_grad  # for a smaller graph; it matters to few models
 
         def evaluate() -> tuple[Tensor, Tensor | None]:
             return self.losses(adapted, others, self.batch, step, metric=metric)
 
-        before = sequence_number()
-        losses, figure = evaluate()
+        before, questions = sequence_number(), denied.count
+        try:
+            found = evaluate()
+        except RuntimeError as error:
+            if not hides or is_out_of_memory(error):
+                raise
+            found = None
+        if found is None or hides and denied.count > questions:
+            del found
+            context.needs_fixed = True
+            try:
+                return self.at_leaves(phi, step, fixed=fixed, metric=metric)
+            except RuntimeError:
+                context.needs_fixed = False
+                raise
+        losses, figure = found
         key = (self.kind, self.start, *self.part, sequence_number() - before)
-        if key not in self.context.own:
+        if key not in context.own:
             self.check_own(losses, [*adapted, *others], lambda: evaluate()[0])
-            self.context.own.add(key)
+            context.own.add(key)
         return adapted, others, losses, figure
 
     def check_own(self, losses: Tensor, leaves: Sequence[Tensor], again: Callable[[], Tensor]) -> None:
@@ -347,9 +377,8 @@ class ChunkLoss:
 
     def value(self, phi: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
         """Losses and metric at phi, without derivatives."""
-        parameters, fixed = self.context.layout.views(phi), self.context.fixed
         losses, figure = self._without_derivatives(
-            lambda: self.losses(parameters, fixed, self.batch, step, metric=True)
+            phi, lambda adapted, fixed: self.losses(adapted, fixed, self.batch, step, metric=True)
         )
         return losses.detach(), figure
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from imaml._chunk import SUPPORT, ChunkLoss
@@ -144,7 +145,7 @@ class CompiledLoss(ChunkLoss):
 
 
 def _plain(tensors: Iterable[Tensor]) -> list[Tensor]:
-    return [t.detach().contiguous() for t in tensors]
+    return [t.detach().contiguous() if t.layout is torch.strided else t.detach() for t in tensors]
 
 
 class _Traced(Context):

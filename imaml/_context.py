@@ -43,6 +43,9 @@ class Context:
     """Of the inner loop."""
     differentiates: bool = True
     """Whether the call is asked for derivatives, and does not only evaluate."""
+    needs_fixed: bool = False
+    """Whether an evaluation by the adapted parameters alone needs to know that the others require grad too: a forward
+    pass asks, or differentiates by them."""
     needs_grad_mode: bool = False
     """Whether a forward pass or a loss differentiates by itself, and cannot be evaluated without gradients enabled."""
     gradients: int = 0

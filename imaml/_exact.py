@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ class ExactDerivatives(TorchFunctionMode):
       `F.embedding_bag`.
 
     - `torch.view_as_complex` of a parameter, which lies anywhere in a flat vector, is a copy where torch wants another
-      alignment.
+      alignment; so is its view as a complex dtype.
     - `requires_grad`, `is_leaf` and `grad_fn` of a tensor inside `vmap` are those of the tensors of all tasks; torch
       says that none requires grad, and a forward pass that asks would take another branch than for one task.
 
@@ -93,8 +94,29 @@ def _view_as_complex(pairs: Tensor) -> Tensor:
         return torch.complex(*pairs.unbind(-1))  # no view, whose derivative would want the same alignment
 
 
+def _view(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    dtype = args[0] if args else kwargs.get("dtype")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_complex or tensor.is_complex():
+        return tensor.view(*args, **kwargs)
+    return _view_as_complex(tensor.unflatten(-1, (-1, 2)))
+
+
 def _of_all_tasks(getter: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-    return lambda tensor: getter(of_all_tasks(tensor))
+    def get(tensor: Tensor) -> Any:
+        whole = of_all_tasks(tensor)
+        if not whole.requires_grad:
+            denied.count += 1
+        return getter(whole)
+
+    return get
+
+
+class _Denied(threading.local):
+    count = 0
+
+
+denied = _Denied()
+"""How often a forward pass asked of a tensor whether it requires grad, and heard that it does not."""
 
 
 _TENSOR: Any = Tensor  # whose attributes have getters, which annotations do not say
@@ -104,5 +126,6 @@ _REPLACED: Mapping[Callable[..., Any], Callable[..., Any]] = {
     F.embedding_bag: _embedding_bag,
     weight_norm: _weight_norm,
     torch.view_as_complex: _view_as_complex,
+    Tensor.view: _view,
     **{getter: _of_all_tasks(getter) for getter in _GETTERS},
 }

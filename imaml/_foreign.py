@@ -80,5 +80,6 @@ def check_loss(
             f"The {kind} loss uses what requires grad and would get no gradient: {described(foreign, names())}. "
             "Expected a loss of the model's output, the batch and the argument `meta`. Name it in "
             "Objective(..., meta={...}) and take it from `meta`, or detach it; a module that is not to be learned by "
-            "requires_grad_(False)."
+            "requires_grad_(False). A loss of the model's own parameters as they adapt is "
+            "Objective.from_function(loss, params), or the `weight_decay` of the inner optimiser."
         )

@@ -140,12 +140,12 @@ class ForwardOverReverse:
     def __call__(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
         tangents = self._jvp(w, mixed)[1]
         n = len(self._loss.context.layout.names)  # what the loss does not use has zeros, as if it were used
-        used = [t if bool(t.any()) else None for t in tangents[n:]]
+        used = [t if bool(t.any()) else None for t in tangents[n:]] if mixed else []
         return self._loss.collect([*tangents[:n], *used], self._phi)
 
     def _jvp(self, w: Tensor, mixed: bool) -> tuple[list[Tensor], list[Tensor]]:
         """The gradient and its derivative along w, by the adapted and if `mixed` the fixed parameters."""
-        gradient = torch.func.grad(self._total, argnums=(0, 1) if mixed else (0,))
+        gradient = torch.func.grad(self._total, argnums=(0, 1) if mixed or self._loss.context.needs_fixed else (0,))
         tangents = (self._loss.context.layout.views(w), *self._rest)
         with sdpa_kernel(SDPBackend.MATH):
             both = torch.func.jvp(gradient, self._primals, tangents)
@@ -160,7 +160,8 @@ class ForwardOverReverse:
 
     def _check_draws(self) -> None:
         """Raise RuntimeError if the gradient under forward AD sees other random numbers than the inner loop's."""
-        primal = self._loss.collect(self._jvp(torch.zeros_like(self._phi), mixed=False)[0], self._phi)[0]
+        both = self._jvp(torch.zeros_like(self._phi), mixed=False)[0]
+        primal = self._loss.collect(both[: len(self._loss.context.layout.names)], self._phi)[0]
         plain = self._loss.gradient(self._phi, self._step).adapted
         if (primal - plain).norm() > torch.finfo(plain.dtype).eps ** 0.5 * plain.norm():
             raise RuntimeError("the loss draws its random numbers in another order under forward AD")

@@ -261,8 +261,8 @@ def _check_one_meaning(name: str, found: Mapping[str, Any], shapes: Mapping[str,
     """Raise where a vector may be one value per step, as others beside it are, or one per entry of its parameter."""
     vectors = [n for n, value in found.items() if isinstance(value, Tensor) and value.shape == (steps,)]
     both = [n for n in vectors if shapes[n] == (steps,)]
-    if steps > 1 and both and len(both) < len(vectors):
-        other = next(n for n in vectors if n not in both)
+    others = [n for n, v in found.items() if isinstance(v, (list, tuple)) and len(v) == steps or n in vectors]
+    if steps > 1 and both and (other := next((n for n in others if n not in both), None)):
         raise ValueError(
             f"`{name}[{both[0]!r}]` may be one value per inner step, as `{name}[{other!r}]` is, or one per entry of "
             f"the parameter, which has as many. Expected shape ({steps}, 1) for one per step, or (1, {steps}) for one "

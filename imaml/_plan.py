@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from imaml._chunk import ChunkLoss
 from imaml._microbatch import Microbatched
-from imaml._torch import refuses_hooks, tree_leaves
+from imaml._torch import is_functorch_wrapped_tensor, refuses_hooks, tree_leaves
 
 VECTORISED = {"cpu": 32 * 2**20}
 """Bytes that the graphs of tasks vectorised together save at most, by device type. On a CPU vectorising pays as long
@@ -72,8 +72,10 @@ def saved_bytes(loss: ChunkLoss, phi: Tensor) -> int:
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor.detach())  # the tensor itself would be kept by its own graph
-        return saved[-1]
+        kept = tensor.detach()  # the tensor itself would be kept by its own graph
+        if not is_functorch_wrapped_tensor(kept):  # one inside a transform of the loss's own has no memory to be seen
+            saved.append(kept)
+        return kept
 
     with torch.enable_grad():
         adapted, fixed = loss.leaves(phi, fixed=True)

@@ -14,7 +14,9 @@ from imaml.inner._problem import State
 def needs_gradient(problem: Problem) -> bool:
     """Whether the derivative of the update depends on where it is taken, and not on the step alone."""
     inner = problem.optimizer
-    return not inner.is_linear or bool(problem.support.context.hyper.learned & set(inner.hyperparameters))
+    return not inner.said_of_update("is_linear") or bool(
+        problem.support.context.hyper.learned & set(inner.hyperparameters)
+    )
 
 
 @dataclass
@@ -52,7 +54,8 @@ class Point:
             state = (gradient,) * len(cotangents)
         at, learned = hyper.at(self.step), hyper.learned
         with problem.draws(self.step):
-            before, w, rates = problem.optimizer.pullback(state, gradient, cotangents, self.step, at, learned)
+            pullback = problem.optimizer.said_of_update("pullback")
+            before, w, rates = pullback(state, gradient, cotangents, self.step, at, learned)
         if "regularization" in learned:
             rates["regularization"] = w * (self.state[0] - problem.theta)
         hyper.add(rates, self.step)

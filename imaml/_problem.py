@@ -174,6 +174,8 @@ class Problem:
             raise TypeError(f"{name} must return a tuple of phi and its {size - 1} `buffers`. Got {got}.")
         if versions != [t._version for t in (*state, gradient)]:
             raise ValueError(f"{name} changes its arguments in place. Expected new tensors: use a + b for a.add_(b).")
+        if step == 0 and len(gradient) > 1 and not optimizer.said_of_update("is_deterministic"):
+            self._check_rows(name, state, gradient, following)
         if not any(t.requires_grad for t in following):
             return following
         # Nothing that it was given requires grad.
@@ -185,9 +187,29 @@ class Problem:
             )
         return tuple(t.detach() for t in following)
 
+    def _check_rows(self, name: str, state: State, gradient: Tensor, following: State) -> None:
+        """Raise where the first step of a task depends on those that run with it; random draws are not looked at.
+
+        Raises:
+            ValueError: It does.
+        """
+        context = self.support.context
+        with self.draws(0):
+            alone = self.optimizer.update(tuple(t[:1] for t in state), gradient[:1], 0, context.hyper.at(0))
+        if context.replay.draws:
+            return
+        tolerance = torch.finfo(gradient.dtype).eps ** 0.5
+        pairs = zip(alone, following, strict=True)
+        if not all(torch.allclose(one, all_of[:1], rtol=tolerance, equal_nan=True) for one, all_of in pairs):
+            raise ValueError(
+                f"{name} mixes tasks. Expected that every row of a state and of the gradient, `(tasks, n)`, is a task "
+                "by itself. Got another step for a task alone than among others: take norms and sums along the last "
+                "dimension, such as gradient.norm(dim=-1, keepdim=True)."
+            )
+
     def draws(self, step: int) -> AbstractContextManager[None]:
         """Within it, random numbers are those of the optimiser at this step."""
-        if self.optimizer.is_deterministic:
+        if self.optimizer.said_of_update("is_deterministic"):
             return nullcontext()
         return self.support.context.replay.at(UPDATE, self.positions[0], step)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from imaml._chunk import SUPPORT, ChunkLoss
+from imaml._foreign import leaves_of
 from imaml._gradient import Gradient
 from imaml._sharding import ShardedLayout, local, whole
 from imaml._tasks import Batch
@@ -51,8 +52,11 @@ class ShardedLoss(ChunkLoss):
             with self._at(phi):
                 losses, figure = self.losses((), (), self.batch, step, metric=metric)
                 self.check_depends(losses)
-                # before `backward`, which would leave gradients there
-                self.check_own(losses, parameters, lambda: self.losses((), (), self.batch, step)[0])
+                # Before `backward`, which would leave gradients there. Gathered parameters are leaves that only FSDP
+                # knows, so what has no name in the objective counts as known.
+                named = self.context.objective.names()
+                unnamed = [leaf for address, leaf in leaves_of([losses]).items() if address not in named]
+                self.check_own(losses, [*parameters, *unnamed], lambda: self.losses((), (), self.batch, step)[0])
                 (losses if weights is None else losses * whole(weights)).sum().backward()
             grads = [p.grad for p in parameters]
         finally:

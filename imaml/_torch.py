@@ -81,6 +81,7 @@ LACKS_SECOND_DERIVATIVE = (
     "being transformed by a functorch transform",
     "do not have strides",
     "would mutate a captured Tensor",
+    "_efficientzerotensor",
 )
 """What the errors say of operations without second derivatives, or without some mode of them. A message that torch has
 changed reaches the user in place of finite differences."""

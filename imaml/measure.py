@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from imaml._torch import TorchDispatchMode
 
@@ -131,20 +131,21 @@ def counted(fn: Callable[[], object]) -> Counts:
     Returns:
         The counts.
     """
-    arithmetic = FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_flops}
-    )
-    with arithmetic, _Operations() as operations:  # type: ignore[no-untyped-call]
+    with _Operations() as operations:  # type: ignore[no-untyped-call]
         fn()
-    return Counts(operations=operations.count, flops=arithmetic.get_total_flops())
+    return Counts(operations=operations.count, flops=operations.flops)
 
 
 class _Operations(TorchDispatchMode):
-    count = 0
+    # torch's own FlopCounterMode hooks into modules besides, which no task of a vectorised pass survives.
+    count = flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1
-        return func(*args, **(kwargs or {}))
+        found = func(*args, **(kwargs or {}))
+        formula = _FORMULAS.get(func.overloadpacket)
+        self.flops += 0 if formula is None else formula(*args, **(kwargs or {}), out_val=found)
+        return found
 
 
 def _convolution_flops(grad: Any, x: Any, weight: Any, *rest: Any, out_shape: Any, **_: Any) -> int:
@@ -158,3 +159,9 @@ def _convolution_flops(grad: Any, x: Any, weight: Any, *rest: Any, out_shape: An
 def _synchronize() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+
+
+_FORMULAS: dict[Any, Any] = {
+    **flop_registry,
+    torch.ops.aten.convolution_backward: shape_wrapper(_convolution_flops),
+}

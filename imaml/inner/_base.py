@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -80,15 +80,6 @@ class InnerOptimizer(InnerSolver):
     lr: Hyper
     stationarity: float | None = None
 
-    def __init_subclass__(cls) -> None:
-        """Take back what a base class says of an `update` that is overridden."""
-        super().__init_subclass__()
-        # By the order of resolution and not by what stands in the class itself: a mixin may bring the `update`.
-        rank = {n: next(i for i, c in enumerate(cls.__mro__) if n in vars(c)) for n in ("update", *_OF_UPDATE)}
-        for name in _OF_UPDATE:
-            if rank["update"] < rank[name]:
-                setattr(cls, name, vars(InnerOptimizer)[name])
-
     def __post_init__(self) -> None:
         """Check the configuration; raises TypeError or ValueError."""
         super().__post_init__()
@@ -106,6 +97,26 @@ class InnerOptimizer(InnerSolver):
     def buffers(self) -> int:
         """How many vectors besides phi the state has; all start at zero."""
         return 0
+
+    def said_of_update(self, name: Literal["is_linear", "is_deterministic", "pullback"]) -> Any:
+        """What a class says of its own `update`; where another class brings the `update`, what `InnerOptimizer` says.
+
+        Looked up at each use, since an `update` may be set on a class or on an optimiser at any time.
+
+        Args:
+            name: Of the attribute.
+
+        Returns:
+            Its value, for this optimiser.
+        """
+        if "update" not in vars(self):
+            for cls in type(self).__mro__:
+                if name in vars(cls):
+                    return getattr(self, name)
+                if "update" in vars(cls):
+                    break
+        value: Any = vars(InnerOptimizer)[name]
+        return value.__get__(self) if callable(value) else value
 
     @abstractmethod
     def update(self, state: State, gradient: Tensor, step: int, at: Rates) -> State:
@@ -152,10 +163,6 @@ class InnerOptimizer(InnerSolver):
             return cotangents[0]  # phi is theta, and the buffers are zeros
         point = theta().detach().requires_grad_()
         return _pulled(self.start(point), cotangents, [point])[0]
-
-
-_OF_UPDATE = ("is_linear", "is_deterministic", "pullback")
-"""What a class says of its own `update`."""
 
 
 def _pulled(outputs: State, cotangents: State, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -43,7 +43,8 @@ class InnerProblem:
         """Gradient of J at phi, and Hessian-vector products there by double backward."""
         leaf = phi.detach().requires_grad_()
         with torch.enable_grad():
-            loss = self.reference.inner_loss(self.values(leaf), self.start, self.batch)
+            others = {n: t.detach().requires_grad_() for n, t in self.start.items()}  # a loss may ask
+            loss = self.reference.inner_loss(others | unflat(leaf, self._like), self.start, self.batch)
             (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
 
         def product(w: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from imaml._layout import Layout
 from imaml._meta import MetaParameters
 from imaml._objective import Objective
 from imaml._tasks import Task
+from imaml._torch import tree_map
 from imaml.inner import GradientDescent, InnerOptimizer
 
 Values = dict[str, Tensor]
@@ -79,7 +80,8 @@ class Reference:
         return replace(self, tasks=[self.tasks[task]])
 
     def loss(self, values: Mapping[str, Tensor], batch: Any, *, outer: bool = False) -> Tensor:
-        """The support loss, or the query loss; buffers are copies, and attention has second derivatives."""
+        """The support loss, or the query loss; data and buffers are copies, and attention has second derivatives."""
+        batch = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, batch)  # a loss may set requires_grad
         with sdpa_kernel(SDPBackend.MATH), HeldBuffers.of(self.objective.held()).copied(afresh=True):
             return self.objective.evaluate(dict(values) | self.objective.constants(), batch, outer=outer)[0]
 
@@ -112,7 +114,7 @@ class Reference:
         state = self.inner.start(flat(adapted).unsqueeze(0))
         values = start | unflat(state[0].squeeze(0), adapted)
         for step in range(self.steps):
-            leaves = values | {n: values[n].detach().requires_grad_() for n in self.adapted}
+            leaves = {n: t.detach().requires_grad_() for n, t in values.items()}
             wanted = [leaves[n] for n in self.adapted]
             with torch.enable_grad():
                 inner = self.inner_loss(leaves, start, batch)

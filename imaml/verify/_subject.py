@@ -150,7 +150,7 @@ def is_random(reference: Reference, seed: int, as_given: Callable[[], object]) -
 
 def is_update_random(reference: Reference, seed: int) -> bool:
     """Whether the inner optimiser draws random numbers, where the loss draws none."""
-    if reference.inner.is_deterministic:
+    if reference.inner.said_of_update("is_deterministic"):
         return False
 
     def adapted(s: int) -> Tensor:

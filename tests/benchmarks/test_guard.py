@@ -15,7 +15,7 @@ from imaml.measure import counted
         ("imaml MAML, chunk_size=1", 2040, 11.8),
         ("imaml MAML, checkpoints=4", 830, 11.8),
         ("imaml FOMAML", 390, 4.0),
-        ("imaml ImplicitMAML", 1560, 13.0),
+        ("imaml ImplicitMAML", 1620, 13.0),
     ],
 )
 def test_operations_and_arithmetic(method, operations, arithmetic):

@@ -62,3 +62,50 @@ def test_a_tensor_that_needs_no_gradient_says_so_inside_vmap():
 
     FOMAML(inner=INNER)(Objective(OfInput(4, CLASSES).double(), F.cross_entropy), classification((4,)))
     assert answers and not any(answers)
+
+
+SETTINGS = {
+    "default": {},
+    "one by one": {"chunk_size": 1},
+    "rebuilt": {"linearize": False},
+    "checkpoints": {"checkpoints": 1},
+    "slices": {"microbatch_size": 2},
+    "forward-over-reverse": {"hvp": "forward-over-reverse"},
+    "on disk": {"storage": "disk"},
+}
+
+
+class AskingBody(nn.Module):
+    """Asks what comes out of a body that does not adapt."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 5), nn.Linear(5, CLASSES)
+
+    def forward(self, x):
+        hidden = torch.tanh(self.body(x))
+        return self.head(1.5 * hidden if hidden.requires_grad and self.body.weight.requires_grad else hidden)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_what_does_not_adapt_but_is_learned_requires_grad_in_every_setting(setting):
+    torch.manual_seed(0)
+    model, tasks = AskingBody().double(), classification((4,))
+    objective = Objective(model, F.cross_entropy, adapt=["head"])
+    engine = MAML(inner=INNER, **SETTINGS[setting])
+    _, found = engine.value_and_grad(objective, tasks)
+    _, expected = ORACLES[MAML](oracle_setting(engine, model, objective, tasks))
+    assert relative_error(found, expected) <= 1e-10
+
+
+def test_a_meta_parameter_requires_grad_in_every_setting():
+    scale, tasks = torch.ones((), dtype=torch.float64, requires_grad=True), classification((4,))
+
+    def loss(output, target, meta):
+        return F.cross_entropy(output * meta["scale"], target) if meta["scale"].requires_grad else output.mean()
+
+    torch.manual_seed(0)
+    objective = Objective(nn.Linear(4, CLASSES).double(), loss, meta={"scale": scale})
+    losses = [MAML(inner=INNER, **setting)(objective, tasks).loss for setting in SETTINGS.values()]
+    for value in losses[1:]:
+        torch.testing.assert_close(value, losses[0])

@@ -15,8 +15,9 @@ HARD = GradientDescent(lr=0.1, steps=0)
 class Spectral(nn.Module):
     """Multiplies by complex weights, kept as such or as pairs, with a parameter of odd size before them."""
 
-    def __init__(self, as_pairs):
+    def __init__(self, as_pairs, as_view=False):
         super().__init__()
+        self.as_view = as_view
         self.bias, self.head = nn.Parameter(torch.randn(3).double()), nn.Linear(4, CLASSES).double()
         pairs = torch.randn(4, 2).double()
         self.weight = nn.Parameter(pairs if as_pairs else torch.view_as_complex(pairs))
@@ -24,6 +25,7 @@ class Spectral(nn.Module):
 
     def forward(self, x):
         weight = torch.view_as_complex(self.weight) if self.as_pairs else self.weight
+        weight = self.weight.view(torch.complex128).squeeze(-1) if self.as_view else weight
         return self.head(torch.tanh(torch.view_as_real(x * weight).sum(-1))) + self.bias
 
 
@@ -108,3 +110,13 @@ def test_what_is_not_a_pair_keeps_the_error_of_torch():
     objective = Objective.from_function(loss, {"w": torch.ones(3).double()})
     with pytest.raises(RuntimeError, match="size of last dimension 2|must have a last dimension of size 2|of size 2"):
         FOMAML(inner=INNER)(objective, classification((4,)))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_a_view_as_a_complex_dtype_is_that_of_pairs(chunk_size):
+    engine, tasks = MAML(inner=INNER, chunk_size=chunk_size), classification((4,))
+    model = Spectral(True)
+    expected = engine.value_and_grad(Objective(model, F.cross_entropy), tasks)[1]
+    model.as_view = True
+    found = engine.value_and_grad(Objective(model, F.cross_entropy), tasks)[1]
+    torch.testing.assert_close(found, expected)

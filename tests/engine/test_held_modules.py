@@ -1,6 +1,7 @@
 """Buffers of every module that a loss or a metric can reach are as they were after a call."""
 
 import functools
+from collections import deque
 
 import pytest
 import torch
@@ -83,6 +84,40 @@ class LossModule(nn.Module):
         return F.mse_loss(output, self.network(output))
 
 
+class HelperMethod:
+    """Its loss is a method that its call calls."""
+
+    def score(self, output, target):
+        return F.mse_loss(output, GLOBAL(output))
+
+    def __call__(self, output, target):
+        return self.score(output, target)
+
+
+class ClassAttribute:
+    network = GLOBAL
+
+    def __call__(self, output, target):
+        return F.mse_loss(output, self.network(output))
+
+
+class Slots:
+    __slots__ = ("network",)
+
+    def __init__(self, network):
+        self.network = network
+
+    def __call__(self, output, target):
+        return F.mse_loss(output, self.network(output))
+
+
+class AfterMuchData(Slots):
+    __slots__ = ("data",)
+
+    def __init__(self, network):
+        self.data, self.network = [(str(i), i) for i in range(20_000)], network
+
+
 def with_network(output, target, network):
     return F.mse_loss(output, network(output))
 
@@ -102,13 +137,24 @@ HOLDERS = {
     "object": Loss,
     "module": LossModule,
     "module by global name": lambda network: GlobalModule(),
+    "global name in a method": lambda network: HelperMethod(),
+    "class attribute": lambda network: ClassAttribute(),
+    "slot": Slots,
+    "after much data": AfterMuchData,
+    "deque": lambda network: lambda output, target, held=deque([network]): with_network(output, target, held[0]),
     "argument": lambda network: functools.partial(with_network, network=network),
     "default": by_default,
 }
 
 
 def network_of(holder):
-    return GLOBAL if "global" in holder or "another" in holder else generator()
+    return GLOBAL if holder in _OF_GLOBAL else generator()
+
+
+_OF_GLOBAL = (
+    *("global name", "another function", "module by global name"),
+    *("global name in a method", "class attribute"),
+)
 
 
 def state(module):

@@ -1,6 +1,7 @@
 """Models that recompute or are compiled: the derivatives are those of the model as written."""
 
 import functools
+import warnings
 
 import pytest
 import torch
@@ -113,3 +114,27 @@ def test_a_checkpoint_in_a_function_of_parameters_sees_these(chunk_size, use_ree
 
     found = gradients(Wrapped(network, use_reentrant=use_reentrant))
     assert relative_error(found, gradients(Wrapped(network))) <= 1e-12
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_a_checkpoint_in_the_loss(chunk_size):
+    model, tasks = nn.Linear(4, 3).double(), classification((4,))
+    critic = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double().requires_grad_(False)
+    engine = MAML(inner=GradientDescent(lr=0.3, steps=2), chunk_size=chunk_size)
+
+    def gradients(apply):
+        return engine.value_and_grad(Objective(model, lambda o, t: F.cross_entropy(apply(critic, o), t)), tasks)[1]
+
+    found = gradients(functools.partial(checkpoint, use_reentrant=False))
+    assert relative_error(found, gradients(lambda critic, output: critic(output))) <= 1e-12
+
+
+def test_scripted_modules_in_a_model_and_in_a_loss():
+    with warnings.catch_warnings(action="ignore"):  # torch means to do without them
+        scripted = torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double().requires_grad_(False))
+    tasks = classification((4,))
+    for objective in (
+        Objective(nn.Linear(4, 3).double(), lambda output, target: F.cross_entropy(scripted(output), target)),
+        Objective(nn.Sequential(nn.Linear(4, 3).double(), scripted), F.cross_entropy),
+    ):
+        assert FOMAML(inner=INNER)(objective, tasks).loss.isfinite()

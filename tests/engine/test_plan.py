@@ -178,3 +178,13 @@ def test_what_cannot_be_looked_at_runs_one_by_one():
     context, support, query = losses(Objective(Force(by_transform), F.cross_entropy), classification((4,)))
     decided = _plan.plan(support, query, context.theta.unsqueeze(0), INNER.steps, 0)
     assert decided == _plan.ONE_BY_ONE
+
+
+def test_a_loss_with_forward_derivatives_of_its_own_is_looked_at():
+    def loss(output, target):
+        slope = torch.func.jvp(lambda z: z**3, (output,), (torch.ones_like(output),))[1]
+        return F.cross_entropy(output, target) + slope.mean()
+
+    model, _, tasks = problem()
+    values = [MAML(inner=INNER, chunk_size=size)(Objective(model, loss), tasks).loss for size in (None, 1)]
+    torch.testing.assert_close(values[0], values[1])

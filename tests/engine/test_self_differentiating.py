@@ -166,3 +166,69 @@ def test_a_loss_that_fails_raises_its_own_error_without_gradients_too():
 
     with torch.no_grad(), pytest.raises(RuntimeError, match="of the user's own"):
         MAML(inner=GradientDescent(lr=0.1, steps=0))(Objective(network(), broken), tasks())
+
+
+class Cam(nn.Module):
+    """Weighs the features of a body by the slope of its head."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(2, 5).double(), nn.Linear(5, 1).double()
+
+    def forward(self, x):
+        features = torch.tanh(self.body(x))
+        slope = torch.autograd.grad(self.head(features).square().sum(), features, create_graph=True)[0]
+        return self.head(features * slope)
+
+
+def by_parameters(params, batch):
+    """A gradient penalty."""
+    value = F.mse_loss(functional_call(MODEL, params, (batch[0],)), batch[1])
+    slopes = torch.autograd.grad(value, list(params.values()), create_graph=True)
+    return value + 0.1 * sum(slope.square().sum() for slope in slopes)
+
+
+def in_place(params, batch):
+    """Lets the batch itself require grad, as is often written."""
+    x, f = batch
+    u = functional_call(MODEL, params, (x.requires_grad_(True),))
+    return (torch.autograd.grad(u.sum(), x, create_graph=True)[0][:, :1] + u - f).square().mean()
+
+
+def by_meta():
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    def loss(output, target, meta):
+        value = (meta["weight"] * (output - target).square()).mean()
+        return value + torch.autograd.grad(value, meta["weight"], create_graph=True)[0].square()
+
+    return Objective(network(), loss, meta={"weight": weight})
+
+
+OTHERS = {
+    "features of a body that does not adapt": lambda: Objective(Cam(), F.mse_loss, adapt=["head"]),
+    "parameters": lambda: Objective.from_function(by_parameters, dict(MODEL.named_parameters())),
+    "the batch itself": lambda: Objective.from_function(in_place, dict(MODEL.named_parameters())),
+    "meta-parameters": by_meta,
+}
+
+
+@pytest.mark.parametrize("by", OTHERS)
+def test_derivatives_by_whatever_requires_grad(by):
+    """A loss is a function of its arguments: in one graph of all steps it would see how phi came from the data too."""
+    objective, batch = OTHERS[by](), tasks()
+    value, right = MAML(inner=INNER).value_and_grad(objective, batch)
+    assert verify.meta_gradient(MAML(inner=INNER), objective, batch).status == "passed"
+    for way in WAYS.values():
+        if by in ("parameters", "meta-parameters") and "microbatch_size" in way:
+            continue  # no mean over examples
+        loss, gradients = MAML(inner=INNER, **way).value_and_grad(objective, batch)
+        torch.testing.assert_close(loss, value)
+        assert relative_error(gradients, right) <= 1e-10
+    with torch.no_grad():
+        torch.testing.assert_close(MAML(inner=INNER)(objective, batch).loss, value)
+    for engine in (FOMAML(inner=INNER), ImplicitMAML(inner=NewtonCG(steps=2), regularization=5.0)):
+        assert engine(objective, batch).loss.isfinite()
+    assert MAML(inner=INNER).adapt(objective, tuple(t[0] for t in batch.support)).keys() == set(objective.adapted)
+    assert not any(t.requires_grad for t in (*batch.support, *batch.query))

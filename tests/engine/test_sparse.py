@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from imaml import FOMAML, MAML, Dense, GradientDescent, ImplicitMAML, Objective, Task, TaskBatch, verify
+from imaml import FOMAML, MAML, CompileWarning, Dense, GradientDescent, ImplicitMAML, Objective, Task, TaskBatch, verify
 from tests.engine.cases import oracle_setting
 from tests.oracles import ORACLES, relative_error
 
@@ -111,3 +111,10 @@ def test_a_sparse_meta_parameter_is_refused():
     sparse = torch.eye(3).double().to_sparse().requires_grad_()
     with pytest.raises(TypeError, match="'weights' must be a dense floating-point tensor.*torch.sparse_coo"):
         Objective(nn.Linear(3, 2), F.mse_loss, meta={"weights": sparse})
+
+
+def test_a_sparse_buffer_cannot_be_compiled_and_is_not():
+    _, objective, batch = problem("coo")
+    with pytest.warns(CompileWarning, match="cannot be compiled"):
+        found = MAML(inner=INNER, compile=True, chunk_size=1).value_and_grad(objective, batch)[1]
+    assert relative_error(found, MAML(inner=INNER).value_and_grad(objective, batch)[1]) <= 1e-12

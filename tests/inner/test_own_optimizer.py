@@ -279,3 +279,35 @@ def test_an_update_with_a_tensor_that_would_get_no_gradient_is_refused(strategy)
         assert engine(objective, tasks).loss.isfinite()
     strategy(inner=Scaled(lr=0.1, steps=2, scale=scale.detach()), **options)(objective, tasks)
     assert scale.grad is None
+
+
+def test_an_update_that_is_set_later_is_differentiated_as_it_is_written():
+    @dataclass(frozen=True, kw_only=True)
+    class Late(GradientDescent):
+        pass
+
+    def update(self, state, gradient, step, at):
+        return GradientDescent.update(self, state, gradient.tanh(), step, at)
+
+    Late.update = update
+    inner = GradientDescent(lr=0.1, steps=2)
+    object.__setattr__(inner, "update", lambda *args: update(inner, *args))
+    objective, tasks = scalar_problem()
+    for each in (Late(lr=0.1, steps=2), inner):
+        assert MAML(inner=each).value_and_grad(objective, tasks)[1]["w"].item() == pytest.approx(3.1953, abs=1e-4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixing(GradientDescent):
+    """Takes one norm of the gradients of all tasks."""
+
+    def update(self, state, gradient, step, at):
+        return super().update(state, gradient / gradient.norm(), step, at)
+
+
+@pytest.mark.parametrize("strategy", [MAML, FOMAML])
+def test_an_update_that_mixes_tasks_is_refused(strategy):
+    objective, tasks = Objective(cases.make_model(), F.mse_loss), cases.make_tasks()
+    with pytest.raises(ValueError, match=r"Mixing.update mixes tasks.*dim=-1"):
+        strategy(inner=Mixing(lr=0.1, steps=2))(objective, tasks)
+    strategy(inner=Mixing(lr=0.1, steps=2), chunk_size=1)(objective, tasks)

@@ -158,3 +158,19 @@ def test_a_claim_that_is_not_said(options, message):
 def test_no_tasks():
     with pytest.raises(ValueError, match="at least one task"):
         imaml.verify.meta_gradient(ENGINE, Objective(nn.Linear(4, 2), F.mse_loss), [])
+
+
+def test_a_loss_that_reads_the_model_itself_is_refused() -> None:
+    """It would read the original, and a wrong result could pass."""
+    model = nn.Linear(4, 3)
+    model.penalty = torch.zeros(())
+
+    def loss(output, target):
+        return F.cross_entropy(output, target) + model.penalty
+
+    objective = Objective(model, loss)
+    batch = (torch.randn(2, 5, 4), torch.randint(3, (2, 5)))
+    with pytest.raises(TypeError, match="reads Linear itself"):
+        imaml.verify.meta_gradient(
+            MAML(inner=GradientDescent(lr=0.1, steps=1)), objective, TaskBatch(support=batch, query=batch)
+        )

@@ -48,7 +48,7 @@ def trace_and_compile(function: Function, tensors: Sequence[Tensor], what: str, 
 
         graph = make_fx(_refusing_to_read_zeros(function))(*tensors)
         size = _size(graph)
-        left = seconds - (monotonic() - start)
+        left = max(0.0, seconds - (monotonic() - start))
         LOGGER.info("Compiling %s (%s). It may take %.0f s.", what, size, left)
         device, threads = tensors[0].device, torch.get_num_threads()
 

@@ -160,8 +160,9 @@ class TaskBatch:
         """
         if others := objects((self.support, self.query)):
             raise TypeError(
-                f"Only tensors can be copied to another dtype or device. Got {type(others[0]).__name__}: move it "
-                "before the task is made, or register its type once, with torch.utils._pytree.register_pytree_node."
+                f"Only tensors can be copied to another dtype or device. Got {type(others[0]).__name__}: "
+                "register its type once, with torch.utils._pytree.register_pytree_node, or move it before the task is "
+                "made."
             )
 
         def move(tensor: Tensor) -> Tensor:

@@ -56,23 +56,23 @@ PRESETS: dict[Dataset, Preset] = {
         machine=MachineOptions(threads=1),
     ),
     "glyphs": Preset(
-        episodes=EpisodeOptions(dataset="glyphs", ways=5, shots=5, queries=1),
+        episodes=EpisodeOptions(dataset="glyphs", ways=20, shots=1, queries=1),
         # Found by benchmarks/tune_demo.py; benchmarks/results/demo says why iMAML's own steps are smaller than there.
         plans={
-            "maml": Plan(steps=600, meta_batch=4, meta_lr=6e-3, eval_every=50),
-            "fomaml": Plan(steps=400, meta_batch=4, meta_lr=1.2e-2, eval_every=50),
+            "maml": Plan(steps=400, meta_batch=4, meta_lr=1.2e-2, eval_every=50),
+            "fomaml": Plan(steps=400, meta_batch=4, meta_lr=6e-3, eval_every=50),
             "imaml": Plan(steps=400, meta_batch=4, meta_lr=6e-3, eval_every=50),
         },
         engines={
-            "maml": EngineOptions(adapt=["head"], inner_lr=1.0, inner_steps=1),
-            "fomaml": EngineOptions(adapt=["head"], inner_lr=0.3, inner_steps=4),
-            "imaml": EngineOptions(adapt=["head"], inner_lr=0.05, inner_steps=4, regularization=0.2, cg_steps=10),
+            "maml": EngineOptions(adapt=["head"], inner_lr=3.0, inner_steps=1),
+            "fomaml": EngineOptions(adapt=["head"], inner_lr=1.0, inner_steps=8),
+            "imaml": EngineOptions(adapt=["head"], inner_lr=0.1, inner_steps=4, regularization=0.2, cg_steps=5),
         },
         comparison=PlanOptions(val_tasks=100),
         machine=MachineOptions(threads=1),
         why=(
-            "Five support images a class and one query image: the exact and the implicit gradient teach the features "
-            "by all six, through the adaptation; first order has no derivative by the five."
+            "Twenty classes with one support image and one query image each: the exact and the implicit gradient teach "
+            "the features by both, through the adaptation; first order has no derivative by the support images."
         ),
     ),
     "omniglot": Preset(

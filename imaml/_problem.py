@@ -19,6 +19,7 @@ from imaml._layout import Layout
 from imaml._microbatch import Microbatched
 from imaml._plan import Plan
 from imaml._report import Outcome
+from imaml._torch import is_write_to_shared
 from imaml.inner import InnerOptimizer, InnerSolver
 from imaml.inner._problem import Quadratic, State
 from imaml_solvers import LinearOperator
@@ -158,7 +159,8 @@ class Problem:
 
         Raises:
             TypeError: The optimiser's update does not return a state.
-            ValueError: It changes its arguments.
+            ValueError: It changes its arguments, mixes tasks, or uses what requires grad and would get no gradient.
+            RuntimeError: Its own.
         """
         optimizer, context, versions = self.optimizer, self.support.context, [t._version for t in (*state, gradient)]
 
@@ -167,13 +169,19 @@ class Problem:
             with self.draws(step):
                 return optimizer.update(state, gradient, step, context.hyper.at(step))
 
-        following = take()
         name, size = f"{type(self.inner).__name__}.update", 1 + optimizer.buffers
+        in_place = f"{name} changes its arguments in place. Expected new tensors: use a + b for a.add_(b)."
+        try:
+            following = take()
+        except RuntimeError as error:
+            if is_write_to_shared(error):  # theta, before the first step
+                raise ValueError(in_place) from error
+            raise
         if not isinstance(following, tuple) or len(following) != size:
             got = f"{len(following)} tensors" if isinstance(following, tuple) else type(following).__name__
             raise TypeError(f"{name} must return a tuple of phi and its {size - 1} `buffers`. Got {got}.")
         if versions != [t._version for t in (*state, gradient)]:
-            raise ValueError(f"{name} changes its arguments in place. Expected new tensors: use a + b for a.add_(b).")
+            raise ValueError(in_place)
         if step == 0 and len(gradient) > 1 and not optimizer.said_of_update("is_deterministic"):
             self._check_rows(name, state, gradient, following)
         if not any(t.requires_grad for t in following):

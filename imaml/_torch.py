@@ -102,6 +102,11 @@ def is_write_to_rows(error: RuntimeError) -> bool:
     return "of unbind" in str(error).lower()
 
 
+def is_write_to_shared(error: RuntimeError) -> bool:
+    """Whether a tensor was written to that all tasks share. Not known, torch's own words reach the user."""
+    return "written-to tensor refers to a single memory location" in str(error)
+
+
 def of_all_tasks(tensor: Tensor) -> Tensor:
     """The tensor of all tasks, of which `vmap` shows that of one; any other as it is."""
     while is_batchedtensor(tensor):

@@ -28,6 +28,7 @@ from imaml._torch import (
     tree_flatten,
     tree_leaves,
     tree_map,
+    without_fallback_warning,
 )
 
 SUPPORT, QUERY, UPDATE = 0, 1, 2
@@ -266,7 +267,8 @@ class ChunkLoss:
             def of_leaves(values: list[Tensor], leaves: list[Tensor]) -> tuple[Tensor, ...]:
                 return one(values, structure.unflatten(leaves))
 
-            with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no batching rule
+            # the fused attention kernels have no batching rule
+            with sdpa_kernel(SDPBackend.MATH), without_fallback_warning():
                 return vmap(of_leaves, randomness="different")(values, leaves)
         try:
             found = [

@@ -11,6 +11,7 @@ Tested with torch 2.9 to 2.15. A private name may be gone in the next release:
 | `torch._weight_norm` | its wrong second derivative is replaced | ImportError |
 | `CheckpointFunction` and the like | no recomputation with other parameters | ImportError |
 | `get_interpreter_stack`, `TransformType` | buffers are copied once a call | copied in every pass |
+| `_set_vmap_fallback_warning_enabled` | an operation that `vmap` runs in a loop is no matter | torch warns |
 | `_get_sequence_nr` | equal graphs are looked through once | looked through every time |
 | `aten._to_copy` | `verify` knows what a model rounds to | ImportError |
 | `_SpectralNorm`, `SpectralNorm` | `spectral_norm` is known | by `n_power_iterations` |
@@ -121,6 +122,20 @@ def is_transformed() -> bool:
         return any(level.key() != functorch.TransformType.Vmap for level in functorch.get_interpreter_stack() or ())
     except AttributeError:
         return True
+
+
+@contextmanager
+def without_fallback_warning() -> Iterator[None]:
+    """Within it `vmap` does not warn of an operation that it runs task by task, which the user cannot change."""
+    switch = getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled", None)
+    if switch is None:
+        yield
+        return
+    switch(False)
+    try:
+        yield
+    finally:
+        switch(True)
 
 
 def sequence_number() -> float:

@@ -12,7 +12,6 @@ from tests.oracles import ORACLES, relative_error
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Sparse CSR tensor support is in beta state:UserWarning",
     "ignore:Sparse invariant checks are implicitly disabled:UserWarning",
-    "ignore:There is a performance drop:UserWarning",  # of vmap, which has no rule for the product
 )
 INNER = GradientDescent(lr=0.1, steps=2)
 LAYOUTS = {"coo": torch.Tensor.to_sparse, "csr": torch.Tensor.to_sparse_csr}

@@ -101,6 +101,12 @@ def test_without_the_stack_of_transforms_buffers_are_copied_in_every_pass(hvp, m
     assert relative_error(_gradient(model, "batch", hvp=hvp), expected) <= 1e-12
 
 
+def test_without_the_switch_vmap_warns_as_it_does(monkeypatch):
+    monkeypatch.delattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled")
+    with imaml._torch.without_fallback_warning():
+        assert relative_error(_gradient(_network()), _gradient(_network())) <= 1e-12
+
+
 def test_without_the_number_of_nodes_every_graph_is_looked_through(monkeypatch):
     looks = []
     monkeypatch.setattr("imaml._hvp.check_twice_differentiable", looks.append)

@@ -60,14 +60,22 @@ def statistics(model: nn.Module) -> list[str]:
 class HeldBuffers:
     """The buffers of modules that a loss holds: an evaluation sees copies of them."""
 
-    places: list[tuple[dict[str, Tensor | None], str, Tensor]]
-    """Where each stands, its name there, and the buffer itself."""
+    places: list[tuple[dict[str, Tensor | None], str, Tensor, bool]]
+    """Where each stands, its name there, the buffer itself, and whether it may be written to without a new version."""
     copies: list[Tensor]
 
     @classmethod
     def of(cls, modules: Iterable[nn.Module]) -> HeldBuffers:
         """Those of some modules."""
-        return cls([(m._buffers, n, b) for m in modules for n, b in m._buffers.items() if b is not None], [])
+        return cls(
+            [
+                (module._buffers, name, buffer, bool(getattr(module, "track_running_stats", False)))
+                for module in modules
+                for name, buffer in module._buffers.items()
+                if buffer is not None
+            ],
+            [],
+        )
 
     @contextmanager
     def copied(self, *, afresh: bool) -> Iterator[None]:
@@ -76,17 +84,18 @@ class HeldBuffers:
             yield
             return
         if afresh or not self.copies:
-            copies = [buffer.detach().clone() for _, _, buffer in self.places]
+            copies = [buffer.detach().clone() for _, _, buffer, _ in self.places]
         else:
             copies = self.copies
         try:
-            for (place, name, _), copy in zip(self.places, copies, strict=True):
+            for (place, name, _, _), copy in zip(self.places, copies, strict=True):
                 place[name] = copy
             yield
         finally:
-            for place, name, buffer in self.places:
+            for place, name, buffer, _ in self.places:
                 place[name] = buffer
-        changed = afresh or any(differ(c, b) for c, (_, _, b) in zip(copies, self.places, strict=True))
+        pairs = zip(copies, self.places, strict=True)
+        changed = afresh or any(differ(c, b) if silent else c._version > 0 for c, (_, _, b, silent) in pairs)
         self.copies = [] if changed else copies
 
 

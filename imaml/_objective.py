@@ -195,7 +195,11 @@ class Objective:
 
     def names(self) -> dict[int, str]:
         """What tensors that a loss may find past its arguments are called, by address."""
-        held = {id(p): f"{n!r} of {type(m).__name__} in the loss" for m in self.held() for n, p in m.named_parameters()}
+        held = {
+            id(p): f"{n!r} of {type(m).__name__} in the loss"
+            for m in reversed(self.held())
+            for n, p in m.named_parameters()
+        }
         own = {id(p): f"the parameter {n!r} read past the forward pass" for n, p in self._program.parameters().items()}
         return held | own | {id(t): f"the meta-parameter {n!r} read past `meta`" for n, t in self.meta.flat().items()}
 

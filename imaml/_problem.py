@@ -207,8 +207,16 @@ class Problem:
         if context.replay.draws:
             return
         tolerance = torch.finfo(gradient.dtype).eps ** 0.5
-        pairs = zip(alone, following, strict=True)
-        if not all(torch.allclose(one, all_of[:1], rtol=tolerance, equal_nan=True) for one, all_of in pairs):
+
+        def agree(some: State, others: State) -> bool:
+            pairs = zip(some, others, strict=True)
+            return all(torch.allclose(a, b, rtol=tolerance, equal_nan=True) for a, b in pairs)
+
+        if agree(alone, tuple(t[:1] for t in following)):
+            return
+        with self.draws(0):
+            again = self.optimizer.update(state, gradient, 0, context.hyper.at(0))
+        if agree(again, following):  # else it is no function of its arguments, and says nothing of the tasks
             raise ValueError(
                 f"{name} mixes tasks. Expected that every row of a state and of the gradient, `(tasks, n)`, is a task "
                 "by itself. Got another step for a task alone than among others: take norms and sums along the last "

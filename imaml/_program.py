@@ -15,7 +15,6 @@ from torch.func import functional_call
 from imaml._buffers import BufferPolicy, Statistics, check_buffers, statistics
 from imaml._faithful import Survey
 from imaml._meta import with_meta
-from imaml._reach import modules_of
 from imaml._tasks import Batch
 
 Parameters = Mapping[str, Tensor]
@@ -60,13 +59,6 @@ class ModelProgram:
                 f"{type(self.model).__name__} or its loss cannot be copied ({error}). Expected a module that "
                 "copy.deepcopy accepts: make tensors it keeps besides parameters and buffers leaves, with .detach()."
             ) from error
-        held, own = modules_of((loss, outer_loss)), {*self.model.modules()}
-        if any(module in own for module in held):
-            raise TypeError(
-                f"The loss reads {type(self.model).__name__} itself, and would read the original where a "
-                "copy is asked for. Expected a loss of the model's output. Got a function that holds the model: return "
-                "what it reads from the forward pass, or make the loss a module, or a method, of what holds the model."
-            )
         for module in (model, loss, outer_loss):
             if isinstance(module, nn.Module):
                 module.double()

@@ -2,82 +2,97 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+import sys
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import cache, partial
 from inspect import getattr_static
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
 _MOST = 10_000
 """Objects looked at, the nearest first: a loss that holds a trainer may hold a data set with it."""
-_LIBRARIES = {"torch", "imaml", "imaml_solvers", "numpy", "scipy", "builtins"}
+_DATA = 1_000
+"""A container of more entries is data, and is not looked into."""
 _OF_EVERY_MODULE = vars(nn.Module()).keys()
 _VALUES = (Tensor, str, bytes, int, float, complex, bool, type(None))
+_CONTAINERS = (list, tuple, set, frozenset, deque)
+_DICTIONARIES = (dict, OrderedDict, defaultdict)
 
 
 def modules_of(functions: Iterable[Callable[..., Any] | None]) -> list[nn.Module]:
     """The modules that functions hold: themselves, by attributes, closures, defaults, arguments bound, or global names.
 
     Functions that they call by a global name are followed, methods to their object, objects to the methods and
-    attributes of their class, modules to their forward pass, and lists, tuples, sets, deques and dictionaries to what
-    they contain. Weak references are not.
+    attributes of their class, modules to their forward pass, and lists, tuples, sets, deques and dictionaries of at
+    most 1,000 entries to what they contain. Weak references, other mappings, and the classes and global names of
+    installed packages are not. No code of the user's runs.
 
     Args:
         functions: Functions, methods, modules or other callables.
 
     Returns:
-        Each module once, and those inside it too.
+        Each module once, the outer ones first.
     """
     found: dict[int, nn.Module] = {}
     pending: deque[Any] = deque(f for f in functions if f is not None)
     seen: dict[int, Any] = {}  # with the objects, whose addresses would be used again
     while pending and len(seen) < _MOST:
         item = pending.popleft()
-        if id(item) in seen or isinstance(item, _VALUES):
+        if id(item) in seen or issubclass(type(item), _VALUES):
             continue
         seen[id(item)] = item
-        if isinstance(item, nn.Module):
+        if issubclass(type(item), nn.Module):
             found[id(item)] = item
             pending.extendleft(item._modules.values())
-        pending += _held_by(item)
+        pending += _held_by(item, type(item))
     return list(found.values())
 
 
-def _held_by(item: Any) -> Iterator[Any]:
-    if isinstance(item, nn.Module):
+def _held_by(item: Any, kind: type) -> Iterator[Any]:
+    # By type(item), since isinstance asks the object itself for its class, and proxies answer with anything.
+    if issubclass(kind, nn.Module):
         yield from (value for name, value in vars(item).items() if name not in _OF_EVERY_MODULE)
-        yield getattr_static(type(item), "forward", None)
-        yield type(item)
-    elif isinstance(item, FunctionType):
-        if not _is_of_library(item.__module__):
-            yield from _held_by_function(item)
-    elif isinstance(item, MethodType):
+        yield getattr_static(kind, "forward", None)
+        yield kind
+    elif kind is FunctionType:
+        yield from _held_by_function(item)
+    elif kind is MethodType:
         yield from (item.__self__, item.__func__)
-    elif isinstance(item, (staticmethod, classmethod)):
+    elif kind in (staticmethod, classmethod):
         yield item.__func__
-    elif isinstance(item, partial):
+    elif kind is partial:
         yield from (item.func, *item.args, *item.keywords.values())
-    elif isinstance(item, Mapping):
-        yield from item.values()
-    elif isinstance(item, (list, tuple, set, frozenset, deque)):
-        yield from item
-    elif isinstance(item, type):
-        if not _is_of_library(item.__module__):
-            yield from (
-                value for base in item.__mro__ if not _is_of_library(base.__module__) for value in vars(base).values()
-            )
-    elif not isinstance(item, ModuleType):
-        yield from getattr(item, "__dict__", {}).values()
-        slots = (name for base in type(item).__mro__ for name in getattr(base, "__slots__", ()))
-        yield from (getattr_static(item, name, None) and getattr(item, name, None) for name in slots)
-        yield type(item)
+    elif kind in _DICTIONARIES:
+        yield from item.values() if len(item) <= _DATA else ()
+    elif kind in _CONTAINERS:
+        yield from item if len(item) <= _DATA else ()
+    elif issubclass(kind, type):
+        if not _is_installed(item.__module__):
+            own = (base for base in item.__mro__ if not _is_installed(base.__module__))
+            yield from (value for base in own for value in vars(base).values())
+    elif kind is not ModuleType:
+        yield from getattr_static(item, "__dict__", None) and vars(item).values() or ()
+        slots = (vars(base).get("__slots__", ()) for base in kind.__mro__ if not _is_installed(base.__module__))
+        for name in (name for names in slots for name in ((names,) if isinstance(names, str) else names)):
+            member = getattr_static(kind, name, None)
+            if type(member) is MemberDescriptorType:
+                with suppress(AttributeError):  # not set
+                    yield member.__get__(item)
+        yield kind
 
 
-def _is_of_library(module: str | None) -> bool:
-    return module is not None and module.partition(".")[0] in _LIBRARIES
+@cache
+def _is_installed(module: str | None) -> bool:
+    """Whether a module belongs to Python or to an installed package, which holds nothing of the user's."""
+    top = (module or "").partition(".")[0]
+    if top in sys.stdlib_module_names or top in ("imaml", "imaml_solvers"):
+        return top != "__main__"
+    path = getattr(sys.modules.get(top), "__file__", None) or ""
+    return "site-packages" in path or "dist-packages" in path
 
 
 def _held_by_function(function: FunctionType) -> Iterator[Any]:
@@ -88,12 +103,14 @@ def _held_by_function(function: FunctionType) -> Iterator[Any]:
             continue
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
-    yield getattr(function, "__wrapped__", None)
+    yield function.__dict__.get("__wrapped__")
+    if _is_installed(function.__module__):
+        return
     names = list(_names(function.__code__))
     for name in names:
         value = function.__globals__.get(name)
         yield value
-        if isinstance(value, ModuleType) and not _is_of_library(value.__name__):
+        if type(value) is ModuleType and not _is_installed(value.__name__):
             yield from (vars(value).get(attribute) for attribute in names)
 
 

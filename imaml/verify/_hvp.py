@@ -16,7 +16,7 @@ from imaml.verify._modes import MODES, find
 from imaml.verify._products import differences
 from imaml.verify._products_verdict import verdict
 from imaml.verify._reference import Reference, draws, flat, unflat
-from imaml.verify._subject import check_own, evaluated, in_double, is_random
+from imaml.verify._subject import check_copied, check_own, evaluated, in_double, is_random
 from imaml.verify._verification import Verification
 
 DIRECTIONS = 3
@@ -74,6 +74,7 @@ def hvp(
     reference = Reference(copied, [task], GradientDescent(lr=1.0, steps=0), damping={})
     values = reference.values()
     random = is_random(reference, seed, partial(evaluated, objective, given))
+    check_copied(reference, objective.model, seed)
     check_own(reference, seed)
     adapted = {n: values[n] for n in copied.adapted}
 

@@ -21,6 +21,7 @@ from imaml.verify._subject import (
     Subject,
     Tasks,
     call,
+    check_copied,
     check_own,
     evaluated,
     in_double,
@@ -94,6 +95,7 @@ def meta_gradient(
     reference = Reference(copied, list(tasks), used, damping, as_function(given))
     values = reference.values()
     random = is_random(reference, seed, as_given)
+    check_copied(reference, objective.model, seed)
     check_own(reference, seed)
     random = random or is_update_random(reference, seed)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from imaml._buffers import HeldBuffers
 from imaml._errors import SolverWarning
@@ -15,6 +16,7 @@ from imaml._foreign import check_loss
 from imaml._meta_gradient import MetaGradient
 from imaml._objective import Objective
 from imaml._tasks import Task, TaskBatch
+from imaml._torch import tree_leaves
 from imaml.verify._claims import name_of
 from imaml.verify._reference import Reference, draws, flat
 
@@ -91,6 +93,45 @@ def evaluated(objective: Objective, task: Task) -> list[float]:
     pairs = ((task.support, False), (task.query, True))
     with HeldBuffers.of(objective.held()).copied(afresh=True):
         return [objective.evaluate(values, batch, outer=outer)[0].item() for batch, outer in pairs]
+
+
+class _Reads(TorchFunctionMode):
+    """Notes whether any of some tensors is computed with; to ask for a shape or a dtype is not to."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._tensors = {id(t): t for t in tensors}
+        self.found = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call `func`."""
+        if func not in _QUESTIONS:
+            self.found |= any(id(leaf) in self._tensors for leaf in tree_leaves((args, kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+_TENSOR: Any = Tensor  # whose attributes have getters, which annotations do not say
+_QUESTIONS = {
+    getattr(_TENSOR, name).__get__
+    for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "grad_fn", "grad")
+}
+
+
+def check_copied(reference: Reference, model: nn.Module | None, seed: int) -> None:
+    """Raise TypeError where a loss computes with tensors of the original model, past the copy that is verified."""
+    if model is None:
+        return
+    kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    task, values = reference.tasks[0], reference.values()
+    with draws(seed), _Reads((*kept, *model.parameters(), *model.buffers())) as reads:
+        reference.value(lambda leaves: reference.loss(leaves, task.support), values)
+        reference.query_loss(values, task)
+    if reads.found:
+        raise TypeError(
+            f"The loss reads {type(model).__name__} itself, of which a copy is verified. Expected a loss of the "
+            "model's output. Got a function that holds the model: return what it reads from the forward pass, or make "
+            "the loss a module, or a method, of what holds the model."
+        )
 
 
 def check_own(reference: Reference, seed: int) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 from collections import deque
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -276,3 +277,40 @@ def test_the_walk_ends():
     network = nn.Linear(1, 1)
     assert modules_of([functools.partial(with_network, network=network), lambda: circle, None]) == [network]
     assert modules_of([F.cross_entropy, nn.CrossEntropyLoss.forward, max]) == []
+
+
+class Closed(Mapping):
+    """A mapping whose entries cannot be read any more."""
+
+    def __len__(self):
+        return 2
+
+    def __iter__(self):
+        return iter("ab")
+
+    def __getitem__(self, key):
+        raise OSError("closed")
+
+
+class Proxy:
+    """Answers for an object that is not there."""
+
+    @property
+    def __class__(self):
+        raise RuntimeError("no object")
+
+
+class Trainer:
+    def __init__(self, network):
+        self.data, self.proxy, self.numbers, self.network = Closed(), Proxy(), list(range(5000)), network
+
+    def loss(self, output, target):
+        return F.mse_loss(output, self.network(output))
+
+
+def test_no_code_of_the_user_runs_while_modules_are_looked_for():
+    network = generator()
+    before = state(network)
+    MAML(inner=INNER)(Objective(mlp(), Trainer(network).loss), classification((4,)))
+    assert unchanged(network, before)
+    assert network in modules_of([Trainer(network).loss])

@@ -310,3 +310,22 @@ def test_an_update_that_mixes_tasks_is_refused(strategy):
     with pytest.raises(ValueError, match=r"Mixing.update mixes tasks.*dim=-1"):
         strategy(inner=Mixing(lr=0.1, steps=2))(objective, tasks)
     strategy(inner=Mixing(lr=0.1, steps=2), chunk_size=1)(objective, tasks)
+
+
+def test_an_update_that_is_no_function_of_its_arguments_is_not_said_to_mix_tasks():
+    generator, calls = torch.Generator(), []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Noise(GradientDescent):
+        def update(self, state, gradient, step, at):
+            noise = torch.randn(gradient.shape, generator=generator, dtype=gradient.dtype)
+            return super().update(state, gradient + noise, step, at)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Counts(GradientDescent):
+        def update(self, state, gradient, step, at):
+            calls.append(step)
+            return super().update(state, gradient / len(calls), step, at)
+
+    for kind in (Noise, Counts):
+        FOMAML(inner=kind(lr=0.1, steps=2))(Objective(cases.make_model(), F.mse_loss), cases.make_tasks())

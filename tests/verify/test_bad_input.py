@@ -174,3 +174,16 @@ def test_a_loss_that_reads_the_model_itself_is_refused() -> None:
         imaml.verify.meta_gradient(
             MAML(inner=GradientDescent(lr=0.1, steps=1)), objective, TaskBatch(support=batch, query=batch)
         )
+
+
+def test_a_loss_that_asks_the_model_for_no_tensor_is_verified() -> None:
+    model = nn.Linear(4, 3)
+
+    def loss(output, target):
+        smoothing = 0.1 if model.training and model.weight.dtype is not None else 0.0
+        return F.cross_entropy(output.view(-1, model.out_features), target, label_smoothing=smoothing)
+
+    batch = (torch.randn(2, 5, 4), torch.randint(3, (2, 5)))
+    engine = MAML(inner=GradientDescent(lr=0.1, steps=1))
+    tasks = TaskBatch(support=batch, query=batch)
+    assert imaml.verify.meta_gradient(engine, Objective(model, loss), tasks).status == "passed"

@@ -87,6 +87,7 @@ class HeldBuffers:
             copies = [buffer.detach().clone() for _, _, buffer, _ in self.places]
         else:
             copies = self.copies
+        self.copies = []  # what a failing evaluation has written to them is not kept
         try:
             for (place, name, _, _), copy in zip(self.places, copies, strict=True):
                 place[name] = copy

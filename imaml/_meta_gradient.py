@@ -39,9 +39,10 @@ class MetaGradient(Strategy):
     at once, and backward only scales it (it cannot be differentiated again). Under `torch.no_grad()` a call only
     evaluates. The model, its `.grad`s and the tasks are never changed, nor are the buffers of the model and of modules
     that a loss or the metric holds: by an attribute, a closure, a default, a bound argument or a global name, also of
-    functions that it calls by one. What requires grad, is used by a loss or an inner step, and is neither a parameter
-    nor in `meta` is an error, since it would get no gradient. The global random state ends as if
-    one forward pass had run, and every evaluation at one inner step of a task sees the same draws (dropout masks).
+    functions that it calls by one, but not by a weak reference, in a container of more than 1,000 entries, or by a
+    global name of an installed package. What requires grad, is used by a loss or an inner step, and is neither a
+    parameter nor in `meta` is an error, since it would get no gradient. The global random state ends as if one forward
+    pass had run, and every evaluation at one inner step of a task sees the same draws (dropout masks).
 
     Args:
         inner: The inner loop.

@@ -90,7 +90,7 @@ def _is_installed(module: str | None) -> bool:
     """Whether a module belongs to Python or to an installed package, which holds nothing of the user's."""
     top = (module or "").partition(".")[0]
     if top in sys.stdlib_module_names or top in ("imaml", "imaml_solvers"):
-        return top != "__main__"
+        return True
     path = getattr(sys.modules.get(top), "__file__", None) or ""
     return "site-packages" in path or "dist-packages" in path
 

@@ -4,21 +4,21 @@ Exact `MAML`, first-order `FOMAML` and `ImplicitMAML` share one interface, `Meta
 """
 
 from imaml import verify as verify
-from imaml._bilevel import bilevel as bilevel
+from imaml._engine.problem import Problem as Problem
+from imaml._engine.report import MetaResult as MetaResult
+from imaml._engine.report import Pullback as Pullback
+from imaml._engine.report import Report as Report
 from imaml._errors import CompileWarning as CompileWarning
 from imaml._errors import DivergenceError as DivergenceError
 from imaml._errors import NonFiniteError as NonFiniteError
 from imaml._errors import SolverError as SolverError
 from imaml._errors import SolverWarning as SolverWarning
-from imaml._fomaml import FOMAML as FOMAML
-from imaml._implicit import ImplicitMAML as ImplicitMAML
-from imaml._maml import MAML as MAML
-from imaml._meta_gradient import MetaGradient as MetaGradient
-from imaml._objective import Objective as Objective
-from imaml._problem import Problem as Problem
-from imaml._report import MetaResult as MetaResult
-from imaml._report import Pullback as Pullback
-from imaml._report import Report as Report
+from imaml._objective.bilevel import bilevel as bilevel
+from imaml._objective.objective import Objective as Objective
+from imaml._strategies.fomaml import FOMAML as FOMAML
+from imaml._strategies.implicit import ImplicitMAML as ImplicitMAML
+from imaml._strategies.maml import MAML as MAML
+from imaml._strategies.meta_gradient import MetaGradient as MetaGradient
 from imaml._tasks import Task as Task
 from imaml._tasks import TaskBatch as TaskBatch
 from imaml.inner import Adam as Adam

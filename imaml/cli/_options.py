@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
-from imaml._curvature import HvpMode
-from imaml._nonfinite import OnNonfinite
-from imaml._storage import Storage
+from imaml._curvature.curvature import HvpMode
+from imaml._engine.nonfinite import OnNonfinite
+from imaml._strategies.storage import Storage
 from imaml.training import CheckpointError, Plan
 
 Dataset = Literal["sinusoid", "glyphs", "omniglot", "banking77"]

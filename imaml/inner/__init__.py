@@ -7,4 +7,4 @@ from imaml.inner._base import InnerOptimizer as InnerOptimizer
 from imaml.inner._base import InnerSolver as InnerSolver
 from imaml.inner._gradient_descent import GradientDescent as GradientDescent
 from imaml.inner._newton import NewtonCG as NewtonCG
-from imaml.inner._torch import TorchOptimizer as TorchOptimizer
+from imaml.inner._torch_optimizer import TorchOptimizer as TorchOptimizer

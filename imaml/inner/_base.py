@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from imaml._hyper import Hyper, check_hyper
 from imaml._numbers import check_integer, check_number
-from imaml.inner._problem import InnerProblem, State
+from imaml.inner._hyper import Hyper, check_hyper
+from imaml.inner._inner_problem import InnerProblem, State
 
 Rates = Mapping[str, float | Tensor]
 """Every hyper-parameter at one step: a number, or a tensor that broadcasts against `(tasks, n)`."""

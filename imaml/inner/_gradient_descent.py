@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from imaml._hyper import Hyper, is_off
 from imaml.inner._base import InnerOptimizer, Rates
-from imaml.inner._problem import State
+from imaml.inner._hyper import Hyper, is_off
+from imaml.inner._inner_problem import State
 
 
 @dataclass(frozen=True, kw_only=True)

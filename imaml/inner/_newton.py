@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imaml._curvature import HvpMode, check_mode
+from imaml._curvature.curvature import HvpMode, check_mode
 from imaml._numbers import check_number
 from imaml.inner._base import InnerSolver
-from imaml.inner._problem import InnerProblem, Quadratic
+from imaml.inner._inner_problem import InnerProblem, Quadratic
 from imaml_solvers import CG, LinearSolver
 
 _SUFFICIENT, _HALVINGS, _ROUNDINGS = 1e-4, 30, 100

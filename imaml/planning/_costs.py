@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from imaml._curvature import Curvature
-from imaml._gauss_newton import GaussNewton
-from imaml._point import needs_gradient
-from imaml._problem import Problem
+from imaml._curvature.curvature import Curvature
+from imaml._curvature.gauss_newton import GaussNewton
+from imaml._engine.problem import Problem
+from imaml._strategies.point import needs_gradient
 from imaml.inner import InnerOptimizer, InnerSolver
 from imaml.planning._account import Account, Use
 from imaml.planning._solver import Solve

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from imaml._strategy import Strategy
+from imaml._engine.strategy import Strategy
 from imaml.planning._memory import written
 
 Engine = TypeVar("Engine", bound=Strategy)

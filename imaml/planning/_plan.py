@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from imaml._meta import no_gradient
-from imaml._objective import Objective
-from imaml._plan import VECTORISED, Plan
-from imaml._runs import run_of
-from imaml._strategy import Strategy
+from imaml._engine.chunking import VECTORISED, Plan
+from imaml._engine.strategy import Strategy
+from imaml._objective.meta import no_gradient
+from imaml._objective.objective import Objective
+from imaml._sharding.runs import run_of
 from imaml._tasks import Task, TaskBatch
 from imaml._tasks import group as by_shape
 from imaml._torch import tree_leaves

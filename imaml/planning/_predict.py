@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
-from imaml._plan import VECTORISED, Plan
-from imaml._strategy import Strategy
+from imaml._engine.chunking import VECTORISED, Plan
+from imaml._engine.strategy import Strategy
 from imaml.planning._account import Use
 from imaml.planning._costs import Chunk, Costs
 from imaml.planning._probe import Probe
@@ -16,7 +16,7 @@ _CALL = 2**19
 """Issuing the operations of an evaluation takes about as long as the arithmetic of one whose graph has this size, in
 bytes: the part that vectorising saves."""
 _CROWDED = 1.25
-"""What the arithmetic of a vectorised chunk costs on a CPU where its graphs exceed the caches: see `imaml._plan`."""
+"""What the arithmetic of a vectorised chunk costs on a CPU where its graphs exceed the caches: see `chunking`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from imaml._objective import Objective
-from imaml._plan import ONE_BY_ONE, Plan, saved_bytes
-from imaml._runs import run_of
+from imaml._engine.chunking import ONE_BY_ONE, Plan, saved_bytes
+from imaml._objective.objective import Objective
+from imaml._sharding.runs import run_of
 from imaml._tasks import TaskBatch
 from imaml.planning._account import Account, Use
 from imaml.planning._costs import Chunk, Costs, Facts, Stages

@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from imaml._objective import Objective
+from imaml._objective.objective import Objective
 from imaml._tasks import TaskBatch
 from imaml.testing._draws import generator, normal, seeds
 from imaml.testing._spectra import rotated, spectra

@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from imaml._engine.report import Report
 from imaml._errors import NonFiniteError
-from imaml._fomaml import FOMAML
-from imaml._implicit import ImplicitMAML
-from imaml._maml import MAML
-from imaml._meta_gradient import MetaGradient
-from imaml._objective import Objective
-from imaml._report import Report
+from imaml._objective.objective import Objective
+from imaml._strategies.fomaml import FOMAML
+from imaml._strategies.implicit import ImplicitMAML
+from imaml._strategies.maml import MAML
+from imaml._strategies.meta_gradient import MetaGradient
 from imaml._tasks import Task, TaskBatch
 from imaml.inner import GradientDescent
 from imaml.testing._models import network, small_models

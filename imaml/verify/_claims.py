@@ -9,13 +9,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from imaml._fomaml import FOMAML
-from imaml._hyper import Hyper
-from imaml._implicit import ImplicitMAML
-from imaml._maml import MAML
-from imaml._meta_gradient import MetaGradient
+from imaml._strategies.fomaml import FOMAML
+from imaml._strategies.implicit import ImplicitMAML
+from imaml._strategies.maml import MAML
+from imaml._strategies.meta_gradient import MetaGradient
 from imaml._tasks import Task
 from imaml.inner import GradientDescent, InnerOptimizer, InnerSolver
+from imaml.inner._hyper import Hyper
 from imaml.verify._argmin import InnerProblem
 from imaml.verify._reference import Reference, Values, draws, flat, moved
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imaml._objective import Objective
+from imaml._objective.objective import Objective
 from imaml._tasks import Task
 from imaml.inner import GradientDescent
 from imaml.verify._modes import MODES, find

@@ -9,10 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from imaml._hyper import Hyper
-from imaml._meta_gradient import MetaGradient
-from imaml._objective import Objective
+from imaml._objective.objective import Objective
+from imaml._strategies.meta_gradient import MetaGradient
 from imaml.inner import InnerSolver
+from imaml.inner._hyper import Hyper
 from imaml.verify._argmin import NoMinimum
 from imaml.verify._claims import along, as_function, claim_of, damping_of, inner_of, name_of
 from imaml.verify._comparison import compare

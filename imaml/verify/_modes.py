@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imaml._chunk import SUPPORT, ChunkLoss
-from imaml._context import Context
-from imaml._curvature import Curvature, HvpMode
-from imaml._hvp import Graph
+from imaml._curvature.curvature import Curvature, HvpMode
+from imaml._curvature.exact_products import Graph
 from imaml._leaves import wrapped
-from imaml._objective import Objective
+from imaml._losses.chunk import SUPPORT, ChunkLoss
+from imaml._losses.context import Context
+from imaml._objective.objective import Objective
 from imaml._torch import tree_map
 from imaml.verify._reference import draws
 

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from imaml._buffers import HeldBuffers
-from imaml._casts import Casts
-from imaml._hyper import Hyperparameters, is_off
-from imaml._layout import Layout
-from imaml._meta import MetaParameters
-from imaml._objective import Objective
+from imaml._curvature.casts import Casts
+from imaml._losses.layout import Layout
+from imaml._objective.buffers import HeldBuffers
+from imaml._objective.meta import MetaParameters
+from imaml._objective.objective import Objective
 from imaml._tasks import Task
 from imaml._torch import tree_map
 from imaml.inner import GradientDescent, InnerOptimizer
+from imaml.inner._hyper import Hyperparameters, is_off
 
 Values = dict[str, Tensor]
 

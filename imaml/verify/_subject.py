@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from imaml._buffers import HeldBuffers
 from imaml._errors import SolverWarning
-from imaml._foreign import check_loss
-from imaml._meta_gradient import MetaGradient
-from imaml._objective import Objective
+from imaml._losses.foreign import check_loss
+from imaml._objective.buffers import HeldBuffers
+from imaml._objective.objective import Objective
+from imaml._strategies.meta_gradient import MetaGradient
 from imaml._tasks import Task, TaskBatch
 from imaml._torch import tree_leaves
 from imaml.verify._claims import name_of

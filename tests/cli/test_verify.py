@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from imaml._hvp import ReverseOverReverse
+from imaml._curvature.exact_products import ReverseOverReverse
 from imaml.cli import _built_in, main
 from tests.cli.factory import FACTORY
 

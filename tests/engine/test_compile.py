@@ -31,7 +31,7 @@ from imaml import (
     Objective,
     TaskBatch,
 )
-from imaml._deadline import within
+from imaml._curvature.deadline import within
 
 STEPS = GradientDescent(lr=0.1, steps=3)
 ENGINES = [
@@ -351,7 +351,7 @@ def test_a_compiler_that_takes_too_long_is_given_up(
         return compute()
 
     monkeypatch.setattr("torch._inductor.compile", compile_)
-    monkeypatch.setattr("imaml._inductor.within", little_for_the_last)
+    monkeypatch.setattr("imaml._curvature.inductor.within", little_for_the_last)
     engine, objective, tasks = MAML(inner=STEPS, chunk_size=3), Objective(_model(), F.mse_loss), _tasks()
     compiled = replace(engine, compile=True, compile_budget=600.0)
     said = f"takes more than compile_budget=600 seconds .*function {nth} of this engine.*runs uncompiled from here on"
@@ -374,8 +374,8 @@ def test_a_budget_is_that_of_all_functions_of_an_engine(monkeypatch: pytest.Monk
         given.append((what, seconds))
         return function
 
-    monkeypatch.setattr("imaml._compiler.monotonic", lambda: next(clock))  # each function takes a second
-    monkeypatch.setattr("imaml._compiler.trace_and_compile", compile_)
+    monkeypatch.setattr("imaml._curvature.compiler.monotonic", lambda: next(clock))  # each function takes a second
+    monkeypatch.setattr("imaml._curvature.compiler.trace_and_compile", compile_)
     compiled = MAML(inner=STEPS, compile=True, compile_budget=60.0)
     _compare(MAML(inner=STEPS), Objective(_model(), F.mse_loss), _tasks(), compiled=compiled)
     assert given == [

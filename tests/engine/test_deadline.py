@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from imaml._deadline import OutOfTimeError, within
+from imaml._curvature.deadline import OutOfTimeError, within
 
 LONG = 60.0
 

@@ -22,7 +22,7 @@ from imaml import (
     Status,
     TaskBatch,
 )
-from imaml._report import Pullback
+from imaml._engine.report import Pullback
 from tests.engine.cases import mlp, problem
 
 F64 = torch.float64
@@ -36,7 +36,7 @@ def each_task(engine, objective, tasks, monkeypatch):
         seen.append(pullback.theta.clone())
 
     with monkeypatch.context() as patch:
-        patch.setattr("imaml._run.check_chunk", look)
+        patch.setattr("imaml._engine.run.check_chunk", look)
         report = engine(objective, tasks).report
     return report, torch.cat(seen)
 
@@ -349,8 +349,8 @@ def test_with_several_lambdas_it_is_of_the_meta_gradient_and_not_of_the_scaled_s
         seen.update(error=error, size=size)
         return error
 
-    monkeypatch.setattr("imaml._implicit.solution_error", lambda mu, *_: torch.ones_like(mu))
-    monkeypatch.setattr("imaml._implicit.relative_bound", remember)
+    monkeypatch.setattr("imaml._strategies.implicit.solution_error", lambda mu, *_: torch.ones_like(mu))
+    monkeypatch.setattr("imaml._strategies.implicit.relative_bound", remember)
     _, objective, tasks = problem(mlp)
     roots = {n: float(i + 1) for i, n in enumerate(objective.adapted)}
     engine = ImplicitMAML(

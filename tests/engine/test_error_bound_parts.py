@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from imaml._error_bound import careful_eigenvalue, solution_error
+from imaml._strategies.error_bound import careful_eigenvalue, solution_error
 from imaml_solvers import LinearOperator, Solution
 
 F64 = torch.float64

@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from imaml import FOMAML, MAML, GradientDescent, ImplicitMAML, Objective, TaskBatch
-from imaml._chunk import SUPPORT, ChunkLoss
-from imaml._context import Context
-from imaml._curvature import Curvature
-from imaml._finite_difference import FiniteDifference
-from imaml._gradient import Gradient
+from imaml._curvature.curvature import Curvature
+from imaml._curvature.finite_difference import FiniteDifference
+from imaml._losses.chunk import SUPPORT, ChunkLoss
+from imaml._losses.context import Context
+from imaml._losses.gradient import Gradient
 from imaml_solvers import Status
 
 F64, F32 = torch.float64, torch.float32

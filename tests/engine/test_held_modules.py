@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 from imaml import FOMAML, MAML, GradientDescent, ImplicitMAML, Objective, verify
-from imaml._reach import modules_of
+from imaml._objective.reach import modules_of
 from tests.engine.cases import CLASSES, classification, mlp
 from tests.oracles import relative_error
 

@@ -6,11 +6,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from imaml import Objective
-from imaml._chunk import SUPPORT, ChunkLoss
-from imaml._context import Context
-from imaml._finite_difference import FiniteDifference
-from imaml._gradient import Gradient
-from imaml._hvp import ForwardOverReverse, ReverseOverReverse
+from imaml._curvature.exact_products import ForwardOverReverse, ReverseOverReverse
+from imaml._curvature.finite_difference import FiniteDifference
+from imaml._losses.chunk import SUPPORT, ChunkLoss
+from imaml._losses.context import Context
+from imaml._losses.gradient import Gradient
 
 F64 = torch.float64
 

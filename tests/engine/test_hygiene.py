@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, NonFiniteError, Objective, Task, _warm_start
-from imaml._recent import Recent
+from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, NonFiniteError, Objective, Task
+from imaml._engine.recent import Recent
+from imaml._strategies import warm_start
 from tests.engine.cases import CLASSES, mlp
 
 INNER = GradientDescent(lr=0.1, steps=2)
@@ -47,7 +48,7 @@ def counts():
 @pytest.mark.parametrize("name", ENGINES)
 def test_no_tensor_is_left_by_a_step_whatever_its_shapes(name, monkeypatch):
     monkeypatch.setattr(Recent, "most", 3)
-    monkeypatch.setattr(_warm_start, "KEPT", 4 * 1024)
+    monkeypatch.setattr(warm_start, "KEPT", 4 * 1024)
     engine, model = ENGINES[name], mlp()
     objective, optimizer = Objective(model, F.cross_entropy), torch.optim.Adam(model.parameters())
 
@@ -67,7 +68,7 @@ def test_no_tensor_is_left_by_a_step_whatever_its_shapes(name, monkeypatch):
 
 def test_warm_starts_keep_the_solutions_of_the_tasks_solved_last(monkeypatch):
     n = sum(p.numel() for p in mlp().parameters())
-    monkeypatch.setattr(_warm_start, "KEPT", 7 * (1024 + 8 * n))
+    monkeypatch.setattr(warm_start, "KEPT", 7 * (1024 + 8 * n))
     engine, objective = (
         ImplicitMAML(inner=INNER, solver=CG(max_steps=3), warm_start=True),
         Objective(mlp(), F.cross_entropy),
@@ -79,7 +80,7 @@ def test_warm_starts_keep_the_solutions_of_the_tasks_solved_last(monkeypatch):
     like = torch.zeros(3, n, dtype=torch.float64)
     found = [kept.of(_stacked(tasks(step)), like) for step in (1, 2, 3)]
     assert [0 if f is None else int((f != 0).any(1).sum()) for f in found] == [3, 1, 3]
-    monkeypatch.setattr(_warm_start, "KEPT", 0)
+    monkeypatch.setattr(warm_start, "KEPT", 0)
     engine.value_and_grad(objective, tasks(4))
     assert len(kept.known) == 3
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, Objective, TaskBatch
-from imaml._chunk import SUPPORT, ChunkLoss
-from imaml._context import Context
-from imaml._curvature import Curvature
+from imaml._curvature.curvature import Curvature
+from imaml._losses.chunk import SUPPORT, ChunkLoss
+from imaml._losses.context import Context
 from imaml.measure import peak_memory
 
 VOCABULARY, WIDTH, LENGTH = 50, 32, 12

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from imaml import MAML, Adam, DivergenceError, GradientDescent, Objective, RMSprop, Task
-from imaml import _storage as storage_module
-from imaml._storage import InPinnedMemory, store
+from imaml._strategies import storage as storage_module
+from imaml._strategies.storage import InPinnedMemory, store
 from tests.engine.cases import problem, transformer
 from tests.engine.test_memory import flat, peaks
 from tests.engine.test_memory import problem as larger_problem

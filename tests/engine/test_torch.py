@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations
 
 import imaml._torch
 from imaml import MAML, CompileWarning, GradientDescent, Objective
-from imaml._hvp import check_twice_differentiable
+from imaml._curvature.exact_products import check_twice_differentiable
 from tests.engine.cases import classification
 from tests.oracles import relative_error
 
@@ -109,7 +109,7 @@ def test_without_the_switch_vmap_warns_as_it_does(monkeypatch):
 
 def test_without_the_number_of_nodes_every_graph_is_looked_through(monkeypatch):
     looks = []
-    monkeypatch.setattr("imaml._hvp.check_twice_differentiable", looks.append)
+    monkeypatch.setattr("imaml._curvature.exact_products.check_twice_differentiable", looks.append)
     expected = _gradient(_network(), linearize=False)
     once = len(looks)
     monkeypatch.delattr(torch._C._autograd, "_get_sequence_nr")
@@ -149,7 +149,7 @@ def test_where_torch_does_not_tell_which_are_rewritten_no_custom_function_is_tru
 @pytest.mark.filterwarnings("ignore::imaml.CompileWarning")
 def test_without_a_look_at_traces_compilation_gives_the_same_or_is_given_up(monkeypatch):
     expected = _gradient(_network())
-    monkeypatch.setattr("imaml._random.is_traced", lambda: False)
+    monkeypatch.setattr("imaml._losses.replay.is_traced", lambda: False)
     monkeypatch.setattr("torch._inductor.compile", lambda graph, inputs: graph)
     assert relative_error(_gradient(_network(), compile=True), expected) <= 1e-12
 

@@ -22,7 +22,7 @@ from imaml import (
     TaskBatch,
     TorchOptimizer,
 )
-from imaml._hyper import is_off
+from imaml.inner._hyper import is_off
 from imaml.measure import peak_memory
 from tests.inner import cases, unrolled
 from tests.inner.cases import close

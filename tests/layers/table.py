@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, MetaGradient, Objective, Report, TaskBatch
-from imaml._curvature import HvpMode
+from imaml._curvature.curvature import HvpMode
 from tests.layers.specimens import (
     CLASSES,
     EXAMPLES,

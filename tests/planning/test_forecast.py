@@ -21,9 +21,9 @@ from imaml import (
     TaskBatch,
     TorchOptimizer,
 )
-from imaml._hvp import Accumulated
+from imaml._curvature.exact_products import Accumulated
+from imaml._strategies.schedule import sweep
 from imaml.measure import peak_memory
-from imaml.planning._schedule import sweep
 from tests.engine.test_counts import fewest_advances
 from tests.planning.models import TASKS, problem
 

@@ -10,9 +10,9 @@ from torch import nn
 from torch.func import functional_call
 
 from imaml import GradientDescent, Objective, Task
-from imaml._chunk import SUPPORT, ChunkLoss
-from imaml._context import Context
-from imaml._curvature import Curvature
+from imaml._curvature.curvature import Curvature
+from imaml._losses.chunk import SUPPORT, ChunkLoss
+from imaml._losses.context import Context
 from imaml.testing import small_models, task_batches
 from imaml.testing._tasks import batch_of_tasks
 from tests.oracles import Setting, hessian, mixed_derivatives, model_loss

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from imaml import FOMAML, MAML, Dense, GradientDescent, ImplicitMAML, Pullback
-from imaml._curvature import Curvature
+from imaml._curvature.curvature import Curvature
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

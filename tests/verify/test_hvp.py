@@ -12,9 +12,9 @@ from torch.autograd.function import once_differentiable
 
 import imaml
 from imaml import Objective
-from imaml._finite_difference import FiniteDifference
-from imaml._hvp import ForwardOverReverse, ReverseOverReverse
-from imaml._random import Replay
+from imaml._curvature.exact_products import ForwardOverReverse, ReverseOverReverse
+from imaml._curvature.finite_difference import FiniteDifference
+from imaml._losses.replay import Replay
 from imaml.models import MLP, Conv4
 from imaml.verify._modes import MODES, find
 from imaml.verify._products import differences

@@ -1,0 +1,118 @@
+"""Functions of tensors, traced and compiled once per shape, and compared with what they were traced from."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from imaml._curvature.deadline import OutOfTimeError
+from imaml._curvature.inductor import Function, Outputs, run, trace_and_compile
+from imaml._errors import CompileWarning, warn
+from imaml._losses.context import Context
+from imaml._objective.objective import Objective
+
+MOST = 12
+"""Functions that one engine compiles; more say that the shapes or the objective keep changing."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One function for one shape, and which parameters it uses; see `Context`."""
+
+    function: Function
+    used: set[str]
+    used_fixed: set[str]
+
+
+Functions = defaultdict[Hashable, dict[Hashable, Compiled]]
+"""By what the loss is made of, then by what they compute."""
+
+
+@dataclass
+class Compiler:
+    """What an engine has compiled, for all its calls."""
+
+    functions: WeakKeyDictionary[Objective, Functions] = field(default_factory=WeakKeyDictionary)
+    made: int = 0
+    spent: float = 0.0
+    """Seconds so far."""
+    is_on: bool = True
+
+    def give_up(self, reason: str) -> None:
+        """Run uncompiled from here on, and say why."""
+        self.is_on = False
+        warn(f"compile=True: {reason} This engine runs uncompiled from here on.", CompileWarning)
+
+
+@dataclass
+class Session:
+    """A compiler in one call."""
+
+    compiler: Compiler
+    functions: Functions
+    """Those of the call's objective."""
+    frozen: dict[str, Tensor]
+    """The tensors of the objective that are neither parameters to differentiate by nor buffers."""
+    state: Hashable
+    """What a trace depends on besides tensors, as far as it can be seen."""
+    accuracy: float
+    """Of the losses: the square root of the coarsest rounding in them."""
+    budget: float
+    """Seconds of compilation, in all of an engine's calls."""
+    checked: set[int] = field(default_factory=set)
+    """Addresses of those whose loss has been compared with an uncompiled evaluation."""
+
+    @classmethod
+    def of(cls, compiler: Compiler, context: Context, budget: float) -> Session:
+        """For a call on the context's objective."""
+        objective, device = context.objective, context.like.device.type
+        training = () if objective.model is None else tuple(m.training for m in objective.model.modules())
+        lower = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        rounding = max(torch.finfo(d).eps for d in (lower, *context.layout.dtypes) if d is not None)
+        state = (context.layout, context.fixed_layout, training, lower)
+        functions = compiler.functions.setdefault(objective, defaultdict(dict))
+        learned = {*context.layout.names, *context.fixed_layout.names}
+        return cls(compiler, functions, objective.others(learned), state, rounding**0.5, budget)
+
+    def compile(self, function: Function, tensors: Sequence[Tensor], expected: Outputs, what: str) -> Function | None:
+        """The compiled form of a function; None, with a warning, where there is none that agrees with `expected`."""
+        if self.compiler.made == MOST:
+            self.compiler.give_up(f"{MOST} functions are compiled already, and shapes or objectives keep changing.")
+            return None
+        self.compiler.made += 1
+        start = monotonic()
+        try:
+            compiled = trace_and_compile(function, tensors, what, self.budget - self.compiler.spent)
+            self.compiler.spent += monotonic() - start
+            found = run(compiled, tensors)
+        except OutOfTimeError:
+            self.compiler.give_up(
+                f"compiling takes more than compile_budget={self.budget:g} seconds (at {what}, function "
+                f"{self.compiler.made} of this engine). Convolutions take minutes and gain little; for a larger model "
+                "without, give more."
+            )
+            return None
+        except Exception as error:  # whatever a compiler may raise, the uncompiled loss has just been evaluated
+            reason = next(iter(str(error).splitlines()), "")
+            self.compiler.give_up(f"the loss cannot be compiled ({type(error).__name__}: {reason}).")
+            return None
+        if not all(agree(a, b, 32 * self.accuracy) for a, b in zip(found, expected, strict=True)):
+            self.compiler.give_up("the compiled derivative of the loss differs from the uncompiled one.")
+            return None
+        return compiled
+
+
+def agree(found: Tensor | None, expected: Tensor | None, tolerance: float) -> bool:
+    """Whether two tensors differ by at most a part of their size, NaN and infinity in the same places."""
+    if found is None or expected is None:
+        return found is expected
+    bad = ~expected.isfinite()
+    if bool(bad.any()):
+        return torch.allclose(found, expected, rtol=tolerance, atol=0.0, equal_nan=True)
+    return bool((found - expected).norm() <= tolerance * expected.norm())

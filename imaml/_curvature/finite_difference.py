@@ -1,0 +1,95 @@
+"""Hessian-vector products by differences of gradients: for models that have no second derivatives, and inexact."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from imaml._curvature.casts import Casts
+from imaml._losses.chunk import ChunkLoss
+from imaml._losses.gradient import Gradient
+from imaml._losses.microbatch import Microbatched
+from imaml_solvers._vectors import norm
+
+_SHORTER = 8
+"""What a move is divided by for the next."""
+
+
+class FiniteDifference:
+    """(g(phi + h w) - g(phi - h w)) / 2h: two gradients a product, first derivatives only, inexact.
+
+    Each task's step moves phi by a fraction r of its norm, h = r (1 + |phi|) / |w|. A product errs by truncation,
+    O(r^2) for a smooth loss, by rounding, O(eps / r), and at kinks: a ReLU that switches between the two points adds
+    O(1 / r), with a probability of O(r). So r is about eps^(1/3), which balances the first two, or shorter where kinks
+    are near: the first product of a call is computed with r = eps^(1/3), r / 8, r / 64 and so on, not below eps / 4,
+    until two in a row agree to eps^(1/3) in every task. The call uses the shorter of these, or if none agree the
+    shorter of the two that differ least, in the mean over tasks. What they differ by, in the worst task, is the
+    estimate of the error.
+
+    eps is that of the coarsest dtype among phi, the tensors that autograd saves, and those that a tensor is cast to:
+    that of autocast, for one, or of a quantised layer.
+    """
+
+    gradient: Gradient | None = None
+
+    def __init__(self, loss: ChunkLoss | Microbatched, phi: Tensor, step: int) -> None:
+        self._loss, self._phi, self._step = loss, phi, step
+        self._length = 1 + norm(phi)
+
+    def __call__(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
+        move = self._loss.context.hvp_move
+        return self._first(w, mixed) if move is None else self._moved_by(move, w, mixed)
+
+    def _first(self, w: Tensor, mixed: bool) -> tuple[Tensor, Tensor | None]:
+        """The product, and the move for the rest of the call; products of zeros tell nothing of it."""
+        context, least, eps = self._loss.context, float("inf"), self._eps()
+        close = move = eps ** (1 / 3)
+        found = self._moved_by(move, w, mixed)
+        while move / _SHORTER >= eps / 4:
+            longer, move = found[0], move / _SHORTER
+            found = self._moved_by(move, w, mixed)
+            difference = _difference(longer, found[0])
+            worst, mean = difference.nan_to_num().max().item(), difference.nanmean().item()
+            if math.isnan(mean):
+                context.hvp_error = 0.0
+                return found
+            if worst <= close or mean < least:
+                least, context.hvp_move, context.hvp_error = mean, move, worst
+            if worst <= close:
+                return found
+        assert context.hvp_move is not None
+        return found if context.hvp_move == move else self._moved_by(context.hvp_move, w, mixed)
+
+    def _eps(self) -> float:
+        """That of the coarsest dtype, by one gradient."""
+        casts = Casts()
+        dtypes = casts.dtypes
+        dtypes.add(self._phi.dtype)
+
+        def pack(saved: Tensor) -> Tensor:
+            dtypes.add(saved.dtype)
+            return saved.detach()  # the tensor itself would be kept by its own graph
+
+        with casts, saved_tensors_hooks(pack, lambda saved: saved), contextlib.suppress(RuntimeError):
+            self._loss.gradient(self._phi, self._step)  # a model that differentiates may refuse to be looked at
+        return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
+
+    def _moved_by(self, move: float, w: Tensor, mixed: bool) -> tuple[Tensor, Tensor | None]:
+        size = norm(w)
+        h = move * self._length / torch.where(size > 0, size, torch.ones_like(size))
+        step, weights = h.unsqueeze(-1), 1 / (2 * h)
+        ahead, behind = (
+            self._loss.gradient(torch.addcmul(self._phi, step, w, value=s), self._step, fixed=mixed, weights=weights)
+            for s in (1, -1)
+        )
+        fixed = None if ahead.fixed is None or behind.fixed is None else ahead.fixed - behind.fixed
+        return ahead.adapted.sub_(behind.adapted), fixed
+
+
+def _difference(x: Tensor, y: Tensor) -> Tensor:
+    """|x - y| relative to the larger norm, `(tasks,)`; NaN where both are zero or one is not finite."""
+    return norm(x - y) / torch.maximum(norm(x), norm(y))

@@ -1,0 +1,123 @@
+"""Functions of tensors, traced below autograd and compiled by TorchInductor."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from time import monotonic
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imaml._curvature.deadline import within
+from imaml._torch import TorchDispatchMode, compile_graph, tree_leaves
+
+Outputs = tuple[Tensor | None, ...]
+Function = Callable[..., Outputs]
+LOGGER = logging.getLogger("imaml")
+LONG = 10.0
+"""Seconds after which it is said that a compilation goes on."""
+_ONE_AT_A_TIME = threading.Lock()
+"""One that was given up may not be over yet, and TorchInductor has settings that are the process's."""
+
+
+def trace_and_compile(function: Function, tensors: Sequence[Tensor], what: str, seconds: float) -> Function:
+    """The compiled function, in a given time; said on the logger "imaml", from 10 s on as a warning.
+
+    A trace takes about a second for 300 operations, and is not interrupted; the compiler takes the rest.
+
+    Args:
+        function: Of tensors alone.
+        tensors: What to trace it with.
+        what: For people.
+        seconds: The time.
+
+    Returns:
+        A function of tensors of these shapes.
+
+    Raises:
+        OutOfTimeError: It takes longer.
+    """
+    start = monotonic()
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of its own
+        from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415
+
+        graph = make_fx(_refusing_to_read_zeros(function))(*tensors)
+        size = _size(graph)
+        left = max(0.0, seconds - (monotonic() - start))
+        LOGGER.info("Compiling %s (%s). It may take %.0f s.", what, size, left)
+        device, threads = tensors[0].device, torch.get_num_threads()
+
+        def compute() -> Function:
+            with _ONE_AT_A_TIME, _current(device), as_traced(device):
+                torch.set_num_threads(threads)  # each thread has a number of its own, which goes into the code
+                return compile_graph(graph, tensors)
+
+        compiled = within(
+            compute, seconds=left, meanwhile=[(LONG, lambda: LOGGER.warning(_STILL, what, LONG, size, left))]
+        )
+    LOGGER.info("Compiled %s in %.1f s.", what, monotonic() - start)
+    return compiled
+
+
+_STILL = (
+    "compile=True: %s is still being compiled after %.0f s (%s). The engine waits for %.0f s in all, what is left "
+    "of its `compile_budget`, and else goes on uncompiled."
+)
+
+
+def _size(graph: torch.fx.GraphModule) -> str:
+    called = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    convolutions = sum("convolution" in target for target in called)
+    return f"{len(called)} operations" + (f", {convolutions} of convolutions" if convolutions else "")
+
+
+class _RefuseToReadZeros(TorchDispatchMode):
+    """Raises where a trace would read a tensor without memory, which kills the process (torch 2.13).
+
+    Forward-mode derivatives (`torch.func.jvp`, `jacfwd`, `hessian`) hold zero tangents that have a shape and no memory.
+    Untraced no operation sees one; a trace hands them on to operations such as `mul` by a number.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Sequence[Any], args: Any = (), kwargs: Any = None) -> Any:
+        """Call `func`, which may make a view of a tensor without memory."""
+        if not func.is_view and any(isinstance(t, Tensor) and t._is_zerotensor() for t in tree_leaves((args, kwargs))):
+            raise NotImplementedError(
+                f"{func} would read a zero tangent: torch cannot trace these forward-mode derivatives in the loss"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _refusing_to_read_zeros(function: Function) -> Function:
+    def refusing(*tensors: Tensor) -> Outputs:
+        with _RefuseToReadZeros():  # type: ignore[no-untyped-call]
+            return function(*tensors)
+
+    return refusing
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Within it, a thread works on this one of several accelerators."""
+    if device.type == "cpu":
+        return nullcontext()
+    found: AbstractContextManager[object] = torch.get_device_module(device).device(device)
+    return found
+
+
+@contextmanager
+def as_traced(device: torch.device) -> Iterator[None]:
+    """Within it a trace means what it did, where the casts of autocast are operations like any other."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def run(function: Function, tensors: Sequence[Tensor]) -> Outputs:
+    """The outputs of a compiled function."""
+    if not torch.is_autocast_enabled(tensors[0].device.type):
+        return function(*tensors)
+    with as_traced(tensors[0].device):
+        return function(*tensors)

@@ -1,0 +1,114 @@
+"""How many tasks run at once, where the user leaves it open: by the memory that autograd saves for one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from imaml._losses.chunk import ChunkLoss
+from imaml._losses.microbatch import Microbatched
+from imaml._torch import is_functorch_wrapped_tensor, refuses_hooks, tree_leaves
+
+VECTORISED = {"cpu": 32 * 2**20}
+"""Bytes that the graphs of tasks vectorised together save at most, by device type. On a CPU vectorising pays as long
+as the work of a task is small and what it saves stays in the caches."""
+VECTORISED_ELSEWHERE = 256 * 2**20
+STORED = 3
+"""What the inner states that these tasks hold take at most, in the same bytes."""
+KEPT = 192 * 2**20
+"""Bytes of the graphs that an inner loop may keep for its reverse sweep."""
+_AGAIN = 6
+"""What the graph of a gradient that can be differentiated again takes, with a product from it, in plain graphs."""
+_ENOUGH = 2.5 * 2**20
+"""Bytes that the gradient of a chunk saves: smaller chunks lose more time by their calls than kept graphs gain."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a chunk runs."""
+
+    tasks: int
+    """Tasks of a chunk."""
+    query_tasks: int
+    """Tasks whose query gradient is computed at once."""
+    keeps_graphs: bool
+    """Whether every inner step's graph is kept for the reverse sweep of MAML."""
+
+
+ONE_BY_ONE = Plan(1, 1, keeps_graphs=False)
+
+
+def plan(
+    support: ChunkLoss | Microbatched, query: ChunkLoss | Microbatched, theta: Tensor, steps: int, states: int
+) -> Plan:
+    """Decide from one task's losses at theta `(1, n)`: two forward passes.
+
+    Args:
+        support: Of one task.
+        query: Of the same.
+        theta: The initial parameters.
+        steps: Inner steps whose graphs might be kept.
+        states: Vectors of inner states that a task holds.
+
+    Returns:
+        The plan; it depends on shapes and dtypes alone.
+    """
+    room = _room(theta)
+    bytes_support, bytes_query = (max(1, saved_bytes(loss.parts[0][1], theta)) for loss in (support, query))
+    tasks, query_tasks = (max(1, room // each) for each in (bytes_support, bytes_query))
+    tasks = max(1, min(tasks, STORED * room // max(1, states * theta.nbytes)))
+    with_graphs = min(tasks, KEPT // (_AGAIN * max(1, steps) * bytes_support))
+    is_enough = with_graphs == tasks or with_graphs * bytes_support >= _ENOUGH
+    keeps = is_enough and len(support.parts) == 1
+    return Plan(with_graphs if keeps else tasks, query_tasks, keeps)
+
+
+def saved_bytes(loss: ChunkLoss, phi: Tensor) -> int:
+    """What autograd saves for the gradient of a loss at phi, parameters and data aside."""
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept = tensor.detach()  # the tensor itself would be kept by its own graph
+        if not is_functorch_wrapped_tensor(kept):  # one inside a transform of the loss's own has no memory to be seen
+            saved.append(kept)
+        return kept
+
+    with torch.enable_grad():
+        adapted, fixed = loss.leaves(phi, fixed=True)
+        try:
+            with saved_tensors_hooks(pack, lambda tensor: tensor):
+                loss.losses(adapted, fixed, loss.batch, 0)
+        except RuntimeError as error:
+            if not refuses_hooks(error):
+                raise
+            return _room(phi)  # transforms of torch.func allow no look at what is saved
+    given = [*adapted, *fixed, *loss.context.constants.values(), *tree_leaves(loss.batch)]
+    known, found = _storages(given), _storages(saved)
+    return sum(size for pointer, size in found.items() if pointer not in known)
+
+
+def _room(theta: Tensor) -> int:
+    return VECTORISED.get(theta.device.type, VECTORISED_ELSEWHERE)
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """The size of each storage by its address."""
+    storages = (part.untyped_storage() for tensor in tensors for part in _dense_parts(tensor))
+    return {s.data_ptr(): s.nbytes() for s in storages}
+
+
+def _dense_parts(tensor: Tensor) -> list[Tensor]:
+    """What a tensor is made of: itself, or the indices and values of a sparse one, which has no storage."""
+    if tensor.layout is torch.strided:
+        return [tensor]
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return []

@@ -1,0 +1,104 @@
+"""Tasks without a finite meta-gradient: found, and left out where that is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, TypeVar, get_args
+
+from imaml._engine.report import Pullback
+from imaml._errors import DivergenceError, NonFiniteError
+from imaml._losses.context import Context
+from imaml_solvers import Status
+
+OnNonfinite = Literal["raise", "skip"]
+T = TypeVar("T")
+
+
+def check_on_nonfinite(given: object) -> None:
+    """Raise ValueError unless it is one of the two."""
+    if given not in get_args(OnNonfinite):
+        raise ValueError(f"`on_nonfinite` must be 'raise' or 'skip'. Got {given!r}.")
+
+
+def skipping(
+    compute: Callable[[list[int]], T], positions: list[int], mark: Callable[[], Callable[[], None]]
+) -> list[tuple[list[int], T]]:
+    """Compute a chunk, and anew without the tasks that its error names, until there is none.
+
+    What the tasks of a chunk share are sums, which a single NaN spoils. Where the error names them all, each is
+    computed by itself: a sum does not say whose the NaN was.
+
+    Args:
+        compute: From the positions of tasks to a result.
+        positions: Of the chunk.
+        mark: Returns what takes back all that a computation adds elsewhere from then on.
+
+    Returns:
+        The positions that are left, and their results.
+
+    Raises:
+        NonFiniteError: It is not of single tasks.
+        DivergenceError: Likewise.
+    """
+    undo = mark()
+    try:
+        return [(positions, compute(positions))]
+    except (NonFiniteError, DivergenceError) as error:
+        if not error.tasks:
+            raise
+        rest = [position for position in positions if position not in error.tasks]
+    undo()  # after the except block, which keeps the graphs of the failed computation alive
+    if rest:
+        return skipping(compute, rest, mark)
+    if len(positions) == 1:
+        return []
+    return [found for position in positions for found in skipping(compute, [position], mark)]
+
+
+def check_chunk(pullback: Pullback, positions: list[int], context: Context, how: OnNonfinite) -> None:
+    """Raise unless what a strategy made of a chunk is finite.
+
+    A solve that met NaN left its last good iterate, which may be zero: `on_failure` has the say, unless such tasks are
+    to be skipped.
+
+    Raises:
+        NonFiniteError: It is not; of all tasks where a sum over them is not.
+    """
+    bad = ~pullback.theta.isfinite().all(-1)
+    status = pullback.outcome.solver_status
+    if how == "skip" and status is not None:
+        bad = bad | (status == Status.NONFINITE)
+    if bad.any():
+        tasks = [position for position, flag in zip(positions, bad, strict=True) if flag]
+        raise NonFiniteError(
+            f"The meta-gradient of task {tasks[0]} is not finite although its losses are: look for an operation with "
+            "an infinite second derivative, such as sqrt or norm at 0.",
+            tasks,
+        )
+    if pullback.fixed is not None and not (bool(pullback.fixed.isfinite().all()) and context.hyper.is_finite):
+        raise NonFiniteError(
+            f"The meta-gradient of tasks {positions[0]} to {positions[-1]} for a parameter that does not adapt is not "
+            "finite although their losses are: look for an operation with an infinite derivative, such as sqrt at 0.",
+            positions,
+        )
+
+
+def check_some(tasks: int, skipped: int) -> None:
+    """Raise unless there is a task to take the mean over.
+
+    Args:
+        tasks: That count, of all ranks.
+        skipped: Those that do not.
+
+    Raises:
+        NonFiniteError: All were skipped.
+        ValueError: There was none.
+    """
+    if tasks:
+        return
+    if not skipped:
+        raise ValueError("Expected at least one task on some rank. Got none on any.")
+    raise NonFiniteError(
+        f"No task is left: all {skipped} were skipped, since their losses or meta-gradients are NaN or infinite or "
+        "their inner loops diverged. on_nonfinite='raise' says why."
+    )

@@ -1,0 +1,160 @@
+"""What a call did: losses, the solver's outcome, and what it cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imaml._losses.context import Context
+from imaml_solvers import Solution, Status
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The part of a report that has an entry per task. Tensors are detached, in the order of the tasks."""
+
+    query_loss: Tensor
+    """L_query after adaptation, `(tasks,)`."""
+    support_loss: Tensor
+    """L_support before each inner step, without the proximal term, `(steps, tasks)`; NaN after an early stop."""
+    metric: Tensor | None = None
+    """The objective's metric on the query set after adaptation, `(tasks,)`; None without a metric."""
+    stationarity: Tensor | None = None
+    """Norm of the gradient of L_support + proximal term at the adapted parameters, `(tasks,)`: how far the inner loop
+    is from the stationary point that implicit differentiation assumes. None for strategies that do not assume one."""
+    solver_status: Tensor | None = None
+    """A `Status` per task, `(tasks,)` integers; None where no system is solved, as for the next three."""
+    solver_steps: Tensor | None = None
+    """Steps of the linear solver, `(tasks,)`."""
+    solver_residual: Tensor | None = None
+    """Relative residual |b - A x| / |b| of the linear solve, `(tasks,)`."""
+    error_bound: Tensor | None = None
+    """A bound on the relative error of each task's meta-gradient, `(tasks,)`, from the stationarity and the residual:
+    see `ImplicitMAML`, which may be told to leave it out. inf: nothing can be said."""
+
+    @classmethod
+    def of_no_task(cls, context: Context, steps: int) -> Outcome:
+        """That of a rank without a task, its tensors of length 0."""
+        none = context.like.new_zeros(0)
+        metric = None if context.objective.metric is None else none
+        return Outcome(query_loss=none, support_loss=none.expand(steps, 0), metric=metric)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Outcome):
+    """What happened in one call: the outcome of every task, in the order of the input, and what the call cost.
+
+    The entries of a task that was skipped are NaN, its `solver_status` is NONFINITE and its `solver_steps` are 0.
+    """
+
+    gradients: int
+    """Gradients evaluated, summed over tasks; building a linearisation counts as one, gradients within a Hessian-vector
+    product do not."""
+    hvps: int
+    """Hessian-vector products, summed over tasks."""
+    hvp_mode: str | None
+    """How the products were computed, "gauss-newton" for those of that matrix; None if there were none."""
+    hvp_error: float | None
+    """Estimated relative error of a product by finite differences: how far the first is from one with a step eight
+    times as long, for the worst task of its chunk; from about 1 up they are of no use. None for the exact modes."""
+    unused: tuple[str, ...]
+    """Adapted parameters that the support loss does not depend on: the inner loop leaves them as they are."""
+    buffers: dict[str, Tensor]
+    """With `Objective(..., buffers="update")` the mean over the tasks of the running statistics after the inner loop,
+    for `model.load_state_dict(report.buffers, strict=False)`; else empty."""
+    skipped: tuple[int, ...] = ()
+    """Positions of the tasks that `on_nonfinite="skip"` left out of the mean, in ascending order."""
+
+    @classmethod
+    def of(
+        cls, context: Context, outcomes: Sequence[Outcome], positions: Sequence[int], skipped: Sequence[int] = ()
+    ) -> Report:
+        """Join the outcomes of all chunks, whose tasks have these positions in the input."""
+        joined: dict[str, Any] = {}
+        for field in fields(Outcome):
+            parts = [getattr(outcome, field.name) for outcome in outcomes]
+            missing = _MISSING.get(field.name, math.nan)
+            joined[field.name] = None if parts[0] is None else _place(torch.cat(parts, -1), positions, skipped, missing)
+        return cls(
+            **joined,
+            gradients=context.gradients,
+            hvps=context.hvps,
+            hvp_mode="gauss-newton" if context.gauss_newton else context.hvp_mode,
+            hvp_error=context.hvp_error,
+            unused=tuple(n for n in context.layout.names if context.used and n not in context.used),
+            buffers=context.mean_statistics(),
+            skipped=tuple(skipped),
+        )
+
+    def __str__(self) -> str:
+        """A few lines to read."""
+        kept = self._without_skipped()
+        lines = [f"query loss {kept.query_loss.mean().item():.6g} (mean of {len(kept.query_loss)} tasks)"]
+        if self.skipped:
+            lines.append(f"skipped as not finite: tasks {', '.join(map(str, self.skipped))}")
+        if kept.metric is not None:
+            lines.append(f"metric {kept.metric.double().mean().item():.6g}")
+        if kept.stationarity is not None:
+            lines.append(f"stationarity {kept.stationarity.max().item():.3g} (worst task)")
+        if kept.solver_status is not None and kept.solver_steps is not None and kept.solver_residual is not None:
+            codes = kept.solver_status.tolist()
+            counts = ", ".join(f"{codes.count(s)} {s.name}" for s in Status if s in codes)
+            lines.append(
+                f"solver {counts}; {kept.solver_steps.double().mean().item():.3g} steps, relative residual "
+                f"{kept.solver_residual.max().item():.3g} (worst task)"
+            )
+        if kept.error_bound is not None:
+            lines.append(
+                f"relative error of the meta-gradient at most {kept.error_bound.max().item():.3g} (worst task)"
+            )
+        cost = f"{self.gradients} gradients, {self.hvps} Hessian-vector products"
+        error = "" if self.hvp_error is None else f", relative error about {self.hvp_error:.1g}"
+        lines.append(cost + (f" ({self.hvp_mode}{error})" if self.hvp_mode else ""))
+        if self.unused:
+            lines.append(f"not used by the support loss: {', '.join(self.unused)}")
+        return "\n".join(lines)
+
+    def _without_skipped(self) -> Outcome:
+        rows = [i for i in range(len(self.query_loss)) if i not in self.skipped]
+        kept: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(Outcome)}
+        kept |= {name: value[..., rows] for name, value in kept.items() if value is not None}
+        return Outcome(**kept)
+
+
+_MISSING = {"solver_status": int(Status.NONFINITE), "solver_steps": 0}
+
+
+def _place(values: Tensor, positions: Sequence[int], skipped: Sequence[int], missing: float) -> Tensor:
+    """Put the tasks in the order of the input, the missing value in the places of those that were skipped."""
+    size = (*values.shape[:-1], len(positions) + len(skipped))
+    dtype = torch.result_type(values, missing) if skipped else values.dtype
+    placed = torch.full(size, missing if skipped else 0, dtype=dtype, device=values.device)
+    placed[..., list(positions)] = values.to(dtype)
+    return placed
+
+
+@dataclass(frozen=True)
+class MetaResult:
+    """The result of a call: `loss` to call backward on, and what happened."""
+
+    loss: Tensor
+    """The mean query loss after adaptation, 0-dim; its backward delivers the meta-gradient."""
+    report: Report
+
+
+@dataclass
+class Pullback:
+    """What a strategy makes of one chunk."""
+
+    theta: Tensor
+    """The meta-gradient of each task, `(tasks, n)`."""
+    fixed: Tensor | None
+    """That for the fixed and the meta-parameters, summed over tasks, `(m,)`; None if there are none."""
+    outcome: Outcome
+    solution: Solution | None = None
+    """Of the linear systems, where the strategy solves any."""

@@ -1,0 +1,153 @@
+"""One call of a strategy for a model whose parameters are sharded over processes, each of which has the same tasks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
+from zlib import crc32
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.experimental import implicit_replication
+
+from imaml._engine.chunking import ONE_BY_ONE, Plan
+from imaml._engine.problem import Problem
+from imaml._engine.report import Outcome, Pullback, Report
+from imaml._engine.run import Run
+from imaml._losses.layout import Layout
+from imaml._objective.objective import Objective
+from imaml._sharding.sharded_layout import ShardedLayout, whole
+from imaml._sharding.sharded_loss import ShardedLoss
+from imaml._tasks import Batch, TaskBatch
+from imaml._torch import tree_leaves
+from imaml.inner import InnerOptimizer
+from imaml_solvers import CG, MINRES, Neumann
+
+if TYPE_CHECKING:
+    from imaml._engine.strategy import Strategy
+
+
+class ShardedRun(Run):
+    """Task by task, each by all processes together."""
+
+    def sums(self, groups: list[tuple[list[int], TaskBatch]]) -> tuple[list[Tensor], Report]:
+        """As those of a whole model; raises ValueError, on all processes, where they have not the same tasks."""
+        layout = self.context.layout
+        assert isinstance(layout, ShardedLayout)
+        tensors = [t for _, batch in groups for t in tree_leaves((batch.support, batch.query))]
+        mine = [(t.shape, str(t.dtype), _checksum(t)) for t in tensors]
+        everyone: list[Any] = [None] * layout.mesh.size()
+        dist.all_gather_object(everyone, mine, group=layout.mesh.get_group())
+        if any(theirs != mine for theirs in everyone):
+            raise ValueError(
+                "The processes that a model is sharded over compute every task together. Expected the same tasks on "
+                "all of them. Got others: draw them from the same seed everywhere, and do not deal them out."
+            )
+        with implicit_replication(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found a non-scalar tensor with numel=1")  # of the one task
+            return super().sums(groups)
+
+    def sums_over_ranks(self, *_: object) -> NoReturn:
+        """Raise ValueError: the processes are taken."""
+        raise ValueError(
+            "The processes that a model is sharded over compute every task together. Expected group=None. Got a group: "
+            "leave it out."
+        )
+
+    def _plan(self, batch: TaskBatch) -> Plan:
+        return ONE_BY_ONE
+
+    def _loss(self, batch: Batch, tasks: int, start: int, kind: int) -> ShardedLoss:
+        return ShardedLoss(self.context, batch, tasks, start, kind)
+
+    def _pull_back(self, problem: Problem) -> Pullback:
+        pullback = super()._pull_back(problem)
+        outcome = pullback.outcome
+        entries: dict[str, Any] = {f.name: getattr(outcome, f.name) for f in fields(Outcome)}
+        entries |= {name: whole(tensor) for name, tensor in entries.items() if tensor is not None}
+        pullback.outcome = Outcome(**entries)
+        return pullback
+
+
+def _checksum(tensor: Tensor) -> int:
+    return crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def sharded(
+    engine: Strategy, objective: Objective
+) -> tuple[type[ShardedRun], Callable[[Mapping[str, Tensor]], Layout]] | None:
+    """How to run an objective with parameters sharded over processes.
+
+    Args:
+        engine: The strategy.
+        objective: Model and loss.
+
+    Returns:
+        What runs it, and how parameters become flat vectors; None where they are whole.
+
+    Raises:
+        ValueError: Something is asked for that a sharded model cannot have.
+    """
+    model = objective.model
+    tensors = list(objective.parameters().values() if model is None else model.parameters())
+    if model is not None and any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError("Expected torch.distributed.fsdp.fully_shard (FSDP2). Got a FullyShardedDataParallel module.")
+    meshes = list(dict.fromkeys(t.device_mesh for t in tensors if isinstance(t, DTensor)))
+    if not meshes:
+        return None
+    for holds, expected, got in _rules(engine, objective, tensors, meshes):
+        if not holds:
+            raise ValueError(f"The model's parameters are sharded over processes. Expected {expected}. Got {got}.")
+    return ShardedRun, partial(ShardedLayout.on, meshes[0])
+
+
+def _rules(
+    engine: Strategy, objective: Objective, tensors: Sequence[Tensor], meshes: Sequence[DeviceMesh]
+) -> Iterator[tuple[bool, str, object]]:
+    """What must hold, what is expected, and what there is."""
+    yield (
+        engine._manages_without_second_derivatives,
+        "FOMAML or ImplicitMAML, since there are no second derivatives",
+        type(engine).__name__,
+    )
+    yield objective.model is not None, "Objective(model, loss)", "an objective from a function"
+    yield len(meshes) == 1 and meshes[0].ndim == 1, "a single device mesh of one dimension", list(meshes)
+    partial_ones = [t for t in tensors if isinstance(t, DTensor) and t.placements[0].is_partial()]
+    yield not partial_ones, "parameters that are sharded or replicated", "partial sums"
+    frozen = [n for n, p in objective.parameters().items() if n in objective.adapted and not p.requires_grad]
+    yield not frozen, "adapted parameters that require grad", f"{frozen} without"
+    yield not objective.meta.learned(), "no meta-parameters", sorted(objective.meta.learned())
+    yield not objective.statistics(), "another policy for the running statistics", "buffers='update'"
+    yield isinstance(engine.inner, InnerOptimizer), "an inner optimiser such as GradientDescent or Adam", engine.inner
+    for name, given in {**engine.inner.hyperparameters, "regularization": engine.regularization}.items():
+        numbers = not callable(given) and not isinstance(given, Mapping)
+        yield numbers, f"`{name}` as a number for all parameters", given
+    hvp = getattr(engine, "hvp", "auto")
+    yield hvp in ("auto", "finite-difference"), "hvp='finite-difference', of first derivatives", repr(hvp)
+    for name, only in {"curvature": "hessian", "warm_start": False, "compile": False}.items():
+        yield getattr(engine, name, only) == only, f"{name}={only!r}", repr(getattr(engine, name, only))
+    solver = getattr(engine, "solver", None)
+    plain = isinstance(solver, (CG, MINRES, Neumann)) and getattr(solver, "preconditioner", None) is None
+    yield solver is None or plain, "CG, MINRES or Neumann without a preconditioner", solver
+    yield (
+        solver is None or _computes(meshes[0]),
+        "FOMAML, or a newer torch, such as 2.13, whose DTensors have what linear solvers compute with",
+        f"torch {torch.__version__}",
+    )
+
+
+def _computes(mesh: DeviceMesh) -> bool:
+    """Whether the DTensors of this torch know operations that they learned late; those of 2.9 do not."""
+    one = torch.ones(1, device=mesh.device_type)
+    try:
+        torch.frexp(DTensor.from_local(one, mesh, [Replicate()], run_check=False))
+    except NotImplementedError:
+        return False
+    return True

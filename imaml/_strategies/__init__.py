@@ -1,0 +1,1 @@
+"""MetaGradient and the strategies, each with its costs beside it."""

@@ -1,0 +1,258 @@
+"""Implicit MAML: the meta-gradient from the stationary point alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from imaml._curvature.curvature import Curvature, HvpMode, check_mode
+from imaml._curvature.exact_products import Graph
+from imaml._curvature.gauss_newton import GaussNewton
+from imaml._engine.problem import Problem
+from imaml._engine.report import Pullback, Report
+from imaml._errors import SolverError, SolverWarning, warn
+from imaml._strategies.error_bound import careful_eigenvalue, relative_bound, solution_error
+from imaml._strategies.implicit_costs import ImplicitCosts
+from imaml._strategies.meta_gradient import MetaGradient
+from imaml._strategies.warm_start import WarmStart
+from imaml.inner._hyper import Hyper, check_hyper
+from imaml.planning._costs import Costs
+from imaml_solvers import CG, LinearOperator, LinearSolver, Solution, Status
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImplicitMAML(MetaGradient):
+    """Implicit MAML (Rajeswaran et al. 2019, eq. 6): (I + H / lambda)^-1 v at the adapted parameters phi.
+
+    v is the gradient of L_query and H the Hessian of L_support, both at phi. Exact when phi is the stationary point of
+    L_support + lambda/2 |phi - theta|^2 and the solve converged: see `report.stationarity` and `report.solver_status`.
+    With one lambda per parameter, Lambda = diag(lambda), the result is Lambda (H + Lambda)^-1 v, computed from the
+    symmetric system I + Lambda^-1/2 H Lambda^-1/2. For other parameters that require grad and for meta-parameters eta:
+    d_eta L_query - (d_eta grad L_support)' (H + Lambda)^-1 v; for a learned lambda: -(phi - theta)' (H + Lambda)^-1 v.
+
+    `regularization=None` is for bilevel problems whose support loss is strongly convex by itself: the system is H, and
+    phi does not depend on theta, whose meta-gradient is zero.
+
+    `report.error_bound` bounds the relative error |u - u*| / |u*| of each task's u against the u* of the exact phi* and
+    the exact solve. With R = b - A x the residual of the solution x as a function of phi, u - u* comes from A*^-1 R*;
+    the bound is 5 (|R(phi)| + |R(phi')|) / mu, relative to what it leaves of |u|: phi' is one point as far away as phi*
+    may be, |gradient| / (lambda mu), and mu a lower estimate of the smallest eigenvalue of A from CG's own
+    coefficients. The 5 was measured, not proved: see the notes on the numerics.
+
+    Cost per task: K + 1 gradients for the inner loop and the query, one for the stationarity (free with
+    reverse-over-reverse linearised once), and the solver's Hessian-vector products; for the error bound two gradients
+    (one of them free likewise) and one product, and 10 more where the solver has no estimate of mu. Memory: one product
+    and a few vectors `(n,)`, whatever K. Not for few inner steps far from stationarity, where it differs from `MAML`,
+    nor for small lambda on non-convex losses, where I + H / lambda is indefinite.
+
+    Args:
+        inner: See `MetaGradient`, as for `chunk_size`.
+        regularization: lambda > 0: one number, one per adapted parameter by name, or a function of the objective's
+            meta-parameters that returns either. None: no proximal term.
+        solver: Any `LinearSolver`; it solves all tasks of a chunk at once.
+        hvp: See `MAML`.
+        curvature: "hessian", or "ggn": the generalised Gauss-Newton matrix J' (d2 L / dz2) J in place of H, with z the
+            model's output and J = dz / dphi. Positive semi-definite where the loss is convex in z (cross entropy,
+            squared error), so that CG works with any lambda; equal to H where z is linear in the adapted parameters.
+            Elsewhere the meta-gradient is an approximation that leaves out the curvature of the model, small where the
+            support set is fitted. Needs `Objective(model, loss)`. A product costs about three forward passes. `hvp`
+            then serves only the derivative of parameters that do not adapt, which stays exact.
+        linearize: Keep the graph of the gradient during a solve, so that a product costs about one gradient less; False
+            rebuilds it in every product and holds nothing between them, as the other modes and microbatches always do.
+        solver_dtype: Of the solver's vectors and sums, such as torch.float64 for a model in float32; products are
+            computed in the model's. None: that of the parameters, at least float32.
+        warm_start: Start a solve from the task's solution in an earlier call, where its support set is the same, as in
+            bilevel problems or with few tasks that recur: fewer products where little has changed since. Keeps a vector
+            `(n,)` of every task that the engine has solved, of the last ones where they exceed 1 GiB; costs two
+            products. The solve starts at zero all the same where the residual there is the smaller one.
+        on_failure: What a solve that failed leads to: "raise" a `SolverError`, "warn" once per engine, or "ignore". The
+            last good iterate is used, and the report has every task's status either way.
+        error_bound: Fill `report.error_bound`, for one displaced evaluation. Not with "ggn", whose own error it could
+            not see.
+    """
+
+    _manages_without_second_derivatives: ClassVar[bool] = True  # by finite differences
+    _costs: ClassVar[type[Costs] | None] = ImplicitCosts
+    _without_path: ClassVar[str] = (
+        "neither a loss nor `regularization` uses it, and the stationary point does not depend on how the inner loop "
+        "gets there; MAML differentiates step sizes"
+    )
+
+    regularization: Hyper | None = 2.0
+    solver: LinearSolver = CG(max_steps=20, rtol=1e-4)
+    hvp: HvpMode = "auto"
+    curvature: Literal["hessian", "ggn"] = "hessian"
+    linearize: bool = True
+    solver_dtype: torch.dtype | None = None
+    warm_start: bool = False
+    on_failure: Literal["raise", "warn", "ignore"] = "warn"
+    error_bound: bool = True
+    _solutions: WarmStart = field(default_factory=WarmStart, init=False, repr=False, compare=False)
+    _warned: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check the configuration; raises TypeError or ValueError."""
+        super().__post_init__()
+        check_mode(self.hvp)
+        if self.regularization is not None:
+            check_hyper("regularization", self.regularization, must="> 0 for implicit differentiation")
+        if not isinstance(self.solver, LinearSolver):
+            raise TypeError(f"`solver` must be a LinearSolver such as CG(max_steps=5). Got {self.solver!r}.")
+        if self.curvature not in ("hessian", "ggn"):
+            raise ValueError(f"`curvature` must be 'hessian' or 'ggn'. Got {self.curvature!r}.")
+        if self.warm_start and not self.solver._uses_x0:
+            raise ValueError(
+                f"warm_start=True needs a solver that can use a start, such as CG. Got {type(self.solver).__name__}."
+            )
+        if self.solver_dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(f"`solver_dtype` must be torch.float32 or torch.float64. Got {self.solver_dtype}.")
+        if self.on_failure not in ("raise", "warn", "ignore"):
+            raise ValueError(f"`on_failure` must be 'raise', 'warn' or 'ignore'. Got {self.on_failure!r}.")
+
+    def pull_back(self, problem: Problem) -> Pullback:
+        self._check(problem)
+        phi = problem.adapt()
+        query = problem.judge(phi)
+        damping = problem.damping
+        root = query.adapted.new_ones(()) if damping is None else damping.sqrt()
+        weight = root / root.mean()  # 1 for a single lambda, where the system is I + H / lambda itself
+        rhs = query.adapted.div_(weight)
+        curvature, gradient = self._curvature(problem, phi)
+        with_bound = self.error_bound and self.curvature == "hessian" and damping is not None
+        stationarity, slope = gradient.norm(dim=-1), gradient / root if with_bound else None
+        del gradient
+        shift = 0.0 if damping is None else 1.0
+        op = _system(curvature, root, shift)
+        solution = self._solve(problem, op, rhs)
+        mu = careful_eigenvalue(solution, op, rhs) if with_bound else None
+        fixed, hyper = query.fixed, problem.support.context.hyper
+        if fixed is not None:
+            pulled = solution.x * weight / root.square()  # (H + Lambda)^-1 v
+            mixed = curvature.product(pulled, mixed=True)[1]
+            fixed = fixed if mixed is None else fixed - mixed
+            if "regularization" in hyper.learned:
+                hyper.add({"regularization": (problem.theta - phi) * pulled}, 0)
+        del curvature, op  # a graph may hang on it, and the error bound needs another
+
+        def look(displacement: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+            there = displacement.div_(root).add_(phi)
+            v = problem.query_gradient(there).adapted.div_(weight)
+            curvature, gradient = self._curvature(problem, there)
+            return gradient.div_(root), lambda: v.sub_(_system(curvature, root, shift).mv(solution.x))
+
+        bound = None
+        if mu is not None and slope is not None:
+            error = solution_error(mu, rhs, solution.residual_norm, slope, (root * phi).norm(dim=-1), look)
+            bound = relative_bound(error * weight.max(), (solution.x * weight).norm(dim=-1), solution.status)
+        norm = rhs.norm(dim=-1)
+        outcome = problem.outcome(
+            query,
+            stationarity=stationarity,
+            solver_status=solution.status,
+            solver_steps=solution.num_steps,
+            solver_residual=solution.residual_norm / norm.where(norm > 0, 1),
+            error_bound=bound,
+        )
+        theta = solution.x * weight if shift else torch.zeros_like(solution.x)
+        return Pullback(theta, fixed, outcome, solution)
+
+    def _solve(self, problem: Problem, op: LinearOperator, rhs: Tensor) -> Solution:
+        dtype = self.solver_dtype or rhs.dtype
+        if not self.warm_start:
+            return _cast(self.solver.solve(op, rhs.to(dtype)), rhs.dtype)
+        start = self._solutions.of(problem.support.batch, rhs)
+        if start is not None:
+            worse = (rhs - op.mv(start)).norm(dim=-1, keepdim=True) > rhs.norm(dim=-1, keepdim=True)
+            start = start.masked_fill(worse, 0).to(dtype)
+        return _cast(self.solver.solve(op, rhs.to(dtype), x0=start), rhs.dtype)
+
+    def _keep(self, problem: Problem, pullback: Pullback) -> None:
+        if self.warm_start and pullback.solution is not None:
+            self._solutions.keep(problem.support.batch, pullback.solution)
+
+    def _check(self, problem: Problem) -> None:
+        objective = problem.support.context.objective
+        if self.curvature == "ggn" and objective.model is None:
+            raise ValueError(
+                "curvature='ggn' needs to know the model's output. Expected Objective(model, loss). Got an objective "
+                "from a function: use curvature='hessian'."
+            )
+        if problem.damping is None and self.regularization is not None:
+            raise ValueError(
+                "`regularization` must be > 0 for implicit differentiation. Got 0 from its function: return a positive "
+                "value, or pass regularization=None for no proximal term."
+            )
+        if problem.damping is None and len(objective.parameters()) == len(objective.adapted):
+            raise ValueError(
+                "Without a proximal term the stationary point does not depend on the initialisation, and its "
+                "meta-gradient is zero. Expected `regularization` > 0, or other parameters or `meta` to learn. Got "
+                f"regularization={self.regularization}."
+            )
+        if problem.damping is not None and bool((problem.damping <= 0).any()):
+            raise ValueError(
+                f"`regularization` must be > 0 for implicit differentiation. Got {problem.damping.min().item():g}: let "
+                "its function return a positive value, such as exp of a meta-parameter."
+            )
+
+    def _curvature(self, problem: Problem, phi: Tensor) -> tuple[Curvature | GaussNewton, Tensor]:
+        """The support loss's curvature, and the gradient of the inner objective, both after the inner loop."""
+        steps = problem.inner.steps
+        if self.curvature == "ggn":
+            gauss_newton = GaussNewton(problem.support, phi, steps, mode=self.hvp)
+            return gauss_newton, problem.gradient(phi, steps, gauss_newton.take_gradient())
+        graph: Graph = "keep" if self.linearize else "rebuild"
+        curvature = Curvature(problem.support, phi, steps, mode=self.hvp, graph=graph)
+        return curvature, problem.gradient(phi, steps, curvature.take_gradient())
+
+    def _look_at(self, report: Report) -> None:
+        if report.solver_status is None or self.on_failure == "ignore":
+            return
+        statuses = {i: Status(s) for i, s in enumerate(report.solver_status.tolist()) if i not in report.skipped}
+        failed = [i for i, status in statuses.items() if status not in (Status.CONVERGED, Status.BUDGET_SPENT)]
+        if not failed:
+            return
+        first = statuses[failed[0]]
+        message = (
+            f"{len(failed)} of {len(statuses)} linear solves failed, the first that of task {failed[0]}: {first.name}. "
+            f"{first.message} "
+            + (
+                "Without a proximal term the system is H itself, which must be positive definite."
+                if self.regularization is None
+                else "A larger `regularization` raises the smallest eigenvalue of I + H / lambda."
+            )
+        )
+        if self.on_failure == "raise":
+            raise SolverError(message)
+        if not self._warned:
+            self._warned.append(message)
+            warn(f"{message} This is said once; see report.solver_status.", SolverWarning)
+
+
+def _system(curvature: Curvature | GaussNewton, root: Tensor, shift: float) -> LinearOperator:
+    """`shift` I + Lambda^-1/2 H Lambda^-1/2, for vectors of any dtype."""
+
+    def mv(x: Tensor) -> Tensor:
+        w = x.to(root.dtype)
+        if root.ndim == 0:
+            product = curvature.product(w)[0].div_(root.square())
+        else:
+            product = curvature.product(w / root)[0].div_(root)
+        product = product.to(x.dtype)
+        return product.add_(x) if shift else product
+
+    return LinearOperator(mv)
+
+
+def _cast(solution: Solution, dtype: torch.dtype) -> Solution:
+    """The solution with its tensors of floating-point numbers in `dtype`."""
+    mu = solution.smallest_eigenvalue
+    return replace(
+        solution,
+        x=solution.x.to(dtype),
+        residual_norm=solution.residual_norm.to(dtype),
+        smallest_eigenvalue=None if mu is None else mu.to(dtype),
+    )

@@ -1,0 +1,210 @@
+"""A strategy that can be called: from tasks to a loss that carries the meta-gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+from imaml._engine.chunking import ONE_BY_ONE, Plan
+from imaml._engine.node import attach
+from imaml._engine.nonfinite import check_some
+from imaml._engine.report import MetaResult, Report
+from imaml._engine.strategy import Strategy
+from imaml._leaves import wrapped
+from imaml._objective.objective import Objective
+from imaml._sharding.runs import run_of
+from imaml._tasks import Batch, Task, TaskBatch, check_constant, check_tensors
+from imaml._tasks import group as by_shape
+from imaml._torch import tree_map
+from imaml.planning import Forecast
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaGradient(Strategy):
+    """A strategy for the meta-gradient, the gradient of the mean query loss after adaptation.
+
+    The inner loop of task i adapts phi from theta on L_support,i(phi) + 1/2 (phi - theta)' Lambda (phi - theta); the
+    result is the mean over tasks of L_query,i(phi_i), and its gradient for theta and for every other parameter that
+    requires grad.
+
+    `engine(objective, tasks)` returns a `MetaResult`; `result.loss.backward()` accumulates the meta-gradient into
+    `.grad` of the parameters like that of any loss. The meta-gradient is computed in the call, its memory is given back
+    at once, and backward only scales it (it cannot be differentiated again). Under `torch.no_grad()` a call only
+    evaluates. The model, its `.grad`s and the tasks are never changed, nor are the buffers of the model and of modules
+    that a loss or the metric holds: by an attribute, a closure, a default, a bound argument or a global name, also of
+    functions that it calls by one, but not by a weak reference, in a container of more than 1,000 entries, or by a
+    global name of an installed package. What requires grad, is used by a loss or an inner step, and is neither a
+    parameter nor in `meta` is an error, since it would get no gradient. The global random state ends as if one forward
+    pass had run, and every evaluation at one inner step of a task sees the same draws (dropout masks).
+
+    Args:
+        inner: The inner loop.
+        regularization: lambda >= 0, the weight of the proximal term: one number, or one per adapted parameter by name,
+            or a function of the objective's meta-parameters that returns either. None: no proximal term.
+        chunk_size: How many tasks run at once, vectorised; memory grows with it. None: as many as save at most 32 MiB
+            for a gradient on a CPU (256 MiB elsewhere), the support and the query sets each by themselves, and as hold
+            at most three times as much of inner states; found by a forward pass of one task when an engine first sees
+            its shapes; that depends on shapes alone, and does not ask whether the memory is there. "auto": the most
+            whose peak, as `plan` predicts it, fits into four fifths of the memory that is free when an engine first
+            sees its shapes, on a CPU at most as many as None takes, since more are slower there; graphs are kept where
+            they fit too. Which it is may change with the free memory. 1 runs task by task without `torch.func.vmap`. A
+            model that cannot be vectorised (LSTM, control flow that depends on the data) runs task by task in any case,
+            though the graphs of a chunk are held together. The numbers are the same (without dropout).
+        microbatch_size: How many examples of a support or query set are seen at once; gradients and products accumulate
+            over slices, so that the memory is that of one slice, for the same numbers where the loss is a mean over
+            independent examples (the first two slices are compared the first time; not with dropout). None: all.
+        on_nonfinite: What a task leads to whose support loss, query loss or meta-gradient is NaN or infinite, or whose
+            inner loop diverges: "raise" an error, or "skip" it. The mean is then over the other tasks, as if it had not
+            been given, and `report.skipped` names it; the cost is that of its chunk, which is computed anew without it.
+        compile: Whether the derivatives of the losses are traced and compiled by TorchInductor, once for each shape:
+            about twice as fast where calls are many and tensors small, for some ten seconds of compilation the first
+            time. Convolutions take minutes to compile, and gain little. A compiled product evaluates its step anew; no
+            graph is kept. A loss is taken for a function of its tensors (parameters, buffers, batch, `meta`). Whatever
+            else changes in it is noticed, where it changes the losses: every call compares one of each shape with an
+            uncompiled forward pass, as the first compares the derivatives. On such a change, with random draws
+            (dropout), without a C++ compiler, with forward-mode derivatives in the loss that torch cannot trace
+            (`vmap(hessian(...))`), beyond 12 functions, or beyond `compile_budget`, a `CompileWarning` says why, and
+            the engine goes on uncompiled, with the same results. The logger "imaml" says what is being compiled and how
+            long it took, and warns after 10 s.
+        compile_budget: How many seconds an engine may compile in all. The call that exceeds it goes on at once,
+            uncompiled; what the compiler was doing is stopped, at the latest when the C++ compiler returns.
+    """
+
+    def __call__(
+        self, objective: Objective, tasks: TaskBatch | Sequence[Task], *, group: ProcessGroup | None = None
+    ) -> MetaResult:
+        """Adapt to every task, and return the mean query loss with the meta-gradient behind it.
+
+        Args:
+            objective: Model and loss.
+            tasks: A `TaskBatch`, or a list of `Task` whose shapes may differ.
+            group: The processes that share the work; None: this one alone. Every rank passes its own tasks, such as
+                `tasks[rank::world_size]`, an empty list where it has none, and takes part in every call; one
+                all-reduce, of the size of the parameters, gives every rank the mean over the tasks of all. (The same
+                tasks on every rank give the right result too, and save nothing.) The parameters must be the same on
+                all ranks: the first call of an engine checks. Random draws are each rank's own.
+
+        Returns:
+            The loss, over the tasks of all ranks, and a report, of this rank's.
+
+        Raises:
+            NonFiniteError: A loss or the meta-gradient is NaN or infinite, or all tasks were skipped; or another rank
+                raised whatever error.
+            DivergenceError: The inner loop diverged.
+            TypeError: An argument of a wrong type.
+            ValueError: The loss is not a scalar or depends on no parameter, BatchNorm with running statistics in
+                training mode, a hyper-parameter that does not fit the parameters or steps, a meta-parameter whose
+                meta-gradient is zero because nothing uses it, no task on any rank, or parameters that differ by rank.
+        """
+        parameters = objective.parameters() if isinstance(objective, Objective) else {}
+        wanted = torch.is_grad_enabled() and any(p.requires_grad for p in parameters.values())
+        loss, gradients, report = self._run(objective, tasks, group, derivatives=wanted)
+        if wanted:
+            loss = attach(loss, list(gradients.values()), list(parameters.values()))
+        return MetaResult(loss, report)
+
+    def value_and_grad(
+        self, objective: Objective, tasks: TaskBatch | Sequence[Task], *, group: ProcessGroup | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean query loss and the meta-gradient by parameter name, as detached tensors; `.grad` is not touched.
+
+        Args:
+            objective: Model and loss.
+            tasks: As in a call.
+            group: As in a call.
+
+        Returns:
+            The 0-dim loss, and one gradient per parameter of `objective.parameters()`, in its shape and dtype.
+        """
+        loss, gradients, _ = self._run(objective, tasks, group, derivatives=True)
+        return loss, gradients
+
+    def adapt(self, objective: Objective, support: Batch) -> dict[str, Tensor]:
+        """The adapted parameters of one task by name, for deployment with `torch.func.functional_call`.
+
+        Args:
+            objective: Model and loss.
+            support: One task's support set, without a task dimension.
+
+        Returns:
+            The adapted parameters, detached, in shape and dtype of the originals, and with `buffers="update"` the
+            task's running statistics; the model is not changed.
+        """
+        check_tensors("support", support)
+        batch = tree_map(lambda t: t.unsqueeze(0), wrapped(support))
+        with torch.inference_mode(False), torch.no_grad():
+            run = run_of(self, objective, derivatives=False)
+            context = run.context
+            tasks = TaskBatch(support=batch, query=batch)
+            run.check(tasks, query=False)
+            try:
+                problem = run.problem([0], tasks, ONE_BY_ONE)
+                phi = problem.adapt()
+                problem.finish()
+            finally:
+                context.replay.restore()
+            adapted = {name: value.squeeze(0).clone() for name, value in context.layout.named(phi).items()}
+            return adapted | context.mean_statistics()
+
+    def plan(
+        self, objective: Objective, tasks: TaskBatch | Sequence[Task], memory: int | str | None = None
+    ) -> Forecast[Self]:
+        """Predict what a call takes, in the settings that the engine leaves open, before any of them runs.
+
+        Open are `chunk_size` where it is None or "auto", and for `MAML` `checkpoints`, `linearize` and `storage`, for
+        `ImplicitMAML` `linearize`, where they are at their defaults. All settings give the same numbers.
+
+        The peak comes from a model of each strategy: how many states, graphs and vectors it holds beside an inner step,
+        a query gradient or a Hessian-vector product. What these take is measured, for one, two and three tasks, and
+        continued along a line. Cost: at most 4 gradients and 4 products for each of these, six tasks in all. The model,
+        `.grad`s and random states are not changed.
+
+        Args:
+            objective: Model and loss.
+            tasks: As in a call.
+            memory: The limit, such as "4GiB", "500MB" or "1.5 GB", or in bytes. None: what is free on an accelerator,
+                and none on a CPU.
+
+        Returns:
+            Every setting with its predicted peak and cost, and which to use; `print` it.
+
+        Raises:
+            RuntimeError: torch's profiler, which measures on a CPU, is in use.
+            TypeError: See a call; or `memory` is neither an integer nor text.
+            ValueError: See a call; or `memory` is no amount, or the strategy does not say what it costs.
+        """
+        from imaml.planning._plan import forecast  # noqa: PLC0415
+
+        return forecast(self, objective, tasks, memory)
+
+    def _choose(self, objective: Objective, batch: TaskBatch, shapes: Hashable) -> Plan:
+        from imaml.planning._plan import automatic  # noqa: PLC0415
+
+        return automatic(self, objective, batch, shapes)
+
+    def _run(
+        self,
+        objective: Objective,
+        tasks: TaskBatch | Sequence[Task],
+        group: ProcessGroup | None,
+        *,
+        derivatives: bool,
+    ) -> tuple[Tensor, dict[str, Tensor], Report]:
+        with torch.inference_mode(False), torch.no_grad():
+            if derivatives and isinstance(tasks, Sequence | TaskBatch):
+                check_constant(tasks)
+            run = run_of(self, objective, derivatives=derivatives)
+            sums, report = run.sums(by_shape(tasks)) if group is None else run.sums_over_ranks(tasks, group)
+            *gradients, (loss, skipped, count) = sums
+            check_some(int(count), int(skipped))
+            named: dict[str, Tensor] = {}
+            for layout, total in zip(run.layouts, gradients, strict=True):
+                named |= layout.named(total.div_(count))
+            return (loss / count).to(report.query_loss.dtype), named, report

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,9 +19,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import imaml
-from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, Objective, Task
+import imaml_solvers
+from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, Objective, Solution, Task
 
-PACKAGE = str(Path(imaml.__file__).parent)
+PACKAGES = tuple(str(Path(package.__file__).parent) for package in (imaml, imaml_solvers))
 
 
 def mlp() -> nn.Module:
@@ -60,21 +63,45 @@ def evaluation(model: nn.Module) -> tuple[int, int]:
     return totals[1] - totals[0], bare
 
 
-def way(engine: Any) -> tuple[int, int, int]:
-    """Files of the library that a call passes, its most calls on the stack, and calls from one file to another."""
-    objective, task = problem(mlp())
+class Stack(nn.Module):
+    """A model that notes the files and frames of the library that stand between a call and itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.files, self.frames = mlp(), 0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        found, frame = [], sys._getframe()
+        while (frame := frame.f_back) is not None:
+            if frame.f_code.co_filename.startswith(PACKAGES):
+                found.append(frame.f_code.co_filename)
+        self.files, self.frames = max(self.files, len(set(found))), max(self.frames, len(found))
+        return self.body(x)
+
+
+def before_the_model(engine: Any) -> tuple[int, int]:
+    """Files and frames on the stack, from the engine to the model: the most in a call after the first."""
+    model = Stack()
+    objective, task = problem(model)
     engine(objective, [task])
+    model.files = model.frames = 0
+    engine(objective, [task])
+    return model.files, model.frames
+
+
+def passed(run: Callable[[], Any]) -> tuple[int, int, int]:
+    """Files of the library that something passes, its most calls on the stack, and calls from one file to another."""
     files: set[str] = set()
     deepest = changes = 0
 
     def profile(frame: FrameType, event: str, arg: Any) -> None:
         nonlocal deepest, changes
-        if event != "call" or not frame.f_code.co_filename.startswith(PACKAGE):
+        if event != "call" or not frame.f_code.co_filename.startswith(PACKAGES):
             return
         files.add(frame.f_code.co_filename)
         depth, before, up = 0, None, frame
         while up is not None:
-            if up.f_code.co_filename.startswith(PACKAGE):
+            if up.f_code.co_filename.startswith(PACKAGES):
                 depth += 1
                 if depth == 2:
                     before = up.f_code.co_filename
@@ -83,10 +110,43 @@ def way(engine: Any) -> tuple[int, int, int]:
 
     sys.setprofile(profile)
     try:
-        engine(objective, [task])
+        run()
     finally:
         sys.setprofile(None)
     return len(files), deepest, changes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looking(CG):
+    """CG that notes what its second product passes; the first shows what there is to find out."""
+
+    found: list[tuple[int, int]] = field(default_factory=list)
+
+    def solve(self, op: Any, rhs: Tensor, x0: Tensor | None = None) -> Solution:
+        op.mv(rhs)
+        depth = _depth()
+        files, frames, _ = passed(lambda: op.mv(rhs))
+        self.found.append((files, frames - depth))
+        return super().solve(op, rhs, x0=x0)
+
+
+def _depth() -> int:
+    """Frames of the library on the stack."""
+    count, frame = 0, sys._getframe()
+    while frame is not None:
+        count, frame = count + frame.f_code.co_filename.startswith(PACKAGES), frame.f_back
+    return count
+
+
+def product(*, linearize: bool) -> tuple[int, int]:
+    """Files and frames that a product of a linear solve passes, from the operator that the solver has."""
+    solver = Looking(max_steps=1)
+    inner = GradientDescent(lr=0.1, steps=1)
+    engine = ImplicitMAML(inner=inner, solver=solver, chunk_size=1, on_failure="ignore", linearize=linearize)
+    objective, task = problem(mlp())
+    for _ in range(2):
+        engine(objective, [task])
+    return solver.found[-1]
 
 
 def problem(model: nn.Module) -> tuple[Objective, Task]:
@@ -108,8 +168,15 @@ def main() -> None:
         ImplicitMAML(inner=inner, solver=CG(max_steps=1), chunk_size=1, on_failure="ignore"),
     )
     for engine in engines:
-        files, frames, changes = way(engine)
-        print(f"one call of {type(engine).__name__}, K = 1: {files} files, {frames} frames, {changes} changes of file")
+        name, (objective, task) = type(engine).__name__, problem(mlp())
+        files, frames = before_the_model(engine)
+        print(f"{name}, K = 1: {files} files and {frames} frames stand between the call and the model", end="; ")
+        engine(objective, [task])
+        files, frames, changes = passed(partial(engine, objective, [task]))
+        print(f"in all {files} files, {frames} frames, {changes} changes of file")
+    for linearize, what in ((True, "with the graph kept"), (False, "rebuilt")):
+        files, frames = product(linearize=linearize)
+        print(f"a product {what}: {files} files, {frames} frames")
 
 
 if __name__ == "__main__":

@@ -124,6 +124,11 @@ def is_transformed() -> bool:
         return True
 
 
+def inside_transform() -> bool:
+    """Whether a transform other than `vmap` runs, or a trace: they refuse writes to outer tensors, and end theirs."""
+    return is_traced() or is_transformed()
+
+
 @contextmanager
 def without_fallback_warning() -> Iterator[None]:
     """Within it `vmap` does not warn of an operation that it runs task by task, which the user cannot change."""
@@ -205,19 +210,23 @@ def load_forward_ad() -> None:
         torch.func.jvp(torch.sin, (torch.ones(()),), (torch.ones(()),))
 
 
-@contextmanager
-def without_checkpoints() -> Iterator[None]:
-    """Within it, `torch.utils.checkpoint` calls its function and keeps what that saves.
+def hide_checkpoints() -> dict[str, Any]:
+    """Let `torch.utils.checkpoint` call its function and keep what that saves.
 
-    Raises:
-        RuntimeError: It recomputes all the same, by a way that is not known.
+    One that recomputes all the same, by a way that is not known, raises RuntimeError.
+
+    Returns:
+        What `show_checkpoints` puts back.
     """
-    before = {name: getattr(_checkpoint, name) for name in _INSTEAD}
-    vars(_checkpoint).update(_INSTEAD)
-    try:
-        yield
-    finally:
-        vars(_checkpoint).update(before)
+    members = vars(_checkpoint)
+    before = {name: members[name] for name in _INSTEAD}
+    members.update(_INSTEAD)
+    return before
+
+
+def show_checkpoints(before: dict[str, Any]) -> None:
+    """Take back what `hide_checkpoints` has done."""
+    vars(_checkpoint).update(before)
 
 
 class _Plain:

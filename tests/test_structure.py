@@ -49,6 +49,51 @@ def circle(arrows):
     return path[path.index(path[-1]) :]
 
 
+ROOMS = ("_objective", "_losses", "_curvature", "inner", "_engine", "_sharding", "planning", "_strategies")
+"""From the ground up: a room knows those before it, and the ground below them all."""
+TOP = ("cli", "data", "testing", "training", "verify", "models", "text", "measure", "__main__")
+"""What users of the engine are, inside this package as outside."""
+
+
+def level(name):
+    """How high a module lies: 0 for the ground, that of its room, or above all rooms."""
+    parts = name.split(".")
+    if parts[0] == "imaml_solvers" or len(parts) == 2 and parts[1].startswith("_") and parts[1] not in (*ROOMS, *TOP):
+        return 0
+    return ROOMS.index(parts[1]) + 1 if len(parts) > 1 and parts[1] in ROOMS else len(ROOMS) + 1
+
+
+def rising(arrows):
+    """Imports that run up between rooms."""
+    return [(a, b) for a, targets in arrows.items() for b in targets if level(b) > level(a)]
+
+
+def test_no_room_knows_one_above_it():
+    assert rising(graph()) == []
+
+
+def test_an_import_that_runs_up_would_be_found():
+    up = {"imaml._losses.a": {"imaml._objective.b", "imaml._engine.c"}, "imaml._torch": {"imaml.inner._d"}}
+    assert rising(up) == [("imaml._losses.a", "imaml._engine.c"), ("imaml._torch", "imaml.inner._d")]
+    assert rising(
+        {"imaml._tasks": {"imaml.verify"}, "imaml_solvers._cg": {"imaml._errors"}, "imaml.cli": {"imaml"}}
+    ) == [("imaml._tasks", "imaml.verify")]
+
+
+def test_every_module_of_the_package_has_its_level():
+    top = {name.split(".")[1] for name in modules() if name.startswith("imaml.")}
+    ground = {name for name in top if name.startswith("_") and name not in (*ROOMS, *TOP)}
+    assert top == {*ROOMS, *TOP, *ground}
+    assert len(ground) <= 5, ground
+
+
+def test_no_two_modules_of_the_core_have_one_name():
+    files = modules().items()
+    core = [path for name, path in files if level(name) <= len(ROOMS) and name.startswith("imaml.")]
+    names = [path.stem.strip("_") for path in core if path.stem != "__init__"]
+    assert sorted(n for n in set(names) if names.count(n) > 1) == []
+
+
 def test_no_module_imports_itself_in_a_circle():
     assert circle(graph()) is None
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from imaml._curvature.deadline import OutOfTimeError
 from imaml._curvature.inductor import Function, Outputs, run, trace_and_compile
 from imaml._errors import CompileWarning, warn
-from imaml._losses.context import Context
+from imaml._losses.snapshot import Snapshot
 from imaml._objective.objective import Objective
 
 MOST = 12
@@ -22,15 +22,15 @@ MOST = 12
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """One function for one shape, and which parameters it uses; see `Context`."""
+class CompiledFunction:
+    """One function for one shape, and which parameters it uses; see `Record`."""
 
     function: Function
     used: set[str]
-    used_fixed: set[str]
+    used_shared: set[str]
 
 
-Functions = defaultdict[Hashable, dict[Hashable, Compiled]]
+Functions = defaultdict[Hashable, dict[Hashable, CompiledFunction]]
 """By what the loss is made of, then by what they compute."""
 
 
@@ -69,15 +69,15 @@ class Session:
     """Addresses of those whose loss has been compared with an uncompiled evaluation."""
 
     @classmethod
-    def of(cls, compiler: Compiler, context: Context, budget: float) -> Session:
-        """For a call on the context's objective."""
-        objective, device = context.objective, context.like.device.type
+    def of(cls, compiler: Compiler, snapshot: Snapshot, budget: float) -> Session:
+        """For a call on the snapshot's objective."""
+        objective, device = snapshot.objective, snapshot.like.device.type
         training = () if objective.model is None else tuple(m.training for m in objective.model.modules())
         lower = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        rounding = max(torch.finfo(d).eps for d in (lower, *context.layout.dtypes) if d is not None)
-        state = (context.layout, context.fixed_layout, training, lower)
+        rounding = max(torch.finfo(d).eps for d in (lower, *snapshot.layout.dtypes) if d is not None)
+        state = (snapshot.layout, snapshot.shared_layout, training, lower)
         functions = compiler.functions.setdefault(objective, defaultdict(dict))
-        learned = {*context.layout.names, *context.fixed_layout.names}
+        learned = {*snapshot.layout.names, *snapshot.shared_layout.names}
         return cls(compiler, functions, objective.others(learned), state, rounding**0.5, budget)
 
     def compile(self, function: Function, tensors: Sequence[Tensor], expected: Outputs, what: str) -> Function | None:

@@ -1,21 +1,22 @@
-"""Which HVP mode a model gets, decided at the first product and kept for the call."""
+"""The curvature of a chunk's loss at one point, as a linear operator: which products it has is decided here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, TypeVar, get_args
+from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
-from imaml._curvature.compiled import CompiledLoss, CompiledProduct
-from imaml._curvature.exact_products import Accumulated, ForwardOverReverse, Graph, Product, ReverseOverReverse
+from imaml._curvature.derivatives import Derivatives
+from imaml._curvature.exact_products import ForwardOverReverse, Graph, Product
 from imaml._curvature.finite_difference import FiniteDifference
-from imaml._losses.chunk import ChunkLoss
+from imaml._curvature.gauss_newton import GaussNewton
 from imaml._losses.gradient import Gradient
-from imaml._losses.microbatch import Microbatched
+from imaml._losses.loss import Loss
+from imaml._losses.slice import Slice
 from imaml._torch import LACKS_SECOND_DERIVATIVE
+from imaml_solvers import LinearOperator
 
-T = TypeVar("T")
 HvpMode = Literal["auto", "forward-over-reverse", "reverse-over-reverse", "finite-difference"]
 """`auto` is reverse-over-reverse, the fastest exact mode in eager torch, or finite differences for a model that has an
 operation without second derivatives."""
@@ -27,69 +28,104 @@ def check_mode(mode: str) -> None:
         raise ValueError(f"`hvp` must be one of {', '.join(get_args(HvpMode))}. Got {mode!r}.")
 
 
-class Curvature:
-    """The Hessian of the support loss of a chunk at `phi`."""
+class Curvature(LinearOperator):
+    """H, or the Gauss-Newton matrix G in its place, of the losses of a chunk at `phi`; vectors are `(tasks, n)`.
 
-    def __init__(self, loss: ChunkLoss | Microbatched, phi: Tensor, step: int, *, mode: HvpMode, graph: Graph) -> None:
-        self._loss, self._phi, self._step, self._context = loss, phi, step, loss.context
-        self._asked = mode
-        self._mode = (self._context.hvp_mode or "reverse-over-reverse") if mode == "auto" else mode
-        self._product: Product = self._or_finite_difference(lambda: self._build(graph))
-        if self._product.gradient is not None:
-            self._context.hvp_mode = self._context.hvp_mode or self._mode
+    Args:
+        derivatives: Of the losses.
+        loss: Whose curvature it is. Where it has several slices, these are evaluated anew in every product.
+        phi: The point.
+        step: Of the inner loop, which keys random draws.
+        mode: Of products with H; once "auto" has fallen back on finite differences, it does so for the whole call.
+        graph: What is kept between products.
+        gauss_newton: Whether products are those of G; the mixed ones are those of H in any case.
+    """
+
+    makes_new = True
+
+    def __init__(
+        self,
+        derivatives: Derivatives,
+        loss: Loss,
+        phi: Tensor,
+        step: int,
+        *,
+        mode: HvpMode,
+        graph: Graph,
+        gauss_newton: bool = False,
+    ) -> None:
+        self._derivatives, self._loss, self._phi, self._step, self._record = derivatives, loss, phi, step, loss.record
+        self._asked, self._gauss_newton = mode, gauss_newton
+        self._mode = (self._record.mode or "reverse-over-reverse") if mode == "auto" else mode
+        if gauss_newton:
+            self._record.gauss_newton = True
+        self._all = self._product_of_all(graph)
+        if self._all is not None and self._all.gradient is not None and not gauss_newton:
+            self._record.mode = self._record.mode or self._mode
 
     def take_gradient(self) -> Gradient | None:
-        """The support loss and its gradient at phi, where the mode has it at no cost; it is kept no longer."""
-        gradient, self._product.gradient = self._product.gradient, None
+        """The support loss and its gradient at phi, where they come at no cost; kept no longer."""
+        if self._all is None:
+            return None
+        gradient, self._all.gradient = self._all.gradient, None
         return gradient
 
+    def mv(self, x: Tensor) -> Tensor:
+        """The product with x, a new tensor."""
+        return self.product(x)[0]
+
     def product(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
-        """H w `(tasks, n)` and, if `mixed`, the derivative of g' w by the fixed parameters, summed over tasks."""
-        self._context.hvps += self._loss.tasks
-        result = self._or_finite_difference(lambda: self._product(w, mixed=mixed))
-        if isinstance(result, FiniteDifference):
-            self._product = result
-            result = result(w, mixed=mixed)
-        self._context.hvp_mode = self._context.hvp_mode or self._mode
-        return result
-
-    def _build(self, graph: Graph) -> Product:
-        if self._mode == "finite-difference":
-            return FiniteDifference(self._loss, self._phi, self._step)
-        parts = self._loss.parts
-        if len(parts) > 1:
-            at, mode = (self._phi, self._step), self._mode  # a reference to self would keep all of it until collected
-            return Accumulated(parts, lambda part: _rebuilt(part, *at, mode))
-        return self._exact(parts[0][1], graph)
-
-    def _exact(self, loss: ChunkLoss, graph: Graph) -> Product:
-        if graph == "rebuild" or self._mode == "forward-over-reverse":
-            return _rebuilt(loss, self._phi, self._step, self._mode)
-        self._context.gradients += self._loss.tasks
-        if isinstance(loss, CompiledLoss) and loss.is_compiled:
-            return CompiledProduct(loss, self._phi, self._step, with_gradient=True)
-        return ReverseOverReverse(loss, self._phi, self._step, graph)
-
-    def _or_finite_difference(self, compute: Callable[[], T]) -> T | FiniteDifference:
-        """The result; or finite differences, where `auto` meets an operation without second derivatives."""
+        """H w `(tasks, n)` and, if `mixed`, the derivative of g' w by the shared parameters, summed over tasks."""
+        if mixed and self._gauss_newton:
+            at = (self._derivatives, self._loss, self._phi, self._step)
+            return Curvature(*at, mode=self._asked, graph=Graph.REBUILT).product(w, mixed=True)
+        self._record.products += self._loss.tasks
+        if not self._gauss_newton:
+            self._record.mode = self._record.mode or self._mode
         try:
-            return compute()
+            return self._all(w, mixed=mixed) if self._all is not None else self._sum(w, mixed=mixed)
         except RuntimeError as error:
-            if not any(sign in str(error) for sign in LACKS_SECOND_DERIVATIVE):
-                raise
-            if self._asked != "auto":
-                raise RuntimeError(
-                    f"hvp={self._asked!r} met an operation that does not support it ({error}). Use hvp='auto', another "
-                    "exact mode, or 'finite-difference', which needs first derivatives only."
-                ) from error
-            self._mode = self._context.hvp_mode = "finite-difference"
-            return FiniteDifference(self._loss, self._phi, self._step)
+            self._all = self._instead(error)
+        return self._all(w, mixed=mixed)  # after the except block, which holds the graphs of what has failed
 
+    def _product_of_all(self, graph: Graph) -> Product | None:
+        """One product for all of the loss; None where it is a sum over slices."""
+        if self._mode == "finite-difference" and not self._gauss_newton:
+            return FiniteDifference(self._derivatives, self._loss, self._phi, self._step)
+        if len(self._loss.slices) > 1:
+            return None
+        try:
+            return self._product_of(self._loss.slices[0][1], graph)
+        except RuntimeError as error:
+            instead = self._instead(error)
+        return instead
 
-def _rebuilt(loss: ChunkLoss, phi: Tensor, step: int, mode: str) -> Product:
-    """An exact product that leaves nothing behind."""
-    if mode == "forward-over-reverse":
-        return ForwardOverReverse(loss, phi, step)
-    if isinstance(loss, CompiledLoss) and loss.is_compiled:
-        return CompiledProduct(loss, phi, step, with_gradient=False)
-    return ReverseOverReverse(loss, phi, step, "rebuild")
+    def _product_of(self, part: Slice, graph: Graph) -> Product:
+        if self._gauss_newton:
+            return GaussNewton(part, self._phi, self._step, graph)
+        if self._mode == "forward-over-reverse":
+            return ForwardOverReverse(part, self._phi, self._step)
+        return self._derivatives.product_of(part, self._phi, self._step, graph)
+
+    def _sum(self, w: Tensor, *, mixed: bool) -> tuple[Tensor, Tensor | None]:
+        """Slice by slice, each built and released before the next."""
+        total, total_mixed = torch.zeros_like(w), None
+        for weight, part in self._loss.slices:
+            found, its_mixed = self._product_of(part, Graph.REBUILT)(w, mixed=mixed)
+            total.add_(found, alpha=weight)
+            if its_mixed is not None:
+                its_mixed.mul_(weight)
+                total_mixed = its_mixed if total_mixed is None else total_mixed.add_(its_mixed)
+        return total, total_mixed
+
+    def _instead(self, error: RuntimeError) -> FiniteDifference:
+        """Finite differences, where `auto` meets an operation without second derivatives; else raises."""
+        if self._gauss_newton or not any(sign in str(error) for sign in LACKS_SECOND_DERIVATIVE):
+            raise error
+        if self._asked != "auto":
+            raise RuntimeError(
+                f"hvp={self._asked!r} met an operation that does not support it ({error}). Use hvp='auto', another "
+                "exact mode, or 'finite-difference', which needs first derivatives only."
+            ) from error
+        self._mode = self._record.mode = "finite-difference"
+        return FiniteDifference(self._derivatives, self._loss, self._phi, self._step)

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from imaml._curvature.casts import Casts
-from imaml._losses.chunk import ChunkLoss
+from imaml._curvature.derivatives import Derivatives, Want
 from imaml._losses.gradient import Gradient
-from imaml._losses.microbatch import Microbatched
+from imaml._losses.loss import Loss
 from imaml_solvers._vectors import norm
 
 _SHORTER = 8
@@ -36,17 +36,17 @@ class FiniteDifference:
 
     gradient: Gradient | None = None
 
-    def __init__(self, loss: ChunkLoss | Microbatched, phi: Tensor, step: int) -> None:
-        self._loss, self._phi, self._step = loss, phi, step
+    def __init__(self, derivatives: Derivatives, loss: Loss, phi: Tensor, step: int) -> None:
+        self._derivatives, self._loss, self._phi, self._step = derivatives, loss, phi, step
         self._length = 1 + norm(phi)
 
     def __call__(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
-        move = self._loss.context.hvp_move
+        move = self._loss.record.difference_move
         return self._first(w, mixed) if move is None else self._moved_by(move, w, mixed)
 
     def _first(self, w: Tensor, mixed: bool) -> tuple[Tensor, Tensor | None]:
         """The product, and the move for the rest of the call; products of zeros tell nothing of it."""
-        context, least, eps = self._loss.context, float("inf"), self._eps()
+        record, least, eps = self._loss.record, float("inf"), self._eps()
         close = move = eps ** (1 / 3)
         found = self._moved_by(move, w, mixed)
         while move / _SHORTER >= eps / 4:
@@ -55,14 +55,14 @@ class FiniteDifference:
             difference = _difference(longer, found[0])
             worst, mean = difference.nan_to_num().max().item(), difference.nanmean().item()
             if math.isnan(mean):
-                context.hvp_error = 0.0
+                record.difference_error = 0.0
                 return found
             if worst <= close or mean < least:
-                least, context.hvp_move, context.hvp_error = mean, move, worst
+                least, record.difference_move, record.difference_error = mean, move, worst
             if worst <= close:
                 return found
-        assert context.hvp_move is not None
-        return found if context.hvp_move == move else self._moved_by(context.hvp_move, w, mixed)
+        assert record.difference_move is not None
+        return found if record.difference_move == move else self._moved_by(record.difference_move, w, mixed)
 
     def _eps(self) -> float:
         """That of the coarsest dtype, by one gradient."""
@@ -75,19 +75,20 @@ class FiniteDifference:
             return saved.detach()  # the tensor itself would be kept by its own graph
 
         with casts, saved_tensors_hooks(pack, lambda saved: saved), contextlib.suppress(RuntimeError):
-            self._loss.gradient(self._phi, self._step)  # a model that differentiates may refuse to be looked at
+            # A model that differentiates may refuse to be looked at.
+            self._derivatives.gradient(self._loss, self._phi, self._step)
         return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
 
     def _moved_by(self, move: float, w: Tensor, mixed: bool) -> tuple[Tensor, Tensor | None]:
         size = norm(w)
         h = move * self._length / torch.where(size > 0, size, torch.ones_like(size))
-        step, weights = h.unsqueeze(-1), 1 / (2 * h)
+        step, want = h.unsqueeze(-1), Want(mixed, weights=1 / (2 * h))
         ahead, behind = (
-            self._loss.gradient(torch.addcmul(self._phi, step, w, value=s), self._step, fixed=mixed, weights=weights)
-            for s in (1, -1)
+            self._derivatives.gradient(self._loss, torch.addcmul(self._phi, step, w, value=sign), self._step, want)
+            for sign in (1, -1)
         )
-        fixed = None if ahead.fixed is None or behind.fixed is None else ahead.fixed - behind.fixed
-        return ahead.adapted.sub_(behind.adapted), fixed
+        shared = None if ahead.shared is None or behind.shared is None else ahead.shared - behind.shared
+        return ahead.adapted.sub_(behind.adapted), shared
 
 
 def _difference(x: Tensor, y: Tensor) -> Tensor:

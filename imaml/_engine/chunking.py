@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from imaml._losses.chunk import ChunkLoss
-from imaml._losses.microbatch import Microbatched
+from imaml._losses.loss import Loss
+from imaml._losses.slice import Slice
 from imaml._torch import is_functorch_wrapped_tensor, refuses_hooks, tree_leaves
 
 VECTORISED = {"cpu": 32 * 2**20}
@@ -28,7 +28,7 @@ _ENOUGH = 2.5 * 2**20
 
 
 @dataclass(frozen=True)
-class Plan:
+class Chunking:
     """How a chunk runs."""
 
     tasks: int
@@ -39,12 +39,10 @@ class Plan:
     """Whether every inner step's graph is kept for the reverse sweep of MAML."""
 
 
-ONE_BY_ONE = Plan(1, 1, keeps_graphs=False)
+ONE_BY_ONE = Chunking(1, 1, keeps_graphs=False)
 
 
-def plan(
-    support: ChunkLoss | Microbatched, query: ChunkLoss | Microbatched, theta: Tensor, steps: int, states: int
-) -> Plan:
+def choose_chunking(support: Loss, query: Loss, theta: Tensor, steps: int, states: int) -> Chunking:
     """Decide from one task's losses at theta `(1, n)`: two forward passes.
 
     Args:
@@ -55,20 +53,20 @@ def plan(
         states: Vectors of inner states that a task holds.
 
     Returns:
-        The plan; it depends on shapes and dtypes alone.
+        The answer depends on shapes and dtypes alone, so that runs repeat bit for bit; a timed one would not.
     """
     room = _room(theta)
-    bytes_support, bytes_query = (max(1, saved_bytes(loss.parts[0][1], theta)) for loss in (support, query))
+    bytes_support, bytes_query = (max(1, saved_bytes(loss.slices[0][1], theta)) for loss in (support, query))
     tasks, query_tasks = (max(1, room // each) for each in (bytes_support, bytes_query))
     tasks = max(1, min(tasks, STORED * room // max(1, states * theta.nbytes)))
     with_graphs = min(tasks, KEPT // (_AGAIN * max(1, steps) * bytes_support))
     is_enough = with_graphs == tasks or with_graphs * bytes_support >= _ENOUGH
-    keeps = is_enough and len(support.parts) == 1
-    return Plan(with_graphs if keeps else tasks, query_tasks, keeps)
+    keeps = is_enough and len(support.slices) == 1
+    return Chunking(with_graphs if keeps else tasks, query_tasks, keeps)
 
 
-def saved_bytes(loss: ChunkLoss, phi: Tensor) -> int:
-    """What autograd saves for the gradient of a loss at phi, parameters and data aside."""
+def saved_bytes(part: Slice, phi: Tensor) -> int:
+    """What autograd saves for the gradient of a slice of a loss at phi, parameters and data aside."""
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -78,15 +76,15 @@ def saved_bytes(loss: ChunkLoss, phi: Tensor) -> int:
         return kept
 
     with torch.enable_grad():
-        adapted, fixed = loss.leaves(phi, fixed=True)
+        adapted, shared = part.leaves(phi, shared=True)
         try:
             with saved_tensors_hooks(pack, lambda tensor: tensor):
-                loss.losses(adapted, fixed, loss.batch, 0)
+                part.losses(adapted, shared, part.batch, 0)
         except RuntimeError as error:
             if not refuses_hooks(error):
                 raise
             return _room(phi)  # transforms of torch.func allow no look at what is saved
-    given = [*adapted, *fixed, *loss.context.constants.values(), *tree_leaves(loss.batch)]
+    given = [*adapted, *shared, *part.snapshot.constants.fresh().values(), *tree_leaves(part.batch)]
     known, found = _storages(given), _storages(saved)
     return sum(size for pointer, size in found.items() if pointer not in known)
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, TypeVar, get_args
 
+import torch
+from torch import Tensor
+
 from imaml._engine.report import Pullback
 from imaml._errors import DivergenceError, NonFiniteError
-from imaml._losses.context import Context
+from imaml.inner._hyper import Hyperparameters
 from imaml_solvers import Status
 
 OnNonfinite = Literal["raise", "skip"]
@@ -55,7 +58,58 @@ def skipping(
     return [found for position in positions for found in skipping(compute, [position], mark)]
 
 
-def check_chunk(pullback: Pullback, positions: list[int], context: Context, how: OnNonfinite) -> None:
+EXPLOSION = 1e6
+"""A support loss that grows by this factor has diverged, finite or not."""
+
+
+def check_history(losses: Tensor, positions: list[int], smaller: str) -> None:
+    """Raise where a support loss was NaN or infinite, or exploded.
+
+    Args:
+        losses: Before each inner step, `(steps, tasks)`.
+        positions: Of the tasks.
+        smaller: Than what an inner step size should be, for the message.
+
+    Raises:
+        NonFiniteError: Before the first step.
+        DivergenceError: Later.
+    """
+    bad = ~torch.isfinite(losses) | (losses.abs() > EXPLOSION * losses[0].abs().clamp(min=1))
+    if not bad.any():
+        return
+    step, column = (int(i) for i in bad.nonzero()[0])
+    tasks = _marked(positions, bad.any(0))
+    where, first, loss = f"task {positions[column]}", losses[0, column].item(), losses[step, column].item()
+    if step == 0:
+        raise NonFiniteError(
+            f"The support loss of {where} is {loss} at inner step 0, before any adaptation: look for NaN or "
+            "infinite values in the task's data or the model's parameters.",
+            tasks,
+        )
+    raise DivergenceError(
+        f"The inner loop of {where} diverged: its support loss went from {first:.4g} at inner step 0 to {loss:.4g} "
+        f"at inner step {step}. Use a smaller inner step size{smaller}",
+        tasks,
+    )
+
+
+def check_query(losses: Tensor, positions: list[int], steps: int, smaller: str) -> None:
+    """Raise NonFiniteError where a query loss `(tasks,)` is NaN or infinite."""
+    bad = ~torch.isfinite(losses)
+    if bad.any():
+        column = int(bad.nonzero()[0])
+        raise NonFiniteError(
+            f"The query loss of task {positions[column]} is {losses[column].item()} after {steps} inner steps: look "
+            f"for NaN or infinite values in its query data, or use a smaller inner step size{smaller}.",
+            _marked(positions, bad),
+        )
+
+
+def _marked(positions: list[int], marks: Tensor) -> list[int]:
+    return [position for position, mark in zip(positions, marks.tolist(), strict=True) if mark]
+
+
+def check_chunk(pullback: Pullback, positions: list[int], hyper: Hyperparameters, how: OnNonfinite) -> None:
     """Raise unless what a strategy made of a chunk is finite.
 
     A solve that met NaN left its last good iterate, which may be zero: `on_failure` has the say, unless such tasks are
@@ -69,13 +123,13 @@ def check_chunk(pullback: Pullback, positions: list[int], context: Context, how:
     if how == "skip" and status is not None:
         bad = bad | (status == Status.NONFINITE)
     if bad.any():
-        tasks = [position for position, flag in zip(positions, bad, strict=True) if flag]
+        tasks = _marked(positions, bad)
         raise NonFiniteError(
             f"The meta-gradient of task {tasks[0]} is not finite although its losses are: look for an operation with "
             "an infinite second derivative, such as sqrt or norm at 0.",
             tasks,
         )
-    if pullback.fixed is not None and not (bool(pullback.fixed.isfinite().all()) and context.hyper.is_finite):
+    if pullback.shared is not None and not (bool(pullback.shared.isfinite().all()) and hyper.is_finite):
         raise NonFiniteError(
             f"The meta-gradient of tasks {positions[0]} to {positions[-1]} for a parameter that does not adapt is not "
             "finite although their losses are: look for an operation with an infinite derivative, such as sqrt at 0.",

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from imaml._errors import NonFiniteError
-from imaml._losses.context import Context
+from imaml._losses.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -29,19 +29,19 @@ def check_group(group: object) -> None:
         )
 
 
-def check_alike(context: Context, group: ProcessGroup) -> None:
+def check_alike(snapshot: Snapshot, group: ProcessGroup) -> None:
     """Compare the parameters of all ranks by a checksum of their bits: one small all-gather.
 
     Args:
-        context: With this rank's parameters.
+        snapshot: With this rank's parameters.
         group: The ranks.
 
     Raises:
         ValueError: On every rank, where the names, shapes, dtypes or values differ.
     """
-    fixed = context.fixed_layout.gather(context.fixed, context.like)
-    bits = [flat.view(_BITS[flat.itemsize]).sum() for flat in (context.theta, fixed)]
-    layouts = crc32(repr((context.layout, context.fixed_layout)).encode())
+    shared = snapshot.shared_layout.gather(snapshot.shared, snapshot.like)
+    bits = [flat.view(_BITS[flat.itemsize]).sum() for flat in (snapshot.theta, shared)]
+    layouts = crc32(repr((snapshot.layout, snapshot.shared_layout)).encode())
     mine = torch.stack([torch.full_like(bits[0], layouts), *bits])
     everyone = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(everyone, mine, group=group)

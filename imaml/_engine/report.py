@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imaml._losses.context import Context
+from imaml._losses.record import Record
+from imaml._losses.snapshot import Snapshot
 from imaml_solvers import Solution, Status
 
 
@@ -38,10 +39,10 @@ class Outcome:
     see `ImplicitMAML`, which may be told to leave it out. inf: nothing can be said."""
 
     @classmethod
-    def of_no_task(cls, context: Context, steps: int) -> Outcome:
+    def of_no_task(cls, snapshot: Snapshot, steps: int) -> Outcome:
         """That of a rank without a task, its tensors of length 0."""
-        none = context.like.new_zeros(0)
-        metric = None if context.objective.metric is None else none
+        none = snapshot.like.new_zeros(0)
+        metric = None if snapshot.objective.metric is None else none
         return Outcome(query_loss=none, support_loss=none.expand(steps, 0), metric=metric)
 
 
@@ -72,7 +73,12 @@ class Report(Outcome):
 
     @classmethod
     def of(
-        cls, context: Context, outcomes: Sequence[Outcome], positions: Sequence[int], skipped: Sequence[int] = ()
+        cls,
+        snapshot: Snapshot,
+        record: Record,
+        outcomes: Sequence[Outcome],
+        positions: Sequence[int],
+        skipped: Sequence[int] = (),
     ) -> Report:
         """Join the outcomes of all chunks, whose tasks have these positions in the input."""
         joined: dict[str, Any] = {}
@@ -82,12 +88,12 @@ class Report(Outcome):
             joined[field.name] = None if parts[0] is None else _place(torch.cat(parts, -1), positions, skipped, missing)
         return cls(
             **joined,
-            gradients=context.gradients,
-            hvps=context.hvps,
-            hvp_mode="gauss-newton" if context.gauss_newton else context.hvp_mode,
-            hvp_error=context.hvp_error,
-            unused=tuple(n for n in context.layout.names if context.used and n not in context.used),
-            buffers=context.mean_statistics(),
+            gradients=record.gradients,
+            hvps=record.products,
+            hvp_mode="gauss-newton" if record.gauss_newton else record.mode,
+            hvp_error=record.difference_error,
+            unused=tuple(n for n in snapshot.layout.names if record.used and n not in record.used),
+            buffers=record.mean_statistics(),
             skipped=tuple(skipped),
         )
 
@@ -153,8 +159,9 @@ class Pullback:
 
     theta: Tensor
     """The meta-gradient of each task, `(tasks, n)`."""
-    fixed: Tensor | None
-    """That for the fixed and the meta-parameters, summed over tasks, `(m,)`; None if there are none."""
+    shared: Tensor | None
+    """That of the shared parameters, which do not adapt but are learned, meta-parameters among them, summed over tasks,
+    `(m,)`; None if there are none."""
     outcome: Outcome
     solution: Solution | None = None
     """Of the linear systems, where the strategy solves any."""

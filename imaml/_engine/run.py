@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from inspect import ismethod
 from typing import TYPE_CHECKING
 from weakref import ref
@@ -11,26 +12,33 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from imaml._curvature.compiled import CompiledLoss
+from imaml._curvature.compiled import Compiled
 from imaml._curvature.compiler import Session
-from imaml._engine.chunking import ONE_BY_ONE, Plan, plan
-from imaml._engine.nonfinite import check_chunk, skipping
+from imaml._curvature.derivatives import Derivatives
+from imaml._engine.chunking import ONE_BY_ONE, Chunking, choose_chunking
+from imaml._engine.nonfinite import check_chunk, check_some, skipping
 from imaml._engine.problem import Problem
 from imaml._engine.ranks import check_alike, check_group, over_ranks
 from imaml._engine.report import Outcome, Pullback, Report
 from imaml._engine.strategy import Strategy
 from imaml._errors import NonFiniteError
-from imaml._losses.chunk import QUERY, SUPPORT, ChunkLoss, outside_inference
-from imaml._losses.context import Context
 from imaml._losses.layout import Layout
-from imaml._losses.microbatch import Microbatched
+from imaml._losses.loss import Loss
+from imaml._losses.record import Record
+from imaml._losses.replay import Role
+from imaml._losses.slice import Slice, outside_inference
+from imaml._losses.snapshot import Snapshot
 from imaml._objective.meta import no_gradient
 from imaml._objective.objective import Objective
-from imaml._tasks import Batch, Task, TaskBatch, signature
+from imaml._tasks import Task, TaskBatch, signature
 from imaml._tasks import group as by_shape
+from imaml.inner._hyper import Hyperparameters
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+Chunk = tuple[list[int], TaskBatch, Chunking]
+"""Tasks of equal shapes, where they stand in the input, and how they run."""
 
 
 @dataclass
@@ -38,11 +46,12 @@ class Run:
     """What an engine does with one objective."""
 
     engine: Strategy
-    context: Context
+    snapshot: Snapshot
+    record: Record
+    hyper: Hyperparameters
+    derivatives: Derivatives
     layouts: list[Layout]
-    """Of the gradients that are wanted, for theta and for any fixed parameters; empty for none."""
-    session: Session | None
-    """Of the engine's compiler; None for derivatives as they are."""
+    """Of the gradients that are wanted, for theta and for any shared parameters; empty for none."""
 
     @classmethod
     def of(
@@ -54,96 +63,114 @@ class Run:
         layout_of: Callable[[Mapping[str, Tensor]], Layout] = Layout.of,
     ) -> Run:
         """Take the snapshot, and evaluate the hyper-parameters."""
+        snapshot = Snapshot.of(objective, layout_of, differentiates=derivatives)
         given = {name: (hyper, engine.inner.steps) for name, hyper in engine.inner.hyperparameters.items()}
         if engine.regularization is not None:
             given["regularization"] = (engine.regularization, 1)
-        context = Context.of(objective, given, layout_of, differentiates=derivatives)
-        layouts = [layout for layout in (context.layout, context.fixed_layout) if derivatives and layout.names]
-        session = Session.of(engine._compiler, context, engine.compile_budget) if engine.compile else None
-        return cls(engine, context, layouts, session)
+        hyper = Hyperparameters.of(given, objective.meta, snapshot.layout, snapshot.like)
+        layouts = [layout for layout in (snapshot.layout, snapshot.shared_layout) if derivatives and layout.names]
+        return cls(engine, snapshot, Record(), hyper, cls.derivatives_of(engine, snapshot), layouts)
+
+    @classmethod
+    def derivatives_of(cls, engine: Strategy, snapshot: Snapshot) -> Derivatives:
+        """How losses are differentiated: decided here alone."""
+        if engine.compile:
+            return Compiled(Session.of(engine._memory.compiler, snapshot, engine.compile_budget))
+        return Derivatives()
 
     def sums(self, groups: list[tuple[list[int], TaskBatch]]) -> tuple[list[Tensor], Report]:
-        """Sums over tasks: the gradients for theta and for any fixed parameters, then `(3,)`: loss, skipped, kept."""
-        context = self.context
+        """Sums over tasks: the gradients for theta and for any shared ones, then `(3,)`: loss, skipped, kept."""
         positions: list[int] = []
         skipped: list[int] = []
         outcomes: list[Outcome] = []
         sums: list[Tensor] = []
         try:
-            for where, batch, plan in self._chunks(groups):
-                parts = self._of_chunk(where, batch, plan)
+            for where, batch, chunking in self._chunks(groups):
+                compute = partial(self._of_tasks, (where, batch, chunking))
+                skips = self.engine.on_nonfinite == "skip"
+                parts = skipping(compute, where, self._mark) if skips else [(where, compute(where))]
                 for kept, (summed, outcome) in parts:
                     sums = [a.add_(b) for a, b in zip(sums, summed, strict=True)] if sums else summed
                     outcomes.append(outcome)
                     positions += kept
                 skipped += set(where).difference(*(kept for kept, _ in parts))
         finally:
-            context.replay.restore()
-        if self.layouts and positions and context.objective.meta.learned():
+            self.snapshot.replay.restore()
+        if self.layouts and positions and self.snapshot.objective.meta.learned():
             sums[1].add_(self._through_hyperparameters())
-        report = Report.of(context, outcomes or [self._no_task()], positions, sorted(skipped))
+        report = Report.of(self.snapshot, self.record, outcomes or [self._no_task()], positions, sorted(skipped))
         self.engine._look_at(report)
         losses = report.query_loss[sorted(positions)]
         losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
         counts = losses.new_tensor([len(skipped), len(positions)])
         return [*(sums or self._zeros()), torch.cat([losses.sum(0, keepdim=True), counts])], report
 
-    def _of_chunk(
-        self, where: list[int], batch: TaskBatch, plan: Plan
-    ) -> list[tuple[list[int], tuple[list[Tensor], Outcome]]]:
+    def means(self, sums: list[Tensor], report: Report) -> tuple[Tensor, dict[str, Tensor], Report]:
+        """The loss and the gradients by name, from sums over all tasks."""
+        *gradients, (loss, skipped, count) = sums
+        check_some(int(count), int(skipped))
+        named: dict[str, Tensor] = {}
+        for layout, total in zip(self.layouts, gradients, strict=True):
+            named |= layout.named(total.div_(count))
+        return (loss / count).to(report.query_loss.dtype), named, report
+
+    def _of_tasks(self, chunk: Chunk, positions: list[int]) -> tuple[list[Tensor], Outcome]:
         """The summed gradients and the outcome of a chunk's tasks, or of those that are left without the skipped."""
+        where, batch, chunking = chunk
+        rows = [where.index(position) for position in positions]
+        tasks = batch if positions == where else TaskBatch.stack([batch[row] for row in rows])
+        problem = self.problem(positions, tasks, chunking)
+        if not self.layouts:
+            return [], problem.evaluate(problem.adapt())
+        pullback = self.engine.pull_back(problem)
+        check_chunk(pullback, positions, self.hyper, self.engine.on_nonfinite)
+        self.engine._keep(problem, pullback)
+        shared = [] if pullback.shared is None else [pullback.shared]
+        return [pullback.theta.sum(0), *shared], self._outcome(pullback)
 
-        def compute(positions: list[int]) -> tuple[list[Tensor], Outcome]:
-            rows = [where.index(position) for position in positions]
-            tasks = batch if positions == where else TaskBatch.stack([batch[row] for row in rows])
-            problem = self.problem(positions, tasks, plan)
-            if not self.layouts:
-                return [], problem.evaluate(problem.adapt())
-            pullback = self._pull_back(problem)
-            check_chunk(pullback, positions, self.context, self.engine.on_nonfinite)
-            self.engine._keep(problem, pullback)
-            fixed = [] if pullback.fixed is None else [pullback.fixed]
-            return [pullback.theta.sum(0), *fixed], pullback.outcome
+    def _outcome(self, pullback: Pullback) -> Outcome:
+        return pullback.outcome
 
-        if self.engine.on_nonfinite == "raise":
-            return [(where, compute(where))]
-        return skipping(compute, where, self.context.mark)
+    def _mark(self) -> Callable[[], None]:
+        """What takes back all that a chunk adds to from here on, but what it cost."""
+        take_back = [self.record.mark(), self.hyper.mark()]
 
-    def _pull_back(self, problem: Problem) -> Pullback:
-        return self.engine.pull_back(problem)
+        def undo() -> None:
+            for each in take_back:
+                each()
+
+        return undo
 
     def _no_task(self) -> Outcome:
-        return Outcome.of_no_task(self.context, self.engine.inner.steps)
+        return Outcome.of_no_task(self.snapshot, self.engine.inner.steps)
 
     def _zeros(self) -> list[Tensor]:
-        context = self.context
-        return [layout.gather([None] * len(layout.names), context.like) for layout in self.layouts]
+        return [layout.gather([None] * len(layout.names), self.snapshot.like) for layout in self.layouts]
 
     def sums_over_ranks(self, tasks: TaskBatch | Sequence[Task], group: ProcessGroup) -> tuple[list[Tensor], Report]:
         """`sums` over the tasks of all ranks, with the report of this rank's, which may have none."""
-        context, alike = self.context, self.engine._alike
+        snapshot, alike = self.snapshot, self.engine._memory.alike
         check_group(group)
-        key = (context.layout, context.fixed_layout, group.group_name)
+        key = (snapshot.layout, snapshot.shared_layout, group.group_name)
         if key not in alike:
-            check_alike(context, group)
+            check_alike(snapshot, group)
             alike.add(key)
 
         def nothing() -> list[Tensor]:
-            return [*self._zeros(), context.like.new_zeros(3)]
+            return [*self._zeros(), snapshot.like.new_zeros(3)]
 
         def compute() -> tuple[list[Tensor], Report]:
             if isinstance(tasks, Sequence) and not tasks:
-                return nothing(), Report.of(context, [self._no_task()], [])
+                return nothing(), Report.of(snapshot, self.record, [self._no_task()], [])
             (*sums, totals), report = self.sums(by_shape(tasks))
-            return [*sums, totals.to(context.like)], report
+            return [*sums, totals.to(snapshot.like)], report
 
         return over_ranks(compute, nothing, group)
 
     def _through_hyperparameters(self) -> Tensor:
         """The part of the summed meta-gradient `(m,)` that passes through learned hyper-parameters."""
-        context = self.context
-        found = context.hyper.gradients()
-        for key in context.without_path(found):
+        found, layout = self.hyper.gradients(), self.snapshot.shared_layout
+        for key in self.record.without_path(self.snapshot.objective.meta, found):
             raise no_gradient(key, self.engine._without_path)
         for name, gradient in found.items():
             if not bool(gradient.isfinite().all()):
@@ -151,35 +178,37 @@ class Run:
                     f"The meta-gradient for the meta-parameter {name!r} is not finite: look for an infinite derivative "
                     "in the function of the hyper-parameter that it serves, such as sqrt at 0."
                 )
-        return context.fixed_layout.gather([found.get(n) for n in context.fixed_layout.names], context.like)
+        return layout.gather([found.get(n) for n in layout.names], self.snapshot.like)
 
-    def _chunks(self, groups: list[tuple[list[int], TaskBatch]]) -> Iterator[tuple[list[int], TaskBatch, Plan]]:
+    def _chunks(self, groups: list[tuple[list[int], TaskBatch]]) -> Iterator[Chunk]:
         for positions, batch in groups:
-            plan = self._plan(batch)
-            for start in range(0, len(batch), plan.tasks):
-                yield positions[start : start + plan.tasks], batch[start : start + plan.tasks], plan
+            chunking = self.chunking(batch)
+            for start in range(0, len(batch), chunking.tasks):
+                yield positions[start : start + chunking.tasks], batch[start : start + chunking.tasks], chunking
 
-    def _plan(self, batch: TaskBatch) -> Plan:
+    def chunking(self, batch: TaskBatch) -> Chunking:
         """How tasks of these shapes run; looked at once per engine."""
         self.check(batch)
-        size, plans, context = self.engine.chunk_size, self.engine._plans, self.context
+        size, known, snapshot = self.engine.chunk_size, self.engine._memory.chunkings, self.snapshot
         if isinstance(size, int):
-            return Plan(size, size, keeps_graphs=False)
-        key = (context.layout, context.fixed_layout, context.like.device, signature(batch))
+            return Chunking(size, size, keeps_graphs=False)
+        key = (snapshot.layout, snapshot.shared_layout, snapshot.like.device, signature(batch))
         if size == "auto":
-            return self.engine._choose(context.objective, batch, key)
-        if key not in plans:
-            trial = Run.of(self.engine, context.objective, derivatives=bool(self.layouts))
+            return self.engine._choose(snapshot.objective, batch, key)
+        if key not in known:
+            trial = Run.of(self.engine, snapshot.objective, derivatives=bool(self.layouts))
             one = trial.problem([0], batch[:1], ONE_BY_ONE)
-            plans[key] = plan(one.support, one.query, one.theta, self.engine.inner.steps, self.engine._states)
-            trial.context.replay.undo()
-        return plans[key]
+            known[key] = choose_chunking(
+                one.support, one.query, one.theta, self.engine.inner.steps, self.engine._states
+            )
+            trial.snapshot.replay.undo()
+        return known[key]
 
     def check(self, batch: TaskBatch, *, query: bool = True) -> None:
         """Raise unless the losses can be taken slice by slice, if they are; looked at once per objective and shapes."""
         if self.engine.microbatch_size is None:
             return
-        objective, checked = self.context.objective, self.engine._checked
+        objective, checked = self.snapshot.objective, self.engine._memory.sliced
         parts, modes = _parts(objective)
         key = (*map(id, parts), modes, signature(batch), query)
         if key in checked and all(alive() is part for alive, part in zip(checked[key], parts, strict=True)):
@@ -187,35 +216,31 @@ class Run:
         trial = Run.of(self.engine, objective, derivatives=False)
         one = trial.problem([0], batch[:1], ONE_BY_ONE)
         for loss in (one.support, one.query) if query else (one.support,):
-            loss.check(one.theta)
-        trial.context.replay.undo()
+            loss.check(lambda loss: trial.derivatives.value(loss, one.theta, 0)[0])
+        trial.snapshot.replay.undo()
         checked[key] = [_weak(part) for part in parts]
 
-    def problem(self, positions: list[int], batch: TaskBatch, plan: Plan) -> Problem:
+    def problem(self, positions: list[int], batch: TaskBatch, chunking: Chunking) -> Problem:
         """The inner problem and the query loss of these tasks."""
-        size = self.engine.microbatch_size
-        tasks, first = len(batch), positions[0]
+        tasks, first, size = len(batch), positions[0], self.engine.microbatch_size
         support, query = (
-            self._loss(outside_inference(examples), tasks, first, kind)
-            for examples, kind in ((batch.support, SUPPORT), (batch.query, QUERY))
+            Loss(Slice(self.snapshot, self.record, outside_inference(examples), tasks, first, role), size)
+            for examples, role in ((batch.support, Role.SUPPORT), (batch.query, Role.QUERY))
         )
         return Problem(
-            support=support if size is None else Microbatched(support, size),
-            query=query if size is None else Microbatched(query, size),
+            support=support,
+            query=query,
+            derivatives=self.derivatives,
+            hyper=self.hyper,
             inner=self.engine.inner,
-            plan=plan,
+            chunking=chunking,
             damping=self._damping(),
             positions=positions,
         )
 
-    def _loss(self, batch: Batch, tasks: int, start: int, kind: int) -> ChunkLoss:
-        if self.session is None:
-            return ChunkLoss(self.context, batch, tasks, start, kind)
-        return CompiledLoss(self.context, batch, tasks, start, kind, session=self.session)
-
     def _damping(self) -> Tensor | None:
         """Lambda: 0-dim, or `(n,)` where given by name; None for no proximal term."""
-        value = self.context.hyper.at(0).get("regularization", 0.0)
+        value = self.hyper.at(0).get("regularization", 0.0)
         least = torch.as_tensor(value).min().item()
         if least < 0:
             raise ValueError(
@@ -224,7 +249,7 @@ class Run:
             )
         if isinstance(value, Tensor):
             return value if len(value) > 1 else value.reshape(())
-        return self.context.like.new_tensor(value) if value else None
+        return self.snapshot.like.new_tensor(value) if value else None
 
 
 def _parts(objective: Objective) -> tuple[list[object], Hashable]:

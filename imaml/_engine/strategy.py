@@ -10,11 +10,10 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from imaml._curvature.compiler import Compiler
-from imaml._engine.chunking import Plan
+from imaml._engine.chunking import Chunking
+from imaml._engine.memory import Memory
 from imaml._engine.nonfinite import OnNonfinite, check_on_nonfinite
 from imaml._engine.problem import Problem
-from imaml._engine.recent import Recent
 from imaml._engine.report import Pullback, Report
 from imaml._numbers import check_integer, check_number
 from imaml._objective.objective import Objective
@@ -45,11 +44,7 @@ class Strategy(ABC):
     on_nonfinite: OnNonfinite = "raise"
     compile: bool = False
     compile_budget: float = 60.0
-    _compiler: Compiler = field(default_factory=Compiler, init=False, repr=False, compare=False)
-    _plans: dict[Any, Plan] = field(default_factory=Recent, init=False, repr=False, compare=False)
-    _checked: dict[Any, Any] = field(default_factory=Recent, init=False, repr=False, compare=False)
-    _looks: dict[Any, Any] = field(default_factory=Recent, init=False, repr=False, compare=False)
-    _alike: set[Any] = field(default_factory=set, init=False, repr=False, compare=False)
+    _memory: Memory = field(default_factory=Memory, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check the configuration; raises TypeError or ValueError."""
@@ -91,7 +86,7 @@ class Strategy(ABC):
         """
 
     @abstractmethod
-    def _choose(self, objective: Objective, batch: TaskBatch, shapes: Hashable) -> Plan:
+    def _choose(self, objective: Objective, batch: TaskBatch, shapes: Hashable) -> Chunking:
         """How tasks run with `chunk_size="auto"`."""
 
     @property

@@ -11,16 +11,16 @@ from torch import Tensor
 
 @dataclass
 class Gradient:
-    """Losses `(tasks,)` and their gradients `(tasks, n)`; if asked, that `(m,)` for the fixed parameters, summed."""
+    """Losses `(tasks,)` and their gradients `(tasks, n)`; if asked, that `(m,)` for the shared parameters, summed."""
 
     losses: Tensor
     adapted: Tensor
-    fixed: Tensor | None
+    shared: Tensor | None
     metric: Tensor | None = None
 
     def mul_(self, factor: float) -> Gradient:
         """Scale all of it."""
-        for tensor in (self.losses, self.adapted, self.fixed):
+        for tensor in (self.losses, self.adapted, self.shared):
             if tensor is not None:
                 tensor.mul_(factor)
         if self.metric is not None:
@@ -29,7 +29,7 @@ class Gradient:
 
     def add_(self, other: Gradient) -> Gradient:
         """Add another of the same tasks."""
-        for mine, its in ((self.fixed, other.fixed), (self.metric, other.metric)):
+        for mine, its in ((self.shared, other.shared), (self.metric, other.metric)):
             if mine is not None and its is not None:
                 mine.add_(its)
         self.losses.add_(other.losses)
@@ -39,11 +39,11 @@ class Gradient:
     @classmethod
     def join(cls, parts: Sequence[Gradient]) -> Gradient:
         """Those of several groups of tasks as one."""
-        fixed = [p.fixed for p in parts if p.fixed is not None]
+        shared = [p.shared for p in parts if p.shared is not None]
         metrics = [p.metric for p in parts if p.metric is not None]
         return cls(
             torch.cat([p.losses for p in parts]),
             torch.cat([p.adapted for p in parts]),
-            torch.stack(fixed).sum(0) if fixed else None,
+            torch.stack(shared).sum(0) if shared else None,
             torch.cat(metrics) if metrics else None,
         )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -12,17 +11,31 @@ from torch import Tensor
 from imaml._torch import is_traced
 
 
+class Role(IntEnum):
+    """What an evaluation is for, which says what it draws."""
+
+    SUPPORT = 0
+    QUERY = 1
+    UPDATE = 2
+    """A step of the inner optimiser, which may draw too."""
+
+    def __str__(self) -> str:
+        """As messages have it."""
+        return self.name.lower()
+
+
 class Replay:
     """Replays random numbers by key, for losses that draw any (dropout).
 
-    `at(...)` sets the generators so that equal keys give equal draws, from the first evaluation on that draws: its own
-    are those that the user's generators gave. Until then `at` only looks whether an evaluation has moved them.
+    `with replay.at(...)` sets the generators so that equal keys give equal draws, from the first evaluation on that
+    draws: its own are those that the user's generators gave. Until then it only looks whether an evaluation has moved
+    them.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._accelerator: Any = None if device.type == "cpu" else torch.get_device_module(device)
         self._device = device
-        self._before = self._start = self._after = self._states()
+        self._before = self._start = self._after = self.states()
         generator = torch.Generator()
         generator.set_state(self._before[0])
         self._base = int(torch.randint(2**31, (), generator=generator))
@@ -33,43 +46,54 @@ class Replay:
         """Whether any loss has drawn random numbers so far."""
         return self._first is not None
 
-    @contextmanager
-    def at(self, *key: int) -> Iterator[None]:
-        """Evaluate one loss with the draws that belong to its key."""
+    def at(self, *key: int) -> Draws:
+        """Within it one loss is evaluated with the draws that belong to its key."""
+        return Draws(self, key)
+
+    def begin(self, key: tuple[int, ...]) -> list[Tensor] | None:
+        """Set the generators; returns their states where it is still to be seen whether an evaluation moves them."""
         if is_traced():  # after an evaluation that drew nothing
-            yield
-        elif self._first is None:
-            start = self._states()
-            try:
-                yield
-            except BaseException:
-                self._set(start)  # a vectorised pass that fails is repeated task by task
-                raise
-            after = self._states()
-            if any(not torch.equal(a, b) for a, b in zip(start, after, strict=True)):
-                self._first, self._start, self._after = key, start, after
+            return None
+        if self._first is None:
+            return self.states()
+        if key == self._first:
+            self.set(self._start)
         else:
-            if key == self._first:
-                self._set(self._start)
-            else:
-                self._seed(hash((self._base, *key)) & 0x7FFF_FFFF_FFFF_FFFF)
-            yield
+            self._seed(hash((self._base, *key)) & 0x7FFF_FFFF_FFFF_FFFF)
+        return None
+
+    def end(self, key: tuple[int, ...], start: list[Tensor], *, failed: bool) -> None:
+        """Look whether an evaluation has moved the generators; a vectorised one that fails is repeated from the start.
+
+        Args:
+            key: Of the evaluation.
+            start: The states before it.
+            failed: Whether it raised.
+        """
+        if failed:
+            self.set(start)
+            return
+        after = self.states()
+        if not all(map(torch.equal, start, after)):
+            self._first, self._start, self._after = key, start, after
 
     def restore(self) -> None:
         """Leave the user's generators as if one forward pass had run."""
-        self._set(self._after)
+        self.set(self._after)
 
     def undo(self) -> None:
         """Leave the user's generators as they were."""
-        self._set(self._before)
+        self.set(self._before)
 
-    def _states(self) -> list[Tensor]:
-        states = [torch.get_rng_state()]
+    def states(self) -> list[Tensor]:
+        """Of the generators that an evaluation may use."""
+        states = [torch.default_generator.get_state()]
         if self._accelerator is not None:
             states.append(self._accelerator.get_rng_state(self._device))
         return states
 
-    def _set(self, states: list[Tensor]) -> None:
+    def set(self, states: list[Tensor]) -> None:
+        """Put the generators into these states."""
         torch.set_rng_state(states[0])
         if self._accelerator is not None:
             self._accelerator.set_rng_state(states[1], self._device)
@@ -79,3 +103,18 @@ class Replay:
         if self._accelerator is not None:
             with self._accelerator.device(self._device):
                 self._accelerator.manual_seed(seed)
+
+
+class Draws:
+    """One evaluation's part of a `Replay`: a class, since a generator would triple the calls of every evaluation."""
+
+    def __init__(self, replay: Replay, key: tuple[int, ...]) -> None:
+        self._replay, self._key = replay, key
+        self._start: list[Tensor] | None = None
+
+    def __enter__(self) -> None:
+        self._start = self._replay.begin(self._key)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._start is not None:
+            self._replay.end(self._key, self._start, failed=kind is not None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from imaml._torch import is_spectral_norm
+from imaml._torch import inside_transform, is_spectral_norm
 
 BufferPolicy = Literal["batch", "frozen", "update"]
 """`batch`: normalise by batch statistics. `frozen`: by the running statistics, as in eval mode. `update`: as `batch`,
@@ -62,7 +62,8 @@ class HeldBuffers:
 
     places: list[tuple[dict[str, Tensor | None], str, Tensor, bool]]
     """Where each stands, its name there, the buffer itself, and whether it may be written to without a new version."""
-    copies: list[Tensor]
+    _kept: list[Tensor] = field(default_factory=list)
+    _afresh: bool = False
 
     @classmethod
     def of(cls, modules: Iterable[nn.Module]) -> HeldBuffers:
@@ -73,31 +74,66 @@ class HeldBuffers:
                 for module in modules
                 for name, buffer in module._buffers.items()
                 if buffer is not None
-            ],
-            [],
+            ]
         )
 
-    @contextmanager
-    def copied(self, *, afresh: bool) -> Iterator[None]:
-        """Within it the modules have copies: new ones if asked, or where the last evaluation has changed the others."""
-        if not self.places:
-            yield
-            return
-        if afresh or not self.copies:
+    def copies(self, *, afresh: bool) -> list[Tensor]:
+        """Give the modules copies: new ones if asked, or where the last evaluation has changed the others."""
+        if afresh or not self._kept:
             copies = [buffer.detach().clone() for _, _, buffer, _ in self.places]
         else:
-            copies = self.copies
-        self.copies = []  # what a failing evaluation has written to them is not kept
+            copies = self._kept
+        self._kept, self._afresh = [], afresh
+        for (place, name, _, _), copy in zip(self.places, copies, strict=True):
+            place[name] = copy
+        return copies
+
+    def put_back(self, copies: list[Tensor], *, failed: bool) -> None:
+        """Give the modules their buffers again; copies that a failing evaluation may have written to are not kept."""
+        for place, name, buffer, _ in self.places:
+            place[name] = buffer
+        if failed or self._afresh:
+            return
+        pairs = zip(copies, self.places, strict=True)
+        if not any(differ(c, b) if silent else c._version > 0 for c, (_, _, b, silent) in pairs):
+            self._kept = copies
+
+    @contextmanager
+    def copied(self) -> Iterator[None]:
+        """Within it the modules have new copies."""
+        copies = self.copies(afresh=True)
         try:
-            for (place, name, _, _), copy in zip(self.places, copies, strict=True):
-                place[name] = copy
             yield
         finally:
-            for place, name, buffer, _ in self.places:
-                place[name] = buffer
-        pairs = zip(copies, self.places, strict=True)
-        changed = afresh or any(differ(c, b) if silent else c._version > 0 for c, (_, _, b, silent) in pairs)
-        self.copies = [] if changed else copies
+            self.put_back(copies, failed=False)
+
+
+@dataclass
+class Constants:
+    """Copies of a model's buffers, so that a forward pass cannot change the model; made anew where one has changed."""
+
+    buffers: Mapping[str, Tensor]
+    _copies: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module | None) -> Constants:
+        """Those of a model, if there is one."""
+        constants = cls({} if model is None else dict(model.named_buffers()))
+        constants._copies = constants._copied()
+        return constants
+
+    def fresh(self) -> dict[str, Tensor]:
+        """Copies that nothing has written to."""
+        if not self.buffers:
+            return {}
+        if inside_transform():
+            return self._copied()
+        if any(map(differ, self._copies.values(), self.buffers.values())):
+            self._copies = self._copied()
+        return self._copies
+
+    def _copied(self) -> dict[str, Tensor]:
+        return {name: buffer.detach().clone() for name, buffer in self.buffers.items()}
 
 
 def differ(copy: Tensor, buffer: Tensor) -> bool:

@@ -5,23 +5,23 @@ A model is looked through once a call, so that an evaluation pays for what it ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from imaml._objective.buffers import power_iterations
+from imaml._objective.buffers import BufferPolicy, Statistics, power_iterations
 from imaml._objective.exact import ExactDerivatives
-from imaml._torch import is_compiled, without_checkpoints
+from imaml._torch import hide_checkpoints, is_compiled, show_checkpoints
+
+# The guards are classes: a generator as a context manager takes three times the calls, in every evaluation.
 
 _OF_EVERY_MODULE = nn.Module().__dict__.keys()
 
 
-@contextmanager
-def faithful() -> Iterator[None]:
+class faithful:  # noqa: N801
     """Within it a loss of any kind has its true derivatives, of the parameters that it is given.
 
     - Operations whose derivatives torch gets wrong are replaced: `ExactDerivatives`.
@@ -29,20 +29,26 @@ def faithful() -> Iterator[None]:
       backward pass, when the model has its own parameters again: without a word, the derivatives would be those of a
       mixture of two models.
     """
-    with ExactDerivatives(), without_checkpoints():
-        yield
+
+    def __init__(self) -> None:
+        self._mode: Any = ExactDerivatives()
+
+    def __enter__(self) -> None:
+        self._mode.__enter__()
+        self._before = hide_checkpoints()
+
+    def __exit__(self, *error: Any) -> None:
+        show_checkpoints(self._before)
+        self._mode.__exit__(*error)
 
 
 @dataclass(frozen=True)
 class Survey:
     """What a model needs in a forward pass, as it is at the start of a call."""
 
-    places: Mapping[str, tuple[str, ...]]
-    """Under which names the tensor of a name is to be swapped.
-
-    All names of a tied tensor, but one name only of a module that has several: `functional_call` swaps by name, and
-    where two names mean one place it puts back what it has put there itself.
-    """
+    places: Mapping[str, list[tuple[dict[str, Any], str]]]
+    """Where the tensor of a name stands: in every module that has it, once in each. (`functional_call` swaps by name,
+    and where two names mean one place it puts back what it has put there itself.)"""
     is_compiled: bool
     """Whether a module is compiled; a compiled one has no second derivative."""
     norms: list[Any]
@@ -53,21 +59,18 @@ class Survey:
     @classmethod
     def of(cls, model: nn.Module) -> Survey:
         """Look a model through."""
-        named = list(model.named_modules())
-        tensors = [
-            (f"{prefix}.{name}" if prefix else name, tensor)
-            for prefix, module in named
-            for members in (module._parameters, module._buffers)
-            for name, tensor in members.items()
-            if tensor is not None
-        ]
+        if isinstance(model, torch.jit.ScriptModule):
+            raise TypeError("The parameters of a scripted module cannot be swapped. Expected the original nn.Module.")
+        modules = list(model.modules())
+        places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+        for module in modules:
+            for members in (module._parameters, module._buffers):
+                for name, tensor in members.items():
+                    if tensor is not None:
+                        places.setdefault(id(tensor), []).append((members, name))
         first = {name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-        names: dict[int, list[str]] = {}
-        for name, tensor in tensors:
-            names.setdefault(id(tensor), []).append(name)
-        modules = [module for _, module in named]
         return cls(
-            places={name: tuple(names[id(tensor)]) for name, tensor in first.items()},
+            places={name: places[id(tensor)] for name, tensor in first.items()},
             is_compiled=any(is_compiled(module) for module in modules),
             norms=[norm for _, _, norm in power_iterations(model)],
             attributes=[
@@ -75,36 +78,51 @@ class Survey:
             ],
         )
 
-    def by_place(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The values under the names that `functional_call` takes, with `tie_weights=False`."""
-        return {place: value for name, value in values.items() for place in self.places[name]}
+    def running(self, values: Mapping[str, Tensor], policy: BufferPolicy | None) -> Running:
+        """Within it the model has these parameters and buffers by name, and runs as written."""
+        return Running(self, values, policy)
 
-    @contextmanager
-    def guarded(self) -> Iterator[None]:
-        """Within it compiled modules run as written, and spectral_norm keeps its vectors."""
-        iterations = [norm.n_power_iterations for norm in self.norms]
-        for norm in self.norms:
+    def restore(self) -> None:
+        """Take from all modules what an evaluation has set as an attribute: a weight made by a hook, an output."""
+        for attributes, before in self.attributes:
+            for name in attributes.keys() - _OF_EVERY_MODULE:
+                value = attributes[name]
+                if value is not before.get(name) and isinstance(value, Tensor):
+                    del attributes[name]
+                    if name in before:
+                        attributes[name] = before[name]
+
+
+class Running:
+    """A forward pass: given tensors in the places of the model's own, compiled modules as written, norms as they are.
+
+    - A compiled module has no second derivative.
+    - spectral_norm would change its vectors, and each evaluation would see others.
+    - Normalisation layers follow the objective's policy for buffers.
+    """
+
+    def __init__(self, survey: Survey, values: Mapping[str, Tensor], policy: BufferPolicy | None) -> None:
+        self._survey = survey
+        self._values = [(place, value) for name, value in values.items() for place in survey.places[name]]
+        self._modes: list[Any] = [Statistics(policy)] if policy is not None else []
+
+    def __enter__(self) -> None:
+        survey = self._survey
+        self._iterations = [norm.n_power_iterations for norm in survey.norms]
+        for norm in survey.norms:
             norm.n_power_iterations = 0
-        try:
-            if self.is_compiled:
-                with torch.compiler.set_stance("force_eager"):
-                    yield
-            else:
-                yield
-        finally:
-            for norm, before in zip(self.norms, iterations, strict=True):
-                norm.n_power_iterations = before
+        if survey.is_compiled:
+            self._modes.append(torch.compiler.set_stance("force_eager"))
+        for mode in self._modes:
+            mode.__enter__()
+        self._own = [members[name] for (members, name), _ in self._values]
+        for (members, name), value in self._values:
+            members[name] = value
 
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """After it no module has a tensor as an attribute that was set within: a weight made by a hook, an output."""
-        try:
-            yield
-        finally:
-            for attributes, before in self.attributes:
-                for name in attributes.keys() - _OF_EVERY_MODULE:
-                    value = attributes[name]
-                    if value is not before.get(name) and isinstance(value, Tensor):
-                        del attributes[name]
-                        if name in before:
-                            attributes[name] = before[name]
+    def __exit__(self, *error: Any) -> None:
+        for ((members, name), _), own in zip(self._values, self._own, strict=True):
+            members[name] = own
+        for mode in reversed(self._modes):
+            mode.__exit__(*error)
+        for norm, before in zip(self._survey.norms, self._iterations, strict=True):
+            norm.n_power_iterations = before

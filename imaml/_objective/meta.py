@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Given = Mapping[str, Tensor | Mapping[str, Tensor]]
 """Tensors by name, or by name within a named group, such as the parameters of a learned loss."""
@@ -29,6 +28,8 @@ class MetaParameters:
 
     def flat(self) -> dict[str, Tensor]:
         """All by name."""
+        if not self.given:  # asked in every evaluation
+            return {}
         return {name: tensor for group in self.groups().values() for name, tensor in group.items()}
 
     def learned(self) -> dict[str, Tensor]:
@@ -37,6 +38,8 @@ class MetaParameters:
 
     def like_given(self, values: Mapping[str, Tensor]) -> dict[str, Any]:
         """Values by name in the groups that were given; those without a value as they were given."""
+        if not self.given:
+            return {}
         return {
             key: {n: values.get(f"{key}.{n}", t) for n, t in value.items()}
             if isinstance(value, Mapping)
@@ -75,23 +78,3 @@ def no_gradient(key: str, why: str) -> ValueError:
         f"The meta-gradient for the meta-parameter {key!r} is zero: {why}. Leave it out of `meta`, detach it, or use "
         "it where it counts."
     )
-
-
-@dataclass(frozen=True)
-class _WithoutMeta:
-    """A function that does not take the meta-parameters."""
-
-    function: Callable[..., Any]
-
-    def __call__(self, *args: Any, meta: Mapping[str, Any]) -> Any:
-        return self.function(*args)
-
-
-def with_meta(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as one that takes the keyword `meta`, which it gets only if it has an argument of that name."""
-    try:
-        target = function.forward if isinstance(function, nn.Module) else function
-        takes = "meta" in inspect.signature(target).parameters
-    except ValueError:  # some built-in functions have no signature
-        takes = False
-    return function if takes else _WithoutMeta(function)

@@ -11,9 +11,10 @@ from torch.nn.parameter import is_lazy
 
 from imaml._leaves import opened
 from imaml._objective.buffers import BufferPolicy, check_policy
+from imaml._objective.criteria import Criteria
 from imaml._objective.faithful import Survey, faithful
 from imaml._objective.meta import Given, MetaParameters
-from imaml._objective.program import FunctionProgram, ModelProgram, Parameters
+from imaml._objective.program import FunctionProgram, ModelProgram, Parameters, Program
 from imaml._objective.reach import modules_of
 from imaml._objective.select import select
 from imaml._tasks import Batch
@@ -71,13 +72,13 @@ class Objective:
         buffers: BufferPolicy | None = None,
     ) -> None:
         check_policy(buffers)
-        _check_callables(loss=loss, outer_loss=outer_loss, metric=metric)
+        criteria = Criteria(loss, outer_loss, metric)
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"Expected an nn.Module. Got {type(model).__name__}: for a function of parameters and a batch use "
                 "Objective.from_function(loss, params)."
             )
-        self._initialise(ModelProgram(model, loss, outer_loss, metric, buffers), adapt, meta)
+        self._initialise(ModelProgram(model, buffers), criteria, adapt, meta)
 
     @classmethod
     def from_function(
@@ -106,18 +107,14 @@ class Objective:
         Returns:
             The objective.
         """
-        _check_callables(loss=loss, outer_loss=outer_loss, metric=metric)
         objective = cls.__new__(cls)
-        objective._initialise(FunctionProgram(dict(params), loss, outer_loss, metric), adapt, meta)
+        objective._initialise(FunctionProgram(dict(params)), Criteria(loss, outer_loss, metric), adapt, meta)
         return objective
 
     def _initialise(
-        self,
-        program: ModelProgram | FunctionProgram,
-        adapt: Iterable[str] | None,
-        meta: Given | None,
+        self, program: Program, criteria: Criteria, adapt: Iterable[str] | None, meta: Given | None
     ) -> None:
-        self._program = program
+        self._program, self._criteria = program, criteria
         named = program.parameters()
         self.meta = MetaParameters(meta or {})
         """The meta-parameters, as the user holds them."""
@@ -140,22 +137,22 @@ class Objective:
     @property
     def model(self) -> nn.Module | None:
         """The model; None for an objective made from a function."""
-        return self._program.model if isinstance(self._program, ModelProgram) else None
+        return self._program.model
 
     @property
     def loss(self) -> Callable[..., Tensor]:
         """`loss(output, target)`, or `loss(params, batch)` for an objective made from a function."""
-        return self._program.loss
+        return self._criteria.loss
 
     @property
     def outer_loss(self) -> Callable[..., Tensor] | None:
         """That of the query set, of the form of `loss`; None where it is `loss`."""
-        return self._program.outer_loss
+        return self._criteria.outer_loss
 
     @property
     def metric(self) -> Callable[..., Tensor] | None:
         """`metric(output, target)`, or `metric(params, batch)` for an objective made from a function; None without."""
-        return self._program.metric
+        return self._criteria.metric
 
     def double(self) -> Objective:
         """A deep copy in float64, independent of the user's model.
@@ -167,8 +164,10 @@ class Objective:
             TypeError: The model cannot be copied.
         """
         copied = Objective.__new__(Objective)
-        copied._program, copied.adapted = self._program.double(), self.adapted
-        copied.meta = self.meta.double()
+        copied._program, (loss, outer_loss) = self._program.double((self.loss, self.outer_loss))
+        assert loss is not None
+        copied._criteria = Criteria(loss, outer_loss, self.metric)
+        copied.adapted, copied.meta = self.adapted, self.meta.double()
         return copied
 
     def parameters(self) -> dict[str, Tensor]:
@@ -219,11 +218,11 @@ class Objective:
         """What the model needs in a forward pass, for the evaluations of one call; None without a model."""
         return self._program.survey()
 
-    def record(self, values: Parameters, batch: Batch, survey: Survey | None) -> None:
+    def record(self, values: Parameters, batch: Batch, survey: Survey) -> None:
         """One forward pass that updates the running statistics among `values` in place."""
-        assert isinstance(self._program, ModelProgram)
         with faithful():
-            self._program.predict(self._others(values), opened(batch), survey, recording=True)
+            self._program.subject(self._others(values), opened(batch), survey, recording=True)
+        survey.restore()
 
     def evaluate(
         self,
@@ -246,58 +245,33 @@ class Objective:
         Returns:
             The loss and the metric.
         """
-        with faithful():
-            named, meta = self._others(values), self.meta.like_given(values)
-            loss, figure = self._program.evaluate(
-                named,
-                meta,
-                opened(batch),
-                survey,
-                metric=metric,
-                outer=outer,
-            )
-        if figure is not None:
-            _check_scalar("metric", figure)
-        return _check_loss(loss), figure
+        survey = survey or self.survey()
+        try:
+            with faithful():
+                subject, target = self._program.subject(self._others(values), opened(batch), survey)
+                figure = self._criteria.measure(subject, target) if metric else None
+                return self._criteria.judge(subject, target, self.meta.like_given(values), outer=outer), figure
+        finally:
+            if survey is not None:  # not before: a loss may read what the forward pass has set on the model
+                survey.restore()
 
-    def predict(self, values: Parameters, batch: Batch, survey: Survey | None) -> Any:
+    def predict(self, values: Parameters, batch: Batch, survey: Survey) -> Any:
         """The model's output on one task's batch, for `judge`; only for an objective of a model."""
-        assert isinstance(self._program, ModelProgram)
-        with faithful():
-            return self._program.predict(self._others(values), opened(batch), survey)
+        try:
+            with faithful():
+                return self._program.subject(self._others(values), opened(batch), survey)[0]
+        finally:
+            survey.restore()
 
     def judge(self, output: Any, values: Parameters, batch: Batch) -> Tensor:
         """The support loss of an output of `predict` with the same arguments."""
-        assert isinstance(self._program, ModelProgram)
         with faithful():
-            return _check_loss(self._program.judge(output, self.meta.like_given(values), opened(batch), outer=False))
+            target = self._program.target(opened(batch))
+            return self._criteria.judge(output, target, self.meta.like_given(values), outer=False)
 
     def _others(self, values: Parameters) -> Parameters:
         names = self.meta.flat()
         return {n: t for n, t in values.items() if n not in names} if names else values
-
-
-def _check_callables(loss: Any, **others: Any) -> None:
-    for name, function in {"loss": loss, **{n: f for n, f in others.items() if f is not None}}.items():
-        if not callable(function):
-            raise TypeError(f"`{name}` must be callable. Got {type(function).__name__}.")
-
-
-def _check_scalar(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"The {name} must return a tensor. Got {type(value).__name__}.")
-    if value.ndim != 0:
-        raise ValueError(
-            f"The {name} must be a scalar (0-dim) tensor. Got shape {tuple(value.shape)}: reduce it, e.g. by .mean()."
-        )
-
-
-def _check_loss(loss: Any) -> Tensor:
-    _check_scalar("loss", loss)
-    if not loss.is_floating_point():
-        raise TypeError(f"The loss must be a real floating-point tensor. Got {loss.dtype}.")
-    checked: Tensor = loss
-    return checked
 
 
 def _is_learnable(name: str, parameter: Tensor) -> bool:

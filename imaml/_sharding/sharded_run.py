@@ -17,15 +17,16 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.experimental import implicit_replication
 
-from imaml._engine.chunking import ONE_BY_ONE, Plan
-from imaml._engine.problem import Problem
+from imaml._curvature.derivatives import Derivatives
+from imaml._engine.chunking import ONE_BY_ONE, Chunking
 from imaml._engine.report import Outcome, Pullback, Report
 from imaml._engine.run import Run
 from imaml._losses.layout import Layout
+from imaml._losses.snapshot import Snapshot
 from imaml._objective.objective import Objective
+from imaml._sharding.sharded_derivatives import Sharded
 from imaml._sharding.sharded_layout import ShardedLayout, whole
-from imaml._sharding.sharded_loss import ShardedLoss
-from imaml._tasks import Batch, TaskBatch
+from imaml._tasks import TaskBatch
 from imaml._torch import tree_leaves
 from imaml.inner import InnerOptimizer
 from imaml_solvers import CG, MINRES, Neumann
@@ -39,7 +40,7 @@ class ShardedRun(Run):
 
     def sums(self, groups: list[tuple[list[int], TaskBatch]]) -> tuple[list[Tensor], Report]:
         """As those of a whole model; raises ValueError, on all processes, where they have not the same tasks."""
-        layout = self.context.layout
+        layout = self.snapshot.layout
         assert isinstance(layout, ShardedLayout)
         tensors = [t for _, batch in groups for t in tree_leaves((batch.support, batch.query))]
         mine = [(t.shape, str(t.dtype), _checksum(t)) for t in tensors]
@@ -61,19 +62,19 @@ class ShardedRun(Run):
             "leave it out."
         )
 
-    def _plan(self, batch: TaskBatch) -> Plan:
+    @classmethod
+    def derivatives_of(cls, engine: Strategy, snapshot: Snapshot) -> Derivatives:
+        """See `Run`."""
+        return Sharded()
+
+    def chunking(self, batch: TaskBatch) -> Chunking:
+        """See `Run`."""
         return ONE_BY_ONE
 
-    def _loss(self, batch: Batch, tasks: int, start: int, kind: int) -> ShardedLoss:
-        return ShardedLoss(self.context, batch, tasks, start, kind)
-
-    def _pull_back(self, problem: Problem) -> Pullback:
-        pullback = super()._pull_back(problem)
-        outcome = pullback.outcome
-        entries: dict[str, Any] = {f.name: getattr(outcome, f.name) for f in fields(Outcome)}
+    def _outcome(self, pullback: Pullback) -> Outcome:
+        entries: dict[str, Any] = {f.name: getattr(pullback.outcome, f.name) for f in fields(Outcome)}
         entries |= {name: whole(tensor) for name, tensor in entries.items() if tensor is not None}
-        pullback.outcome = Outcome(**entries)
-        return pullback
+        return Outcome(**entries)
 
 
 def _checksum(tensor: Tensor) -> int:

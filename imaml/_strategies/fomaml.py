@@ -32,4 +32,4 @@ class FOMAML(MetaGradient):
 
     def pull_back(self, problem: Problem) -> Pullback:
         query = problem.judge(problem.adapt())
-        return Pullback(query.adapted, query.fixed, problem.outcome(query))
+        return Pullback(query.adapted, query.shared, problem.outcome(query))

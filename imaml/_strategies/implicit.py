@@ -11,7 +11,6 @@ from torch import Tensor
 
 from imaml._curvature.curvature import Curvature, HvpMode, check_mode
 from imaml._curvature.exact_products import Graph
-from imaml._curvature.gauss_newton import GaussNewton
 from imaml._engine.problem import Problem
 from imaml._engine.report import Pullback, Report
 from imaml._errors import SolverError, SolverWarning, warn
@@ -92,7 +91,6 @@ class ImplicitMAML(MetaGradient):
     on_failure: Literal["raise", "warn", "ignore"] = "warn"
     error_bound: bool = True
     _solutions: WarmStart = field(default_factory=WarmStart, init=False, repr=False, compare=False)
-    _warned: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check the configuration; raises TypeError or ValueError."""
@@ -129,11 +127,11 @@ class ImplicitMAML(MetaGradient):
         op = _system(curvature, root, shift)
         solution = self._solve(problem, op, rhs)
         mu = careful_eigenvalue(solution, op, rhs) if with_bound else None
-        fixed, hyper = query.fixed, problem.support.context.hyper
-        if fixed is not None:
+        shared, hyper = query.shared, problem.hyper
+        if shared is not None:
             pulled = solution.x * weight / root.square()  # (H + Lambda)^-1 v
             mixed = curvature.product(pulled, mixed=True)[1]
-            fixed = fixed if mixed is None else fixed - mixed
+            shared = shared if mixed is None else shared - mixed
             if "regularization" in hyper.learned:
                 hyper.add({"regularization": (problem.theta - phi) * pulled}, 0)
         del curvature, op  # a graph may hang on it, and the error bound needs another
@@ -158,7 +156,7 @@ class ImplicitMAML(MetaGradient):
             error_bound=bound,
         )
         theta = solution.x * weight if shift else torch.zeros_like(solution.x)
-        return Pullback(theta, fixed, outcome, solution)
+        return Pullback(theta, shared, outcome, solution)
 
     def _solve(self, problem: Problem, op: LinearOperator, rhs: Tensor) -> Solution:
         dtype = self.solver_dtype or rhs.dtype
@@ -175,7 +173,7 @@ class ImplicitMAML(MetaGradient):
             self._solutions.keep(problem.support.batch, pullback.solution)
 
     def _check(self, problem: Problem) -> None:
-        objective = problem.support.context.objective
+        objective = problem.snapshot.objective
         if self.curvature == "ggn" and objective.model is None:
             raise ValueError(
                 "curvature='ggn' needs to know the model's output. Expected Objective(model, loss). Got an objective "
@@ -198,14 +196,11 @@ class ImplicitMAML(MetaGradient):
                 "its function return a positive value, such as exp of a meta-parameter."
             )
 
-    def _curvature(self, problem: Problem, phi: Tensor) -> tuple[Curvature | GaussNewton, Tensor]:
+    def _curvature(self, problem: Problem, phi: Tensor) -> tuple[Curvature, Tensor]:
         """The support loss's curvature, and the gradient of the inner objective, both after the inner loop."""
-        steps = problem.inner.steps
-        if self.curvature == "ggn":
-            gauss_newton = GaussNewton(problem.support, phi, steps, mode=self.hvp)
-            return gauss_newton, problem.gradient(phi, steps, gauss_newton.take_gradient())
-        graph: Graph = "keep" if self.linearize else "rebuild"
-        curvature = Curvature(problem.support, phi, steps, mode=self.hvp, graph=graph)
+        steps, gauss_newton = problem.inner.steps, self.curvature == "ggn"
+        graph = Graph.KEPT if self.linearize or gauss_newton else Graph.REBUILT
+        curvature = problem.curvature(phi, steps, self.hvp, graph, gauss_newton=gauss_newton)
         return curvature, problem.gradient(phi, steps, curvature.take_gradient())
 
     def _look_at(self, report: Report) -> None:
@@ -227,24 +222,15 @@ class ImplicitMAML(MetaGradient):
         )
         if self.on_failure == "raise":
             raise SolverError(message)
-        if not self._warned:
-            self._warned.append(message)
+        if SolverWarning not in self._memory.said:
+            self._memory.said.add(SolverWarning)
             warn(f"{message} This is said once; see report.solver_status.", SolverWarning)
 
 
-def _system(curvature: Curvature | GaussNewton, root: Tensor, shift: float) -> LinearOperator:
+def _system(curvature: Curvature, root: Tensor, shift: float) -> LinearOperator:
     """`shift` I + Lambda^-1/2 H Lambda^-1/2, for vectors of any dtype."""
-
-    def mv(x: Tensor) -> Tensor:
-        w = x.to(root.dtype)
-        if root.ndim == 0:
-            product = curvature.product(w)[0].div_(root.square())
-        else:
-            product = curvature.product(w / root)[0].div_(root)
-        product = product.to(x.dtype)
-        return product.add_(x) if shift else product
-
-    return LinearOperator(mv)
+    scaled = curvature.scaled(root).computed_in(root.dtype)
+    return scaled.shifted(shift) if shift else scaled
 
 
 def _cast(solution: Solution, dtype: torch.dtype) -> Solution:

@@ -33,7 +33,7 @@ class ImplicitCosts(Costs):
 
     @property
     def _kind(self) -> str:
-        return "kept" if self.engine.linearize else "anew"
+        return "kept" if self.engine.linearize else "rebuilt"
 
     @property
     def _with_bound(self) -> bool:
@@ -41,7 +41,7 @@ class ImplicitCosts(Costs):
         return engine.error_bound and engine.curvature == "hessian" and engine.regularization is not None
 
     def _measure(self, problem: Problem, stages: Stages) -> None:
-        kind, mixed = self._kind, bool(problem.support.context.fixed)
+        kind, mixed = self._kind, bool(problem.snapshot.shared)
         if stages.missing(f"{kind} curvature"):
             phi = stages.after
             with stages.account.stage(f"{kind} curvature"):
@@ -76,7 +76,7 @@ class ImplicitCosts(Costs):
             solving + given + chunk.tasks * solved.at_product + scaled + product.peak,
         ]
         solution = solving + vector
-        if chunk.facts.fixed:
+        if chunk.facts.shared:
             peaks.append(solution + vector + chunk[f"{self._kind} mixed"].peak)
         if self._with_bound:
             there = judged + slope + 3 * vector  # the solution, the direction, and the point along it
@@ -104,5 +104,5 @@ class ImplicitCosts(Costs):
         elif self.engine.curvature == "ggn":
             each = GAUSS_NEWTON
         mixed = REBUILT if self.engine.curvature == "ggn" else each
-        equivalents = gradients + LINEARISED * inner_hvps + each * hvps + mixed * bool(facts.fixed)
-        return Work(gradients=gradients, hvps=inner_hvps + hvps + bool(facts.fixed), equivalents=equivalents)
+        equivalents = gradients + LINEARISED * inner_hvps + each * hvps + mixed * bool(facts.shared)
+        return Work(gradients=gradients, hvps=inner_hvps + hvps + bool(facts.shared), equivalents=equivalents)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, get_args
 
 import torch
-from torch import Tensor
 
 from imaml._curvature.curvature import HvpMode, check_mode
 from imaml._engine.problem import Problem
@@ -15,11 +13,9 @@ from imaml._engine.report import Pullback
 from imaml._numbers import check_integer
 from imaml._strategies.maml_costs import MAMLCosts
 from imaml._strategies.meta_gradient import MetaGradient
-from imaml._strategies.point import Point
-from imaml._strategies.states import most_states, states_backwards
-from imaml._strategies.storage import Storage, Store, store
+from imaml._strategies.storage import Storage
+from imaml._strategies.tape import Tape
 from imaml.inner import InnerOptimizer
-from imaml.inner._inner_problem import State
 from imaml.planning._costs import Costs
 
 
@@ -90,90 +86,63 @@ class MAML(MetaGradient):
             check_integer("`truncate`, unless None,", self.truncate, least=0)
         if self.storage not in get_args(Storage):
             raise ValueError(f"`storage` must be one of {', '.join(get_args(Storage))}. Got {self.storage!r}.")
-        if self.linearize and self.storage != "device":
-            raise ValueError(
-                "linearize=True keeps the graphs of all inner steps on the device. Expected storage='device'. "
-                f"Got {self.storage!r}: use one of the two."
-            )
-        if self.linearize and self.microbatch_size is not None:
-            raise ValueError(
-                "linearize=True keeps graphs, of which microbatch_size holds one slice at a time. Expected "
-                f"microbatch_size=None. Got {self.microbatch_size}: use one of the two."
-            )
         if self.checkpoints is not None:
             check_integer("`checkpoints`, unless None,", self.checkpoints, least=0)
-            if self.linearize:
+        for name, only in _WITH_GRAPHS.items() if self.linearize else ():
+            if getattr(self, name) != only:
                 raise ValueError(
-                    "linearize=True keeps the graphs of all inner steps. Expected checkpoints=None. "
-                    f"Got {self.checkpoints}: use one of the two."
+                    "linearize=True keeps the graphs of all inner steps on the device, each of its whole support set. "
+                    f"Expected {name}={only!r}. Got {getattr(self, name)!r}: use one of the two."
                 )
 
-    def pull_back(self, problem: Problem) -> Pullback:
-        states = most_states(problem.inner.steps - self._first, self.checkpoints)
-        with store(self.storage, problem.support.context.like.device, states) as kept:
-            return self._sweep(problem, kept)
+    def tape(self, *, keeps_graphs: bool) -> Tape:
+        """What the sweep keeps.
 
-    @property
-    def _first(self) -> int:
-        """The first inner step that is differentiated."""
-        return 0 if self.truncate is None else max(0, self.inner.steps - self.truncate)
+        Args:
+            keeps_graphs: Whether to keep graphs where that is left open.
+
+        Returns:
+            The tape.
+        """
+        steps = self.inner.steps if self.truncate is None else min(self.truncate, self.inner.steps)
+        is_open = all(getattr(self, name) == only for name, only in _WITH_GRAPHS.items())
+        return Tape(
+            first=self.inner.steps - steps,
+            steps=steps,
+            keeps_graphs=keeps_graphs and is_open if self.linearize is None else self.linearize,
+            checkpoints=self.checkpoints,
+            storage=self.storage,
+        )
 
     @property
     def _states(self) -> int:
         if self.storage != "device":
             return 0
         assert isinstance(self.inner, InnerOptimizer)
-        return most_states(self.inner.steps - self._first, self.checkpoints) * (1 + self.inner.buffers)
+        return self.tape(keeps_graphs=False).most_states * (1 + self.inner.buffers)
 
-    def _sweep(self, problem: Problem, kept: Store) -> Pullback:
-        phi, points = self._adapt(problem, kept)
-        query = problem.judge(phi)
-        cotangent, fixed, damping, outcome = query.adapted, query.fixed, problem.damping, problem.outcome(query)
-        buffers = (torch.zeros_like(cotangent),) * problem.optimizer.buffers
-        del query, phi  # they would live through the sweep
-        pulled_by_theta = 0 if damping is None else torch.zeros_like(cotangent)
-        for point in points:
-            (cotangent, *rest), w = point.pull_through_update((cotangent, *buffers))
-            buffers = tuple(rest)
-            product, mixed = point.curvature.product(w, mixed=fixed is not None)
-            cotangent = product.add_(cotangent)
-            if damping is not None:
-                cotangent.addcmul_(w, damping)
-                pulled_by_theta -= damping * w
-            if fixed is not None and mixed is not None:
-                fixed.add_(mixed)
-        if self._first == 0:
+    def pull_back(self, problem: Problem) -> Pullback:
+        tape = self.tape(keeps_graphs=problem.chunking.keeps_graphs)
+        with tape.recorded(problem, self.hvp) as (phi, points):
+            query = problem.judge(phi)
+            cotangent, shared, damping, outcome = query.adapted, query.shared, problem.damping, problem.outcome(query)
+            buffers = (torch.zeros_like(cotangent),) * problem.optimizer.buffers
+            del query, phi  # they would live through the sweep
+            pulled_by_theta = 0 if damping is None else torch.zeros_like(cotangent)
+            for point in points:
+                (cotangent, *rest), w = point.pull_through_update((cotangent, *buffers))
+                buffers = tuple(rest)
+                product, mixed = point.curvature.product(w, mixed=shared is not None)
+                cotangent = product.add_(cotangent)
+                if damping is not None:
+                    cotangent.addcmul_(w, damping)
+                    pulled_by_theta -= damping * w
+                if shared is not None and mixed is not None:
+                    shared.add_(mixed)
+        if tape.first == 0:
             cotangent = problem.optimizer.pull_through_start(lambda: problem.theta, (cotangent, *buffers))
-        return Pullback(cotangent + pulled_by_theta, fixed, outcome)
-
-    def _adapt(self, problem: Problem, kept: Store) -> tuple[Tensor, Iterator[Point]]:
-        """phi_K, and the inner steps to differentiate, the last first."""
-        steps, first = problem.inner.steps, self._first
-        before = _before(problem, first)
-        keeps_graphs = problem.plan.keeps_graphs if self.linearize is None else self.linearize
-        if keeps_graphs and self.checkpoints is None and self.storage == "device":
-            linearised, state = [], before()
-            for step in range(first, steps):
-                point, gradient = Point.with_gradient(problem, state, step, self.hvp)
-                linearised.append(point)
-                state = problem.update(state, gradient, step)
-            return state[0], (linearised.pop() for _ in range(first, steps))
-        states = states_backwards(problem, before, first, self.checkpoints, kept)
-        return next(states)[0], (
-            Point.at(problem, state, step, self.hvp)
-            for step, state in zip(reversed(range(first, steps)), states, strict=True)
-        )
+        return Pullback(cotangent + pulled_by_theta, shared, outcome)
 
 
-def _before(problem: Problem, step: int) -> Callable[[], State]:
-    """The state before an inner step; that before the first is gathered whenever it is asked for, and held by none."""
-
-    def start() -> State:
-        return problem.optimizer.start(problem.theta)
-
-    if step == 0:
-        return start
-    state = start()
-    for taken in range(step):
-        state = problem.step(state, taken)
-    return lambda: state
+_WITH_GRAPHS = {"storage": "device", "checkpoints": None, "microbatch_size": None}
+"""What goes with kept graphs: the choices of a tape that exclude one another, in one place."""

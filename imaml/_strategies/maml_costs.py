@@ -10,7 +10,7 @@ import torch
 from imaml._engine.problem import Problem
 from imaml._strategies.point import Point
 from imaml._strategies.schedule import sweep
-from imaml._strategies.states import most_states
+from imaml._strategies.tape import Tape
 from imaml.inner import InnerOptimizer
 from imaml.inner._inner_problem import State
 from imaml.planning._costs import INEXACT, LINEARISED, REBUILT, Chunk, Costs, Facts, Stages, Work
@@ -28,7 +28,7 @@ class MAMLCosts(Costs):
 
     def variants(self, device: torch.device) -> list[dict[str, Any]]:
         """Kept graphs, or states: all of them, few or none on the device, or all elsewhere."""
-        engine, steps = self.engine, self._differentiated
+        engine, steps = self.engine, self._tape.steps
         if engine.linearize is not None or engine.checkpoints is not None or engine.storage != "device":
             return [{}]
         found: list[dict[str, Any]] = [{"linearize": False}]
@@ -40,30 +40,24 @@ class MAMLCosts(Costs):
         return found + [{"storage": where} for where in elsewhere if steps > 1]
 
     @property
-    def _linearizes(self) -> bool:
-        engine = self.engine
-        if engine.linearize is not None:
-            return bool(engine.linearize)
-        free = engine.checkpoints is None and engine.storage == "device" and engine.microbatch_size is None
-        return self.keeps_graphs and free
-
-    @property
-    def _differentiated(self) -> int:
-        return int(self.engine.inner.steps - self.engine._first)
+    def _tape(self) -> Tape:
+        tape: Tape = self.engine.tape(keeps_graphs=self.keeps_graphs)
+        return tape
 
     def _measure(self, problem: Problem, stages: Stages) -> None:
-        if self._differentiated == 0:
+        tape = self._tape
+        if tape.steps == 0:
             return
         last, mode = problem.inner.steps - 1, self.engine.hvp
         state = problem.optimizer.start(stages.before)
-        if self._linearizes and stages.missing("linearised"):
-            with stages.account.stage("linearised"):
+        if tape.keeps_graphs and stages.missing("kept"):
+            with stages.account.stage("kept"):
                 point, gradient = Point.with_gradient(problem, state, last, mode)
                 following = problem.update(state, gradient, last)
                 del gradient
-            _pull_back(point, stages, "linearised product")
+            _pull_back(point, stages, "kept product")
             del point, following
-        if not self._linearizes and stages.missing("rebuilt"):
+        if not tape.keeps_graphs and stages.missing("rebuilt"):
             with stages.account.stage("rebuilt"):
                 point = Point.at(problem, state, last, mode)
             _pull_back(point, stages, "rebuilt product")
@@ -71,15 +65,15 @@ class MAMLCosts(Costs):
 
     def peak(self, chunk: Chunk) -> float:
         """See the class."""
-        if self._differentiated == 0:
+        if self._tape.steps == 0:
             return max(self.inner_peak(chunk), self.query_peak(chunk))
         cotangents = chunk["query"].held + chunk.vector * chunk.facts.damped
-        peaks = self._with_graphs if self._linearizes else self._with_states
+        peaks = self._with_graphs if self._tape.keeps_graphs else self._with_states
         return max(peaks(chunk, cotangents))
 
     def _with_graphs(self, chunk: Chunk, cotangents: float) -> list[float]:
         """On the way to the end and at the last step, then at the one before; the first graph holds the first state."""
-        steps, graph, product = self._differentiated, chunk["linearised"], chunk["linearised product"]
+        steps, graph, product = self._tape.steps, chunk["kept"], chunk["kept product"]
         given, (zeros, buffers) = self._given(chunk), self._of_buffers(chunk)
         left = given + steps * graph.held - self._state(chunk)
         return [
@@ -92,30 +86,31 @@ class MAMLCosts(Costs):
     def _with_states(self, chunk: Chunk, cotangents: float) -> list[float]:
         """Likewise; before a step is differentiated, that of the step before it is still there."""
         step, point, product = chunk["step"], chunk["rebuilt"], chunk["rebuilt product"]
-        plan, (zeros, buffers) = sweep(self._differentiated, self.engine.checkpoints), self._of_buffers(chunk)
+        tape, (zeros, buffers) = self._tape, self._of_buffers(chunk)
+        counts = sweep(tape.steps, tape.checkpoints)
         gradient, given = chunk.vector * chunk.facts.needs_gradient, self._given(chunk)
-        always = given if self.engine._first else 0
+        always = given if tape.first else 0
         stepping = always + chunk.theta * chunk.facts.damped
 
         def stored(states: int) -> float:
             """Of these, on the device: where they are kept elsewhere, that at hand and, read ahead, the next."""
-            here = {"device": states, "cpu": 2, "disk": 1}[self.engine.storage]
+            here = {"device": states, "cpu": 2, "disk": 1}[tape.storage]
             return self._state(chunk) * min(states, here)
 
         peaks = [
             given + step.peak,
-            stepping + stored(plan.forward) + step.peak,
-            always + stored(plan.forward) + self.query_peak(chunk),
-            always + stored(plan.forward) + cotangents + zeros + max(point.peak, point.held + product.peak),
+            stepping + stored(counts.forward) + step.peak,
+            always + stored(counts.forward) + self.query_peak(chunk),
+            always + stored(counts.forward) + cotangents + zeros + max(point.peak, point.held + product.peak),
         ]
-        if self._differentiated > 1:
+        if tape.steps > 1:
             before = cotangents + buffers + gradient
             peaks += [
-                always + stored(plan.point) + before + chunk.vector + point.peak,
-                always + stored(plan.reverse) + before + point.held + product.peak,
+                always + stored(counts.point) + before + chunk.vector + point.peak,
+                always + stored(counts.reverse) + before + point.held + product.peak,
             ]
-            if plan.again is not None:
-                peaks.append(stepping + stored(plan.again) + before + chunk.vector + step.peak)
+            if counts.again is not None:
+                peaks.append(stepping + stored(counts.again) + before + chunk.vector + step.peak)
         peaks.append(given + cotangents + buffers + gradient + point.held + product.peak)
         return peaks
 
@@ -124,7 +119,7 @@ class MAMLCosts(Costs):
 
     def _given(self, chunk: Chunk) -> float:
         """The state before the first step that is differentiated."""
-        return self._state(chunk) if self.engine._first else chunk.theta + chunk.vector * self._buffers
+        return self._state(chunk) if self._tape.first else chunk.theta + chunk.vector * self._buffers
 
     def _of_buffers(self, chunk: Chunk) -> tuple[float, float]:
         """Cotangents of the optimiser's buffers: one vector of zeros for all of them, and later one for each."""
@@ -137,17 +132,17 @@ class MAMLCosts(Costs):
 
     def work(self, facts: Facts) -> Work:
         """K + 1 gradients, those of recomputed steps, and K products."""
-        steps = self._differentiated
+        tape, steps = self._tape, self._tape.steps
         inexact = facts.mode == "finite-difference"
-        if self._linearizes:
+        if tape.keeps_graphs:
             gradients, each = steps, INEXACT if inexact else LINEARISED
         else:
             again = steps if facts.needs_gradient else 0
-            gradients = sweep(steps, self.engine.checkpoints).steps + again
+            gradients = sweep(steps, tape.checkpoints).steps + again
             each = INEXACT if inexact else LINEARISED if again else REBUILT
-        gradients += self.engine._first + 1
+        gradients += tape.first + 1
         state = facts.adapted * facts.itemsize * (1 + self._buffers)
-        transfer = _MOVED[self.engine.storage] * most_states(steps, self.engine.checkpoints) * state
+        transfer = _MOVED[tape.storage] * tape.most_states * state
         return Work(gradients=gradients, hvps=steps, equivalents=gradients + each * steps, transfer=transfer)
 
 
@@ -156,5 +151,5 @@ def _pull_back(point: Point, stages: Stages, name: str) -> None:
     cotangents: State = tuple(torch.ones_like(part) for part in point.state)
     with stages.account.stage(name):
         cotangents, w = point.pull_through_update(cotangents)
-        product = point.curvature.product(w, mixed=bool(point.problem.support.context.fixed))
+        product = point.curvature.product(w, mixed=bool(point.problem.snapshot.shared))
     del cotangents, w, product

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
-from imaml._engine.chunking import ONE_BY_ONE, Plan
+from imaml._engine.chunking import ONE_BY_ONE, Chunking
 from imaml._engine.node import attach
-from imaml._engine.nonfinite import check_some
-from imaml._engine.report import MetaResult, Report
+from imaml._engine.report import MetaResult
+from imaml._engine.run import Run
 from imaml._engine.strategy import Strategy
 from imaml._leaves import wrapped
 from imaml._objective.objective import Objective
@@ -105,7 +106,10 @@ class MetaGradient(Strategy):
         """
         parameters = objective.parameters() if isinstance(objective, Objective) else {}
         wanted = torch.is_grad_enabled() and any(p.requires_grad for p in parameters.values())
-        loss, gradients, report = self._run(objective, tasks, group, derivatives=wanted)
+        with _plain_tensors():
+            run = self._run(objective, tasks, derivatives=wanted)
+            sums = run.sums(by_shape(tasks)) if group is None else run.sums_over_ranks(tasks, group)
+            loss, gradients, report = run.means(*sums)
         if wanted:
             loss = attach(loss, list(gradients.values()), list(parameters.values()))
         return MetaResult(loss, report)
@@ -123,7 +127,10 @@ class MetaGradient(Strategy):
         Returns:
             The 0-dim loss, and one gradient per parameter of `objective.parameters()`, in its shape and dtype.
         """
-        loss, gradients, _ = self._run(objective, tasks, group, derivatives=True)
+        with _plain_tensors():
+            run = self._run(objective, tasks, derivatives=True)
+            sums = run.sums(by_shape(tasks)) if group is None else run.sums_over_ranks(tasks, group)
+            loss, gradients, _ = run.means(*sums)
         return loss, gradients
 
     def adapt(self, objective: Objective, support: Batch) -> dict[str, Tensor]:
@@ -139,9 +146,8 @@ class MetaGradient(Strategy):
         """
         check_tensors("support", support)
         batch = tree_map(lambda t: t.unsqueeze(0), wrapped(support))
-        with torch.inference_mode(False), torch.no_grad():
+        with _plain_tensors():
             run = run_of(self, objective, derivatives=False)
-            context = run.context
             tasks = TaskBatch(support=batch, query=batch)
             run.check(tasks, query=False)
             try:
@@ -149,9 +155,9 @@ class MetaGradient(Strategy):
                 phi = problem.adapt()
                 problem.finish()
             finally:
-                context.replay.restore()
-            adapted = {name: value.squeeze(0).clone() for name, value in context.layout.named(phi).items()}
-            return adapted | context.mean_statistics()
+                run.snapshot.replay.restore()
+            adapted = {name: value.squeeze(0).clone() for name, value in run.snapshot.layout.named(phi).items()}
+            return adapted | run.record.mean_statistics()
 
     def plan(
         self, objective: Objective, tasks: TaskBatch | Sequence[Task], memory: int | str | None = None
@@ -184,27 +190,19 @@ class MetaGradient(Strategy):
 
         return forecast(self, objective, tasks, memory)
 
-    def _choose(self, objective: Objective, batch: TaskBatch, shapes: Hashable) -> Plan:
+    def _choose(self, objective: Objective, batch: TaskBatch, shapes: Hashable) -> Chunking:
         from imaml.planning._plan import automatic  # noqa: PLC0415
 
         return automatic(self, objective, batch, shapes)
 
-    def _run(
-        self,
-        objective: Objective,
-        tasks: TaskBatch | Sequence[Task],
-        group: ProcessGroup | None,
-        *,
-        derivatives: bool,
-    ) -> tuple[Tensor, dict[str, Tensor], Report]:
-        with torch.inference_mode(False), torch.no_grad():
-            if derivatives and isinstance(tasks, Sequence | TaskBatch):
-                check_constant(tasks)
-            run = run_of(self, objective, derivatives=derivatives)
-            sums, report = run.sums(by_shape(tasks)) if group is None else run.sums_over_ranks(tasks, group)
-            *gradients, (loss, skipped, count) = sums
-            check_some(int(count), int(skipped))
-            named: dict[str, Tensor] = {}
-            for layout, total in zip(run.layouts, gradients, strict=True):
-                named |= layout.named(total.div_(count))
-            return (loss / count).to(report.query_loss.dtype), named, report
+    def _run(self, objective: Objective, tasks: TaskBatch | Sequence[Task], *, derivatives: bool) -> Run:
+        if derivatives and isinstance(tasks, Sequence | TaskBatch):
+            check_constant(tasks)
+        return run_of(self, objective, derivatives=derivatives)
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """Within it, tensors are neither inference tensors nor do they carry graphs."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield

@@ -1,17 +1,76 @@
-"""What a reverse sweep from checkpoints takes, without taking it."""
+"""The moves of a reverse sweep that keeps few states, and what it holds at once: for the sweep and for its costs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum, auto
 
 from checkpoint_schedules import Copy, Forward, Move, MultistageCheckpointSchedule, Reverse
 
-from imaml._strategies.states import most_states
+
+class Do(Enum):
+    """What to do with the state at hand, which is that before some step."""
+
+    KEEP = auto()
+    """Put a copy away."""
+    STEP = auto()
+    """Take the step."""
+    END = auto()
+    """Take the last step, hand its result out, and go on with the state before it."""
+    FETCH = auto()
+    """Take the state that was put away."""
+    TAKE = auto()
+    """Likewise, and put it away no more."""
+    REVERSE = auto()
+    """Hand it out: the step is differentiated."""
+
+
+def most_states(steps: int, checkpoints: int | None) -> int:
+    """How many states are kept at a time for a reverse sweep over `steps` steps, besides the first."""
+    most = max(steps - 1, 0)
+    return most if checkpoints is None else min(checkpoints, most)
+
+
+def moves(steps: int, checkpoints: int | None) -> Iterator[tuple[Do, int]]:
+    """What to do in order, each with the step that it is about.
+
+    The binomial schedule of Griewank & Walther 2000 (Algorithm 799) needs the fewest recomputations. The package
+    `checkpoint-schedules` provides it; it is licensed under the LGPL-3.0 and used as an unmodified dependency.
+
+    Args:
+        steps: K.
+        checkpoints: States kept at most, besides the first, which is never put away; None: all.
+
+    Yields:
+        The moves.
+    """
+    if steps == 0:
+        return
+    is_at_the_end = False
+    for action in MultistageCheckpointSchedule(steps, most_states(steps, checkpoints) + 1, 0):
+        match action:
+            case Forward(n0=first, n1=last, write_ics=keep, write_adj_deps=to_reverse):
+                if keep and first > 0:
+                    yield Do.KEEP, first
+                if not to_reverse:
+                    yield from ((Do.STEP, step) for step in range(first, last))
+                elif not is_at_the_end:
+                    is_at_the_end = True
+                    yield Do.END, first
+            case Copy(n=step):
+                yield Do.FETCH, step
+            case Move(n=step):
+                yield Do.TAKE, step
+            case Reverse(n0=step):
+                yield Do.REVERSE, step
+                if step == 0:
+                    return
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Of K inner steps; states are counted besides the first."""
+    """What a sweep over K inner steps takes; states are counted besides the first."""
 
     steps: int
     """Inner steps taken, recomputed ones among them."""
@@ -26,45 +85,35 @@ class Sweep:
 
 
 def sweep(steps: int, checkpoints: int | None) -> Sweep:
-    """Follow the schedule of `states_backwards`.
+    """Count along the moves, without taking any.
 
     Args:
         steps: K.
         checkpoints: As `MAML.checkpoints`.
 
     Returns:
-        Counts.
+        The counts.
     """
-    if steps == 0:
-        return Sweep(0)
     kept: set[int] = set()
-    taken, forward, again, point, reverse, reversing, before = 0, 0, None, 0, 0, False, 0
+    taken, forward, again, point, reverse, before = 0, 0, None, 0, 0, None
 
     def held(*at: int) -> int:
         return len(kept.union(at) - {0})
 
-    for action in MultistageCheckpointSchedule(steps, most_states(steps, checkpoints) + 1, 0):
-        match action:
-            case Forward(n0=first, n1=last, write_ics=keep, write_adj_deps=to_reverse):
-                if keep and first > 0:
-                    kept.add(first)
-                if to_reverse and reversing:
-                    continue
-                for step in range(first, last):
-                    taken += 1
-                    if reversing:
-                        again = max(again or 0, held(step, before))
-                    else:
-                        forward = max(forward, held(step))
-                reversing = reversing or to_reverse
-            case Copy() | Move(n=0):
-                pass
-            case Move(n=step):
-                kept.remove(step)
-            case Reverse(n0=step):
-                if step < steps - 1:
+    for what, step in moves(steps, checkpoints):
+        match what:
+            case Do.KEEP:
+                kept.add(step)
+            case Do.TAKE:
+                kept.discard(step)
+            case Do.STEP | Do.END:
+                taken += 1
+                if before is None:
+                    forward = max(forward, held(step))
+                else:
+                    again = max(again or 0, held(step, before))
+            case Do.REVERSE:
+                if before is not None:
                     point, reverse = max(point, held(step, before)), max(reverse, held(step))
                 before = step
-                if step == 0:
-                    break
     return Sweep(taken, forward, again, point, reverse)

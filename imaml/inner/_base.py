@@ -131,7 +131,7 @@ class InnerOptimizer(InnerSolver):
         state = self.start(problem.theta)
         for step in range(self.steps):
             if self.stationarity is None:
-                state = problem.step(state, step)
+                state = problem.update(state, problem.gradient(state[0], step), step)
                 continue
             gradient = problem.gradient(state[0], step)
             moving = gradient.norm(dim=-1, keepdim=True) > self.stationarity

@@ -22,7 +22,8 @@ Hyper = float | Sequence[float] | Mapping[str, Any] | Callable[[dict[str, Any]],
 
 def is_off(given: Hyper | None) -> bool:
     """Whether a hyper-parameter is the number zero, or None."""
-    return given is None or isinstance(given, Real) and given == 0
+    kind = type(given)  # asked at every step: the common kinds first, without a look at abstract classes
+    return given is None or (kind in (float, int) or isinstance(given, Real)) and given == 0
 
 
 def check_hyper(name: str, given: object, *, must: str, where: str = "") -> None:

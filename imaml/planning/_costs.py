@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from imaml._curvature.curvature import Curvature
-from imaml._curvature.gauss_newton import GaussNewton
 from imaml._engine.problem import Problem
-from imaml._strategies.point import needs_gradient
 from imaml.inner import InnerOptimizer, InnerSolver
 from imaml.planning._account import Account, Use
 from imaml.planning._solver import Solve
@@ -45,8 +43,8 @@ class Facts:
 
     adapted: int
     """n, the entries of the adapted parameters."""
-    fixed: int
-    """m, those of the others that get a meta-gradient."""
+    shared: int
+    """m, those of the shared ones that get a meta-gradient."""
     dtype: torch.dtype
     device: torch.device
     """Of the adapted parameters, as a flat vector."""
@@ -125,7 +123,7 @@ class Stages:
         self.done.update(names)
         return missing
 
-    def product(self, name: str, curvature: Curvature | GaussNewton, w: Tensor, *, mixed: bool) -> None:
+    def product(self, name: str, curvature: Curvature, w: Tensor, *, mixed: bool) -> None:
         """A Hessian-vector product."""
         with self.account.stage(name):
             product = curvature.product(w, mixed=mixed)
@@ -141,7 +139,7 @@ class Costs(ABC):
 
     engine: Any
     keeps_graphs: bool = False
-    """Whether a plan keeps graphs, where the engine leaves it open."""
+    """Whether a chunking keeps graphs, where the engine leaves it open."""
 
     def variants(self, device: torch.device) -> list[dict[str, Any]]:
         """Settings of what the user left open, besides the size of chunks; the first holds the most and is fastest."""
@@ -149,33 +147,33 @@ class Costs(ABC):
 
     def measure(self, problem: Problem, stages: Stages) -> Facts:
         """Measure the stages of a chunk that this engine consists of."""
-        context, facts = problem.support.context, self._inner_loop(problem, stages)
+        record, facts = problem.record, self._inner_loop(problem, stages)
         if stages.missing("query"):
             with stages.account.stage("query"):
-                judged = problem.query_gradient(stages.after, fixed=True, metric=True)
+                judged = problem.query_gradient(stages.after, shared=True, metric=True)
             del judged
         self._measure(problem, stages)
-        hyper = context.hyper
+        hyper = problem.hyper
         through = hyper.leads(hyper.learned if self.acts_through is None else self.acts_through)
         return replace(
             facts,
-            mode=context.hvp_mode or facts.mode,
-            is_vectorised=context.is_vectorised,
-            without_path=context.without_path(through),
+            mode=record.mode or facts.mode,
+            is_vectorised=record.is_vectorised,
+            without_path=record.without_path(problem.snapshot.objective.meta, through),
         )
 
     def _inner_loop(self, problem: Problem, stages: Stages) -> Facts:
-        context, inner = problem.support.context, problem.inner
-        n, m = (sum(layout.sizes) for layout in (context.layout, context.fixed_layout))
+        snapshot, record, inner = problem.snapshot, problem.record, problem.inner
+        n, m = (sum(layout.sizes) for layout in (snapshot.layout, snapshot.shared_layout))
         facts = Facts(
             adapted=n,
-            fixed=m,
-            dtype=context.like.dtype,
-            device=context.like.device,
+            shared=m,
+            dtype=snapshot.like.dtype,
+            device=snapshot.like.device,
             mode="reverse-over-reverse",
             damped=problem.damping is not None,
             scaled=problem.damping is not None and problem.damping.ndim > 0,
-            needs_gradient=isinstance(inner, InnerOptimizer) and needs_gradient(problem),
+            needs_gradient=isinstance(inner, InnerOptimizer) and problem.steps.needs_gradient,
         )
         if inner.steps == 0:
             return facts
@@ -188,12 +186,12 @@ class Costs(ABC):
             return facts
         for steps in sorted({min(inner.steps, few) for few in _FEW}):
             if stages.missing(f"adapt {steps}"):
-                few, before = replace(inner, steps=steps), (context.gradients, context.hvps)
+                few, before = replace(inner, steps=steps), (record.gradients, record.products)
                 with stages.account.stage(f"adapt {steps}"):
                     phi = few.run(replace(problem, inner=few, support_losses=[]))
                 del phi
-                gradients, hvps = context.gradients - before[0], context.hvps - before[1]
-                stages.per_step = gradients / problem.support.tasks / steps, hvps / problem.support.tasks / steps
+                gradients, hvps = record.gradients - before[0], record.products - before[1]
+                stages.per_step = gradients / problem.tasks / steps, hvps / problem.tasks / steps
         return replace(facts, per_step=stages.per_step)
 
     def inner_peak(self, chunk: Chunk) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from imaml._engine.chunking import VECTORISED, Plan
+from imaml._engine.chunking import VECTORISED, Chunking
 from imaml._engine.strategy import Strategy
 from imaml._objective.meta import no_gradient
 from imaml._objective.objective import Objective
@@ -34,7 +34,7 @@ def forecast(
     limit = None if memory is None else parse(memory)
     groups = [batch for _, batch in by_shape(tasks)]
     run = run_of(engine, objective, derivatives=True)
-    device = run.context.like.device
+    device = run.snapshot.like.device
     if limit is None and device.type != "cpu":
         limit = free(device)
     variants = costs_of(engine).variants(device)
@@ -46,8 +46,10 @@ def forecast(
     for options in _options(engine, variants, count):
         chosen = replace(engine, **options) if options else engine
         size = engine.chunk_size if "chunk_size" not in options else options["chunk_size"]
-        plans = [auto(chosen, batch, limit) if size == "auto" else batch.plan(chosen, size) for batch in batches]
-        found = predict(chosen, batches, plans, stacked=stacked)
+        chunkings = [
+            auto(chosen, batch, limit) if size == "auto" else batch.chunking(chosen, size) for batch in batches
+        ]
+        found = predict(chosen, batches, chunkings, stacked=stacked)
         settings.append(
             Setting(
                 engine=chosen,
@@ -108,7 +110,7 @@ def look(
         for one in (engine, *engines):
             if one._states not in usual:
                 run = run_of(replace(one, chunk_size=None, compile=False), objective, derivatives=True)
-                usual[one._states] = run._plan(batch)
+                usual[one._states] = run.chunking(batch)
         fixed = engine.chunk_size if isinstance(engine.chunk_size, int) else None
         most = min(len(batch), MOST_TASKS if fixed is None else min(fixed, MOST_TASKS))
         costs = [costs_of(one) for one in engines]
@@ -125,14 +127,14 @@ class Look:
     """Bytes that were to be had."""
 
 
-def automatic(engine: Strategy, objective: Objective, batch: TaskBatch, shapes: Hashable) -> Plan:
+def automatic(engine: Strategy, objective: Objective, batch: TaskBatch, shapes: Hashable) -> Chunking:
     """How tasks run with `chunk_size="auto"`; looked at once for these shapes, and again for more tasks up to three."""
     key = (shapes, min(len(batch), MOST_TASKS))
-    if key not in engine._looks:
+    if key not in engine._memory.looks:
         device = batch_device(objective)
         room, variants = room_of(device), costs_of(engine).variants(device)
-        engine._looks[key] = Look(batch=look(engine, variants, objective, batch, room), room=room)
-    found = engine._looks[key]
+        engine._memory.looks[key] = Look(batch=look(engine, variants, objective, batch, room), room=room)
+    found = engine._memory.looks[key]
     return auto(engine, replace(found.batch, tasks=len(batch)), found.room)
 
 
@@ -142,17 +144,17 @@ def room_of(device: torch.device) -> float | None:
     return None if left is None else SHARE * left
 
 
-def auto(engine: Strategy, batch: Batch, room: float | None) -> Plan:
-    """The fastest plan, by prediction, that stays within the room; the leanest where none does."""
+def auto(engine: Strategy, batch: Batch, room: float | None) -> Chunking:
+    """The fastest chunking, by prediction, that stays within the room; the leanest where none does."""
     device, usual = batch.probe.facts.device, batch.usual[engine._states]
     most = min(batch.tasks, usual.tasks) if device.type in VECTORISED else batch.tasks
     counts = range(ceil(batch.tasks / most), batch.tasks + 1)
-    plans = [
-        Plan(size, min(size, usual.query_tasks), keeps)
+    chunkings = [
+        Chunking(size, min(size, usual.query_tasks), keeps)
         for size in dict.fromkeys(ceil(batch.tasks / count) for count in counts)
         for keeps in (True, False)
     ]
-    found = [(predict(engine, [batch], [plan]), plan) for plan in plans]
+    found = [(predict(engine, [batch], [chunking]), chunking) for chunking in chunkings]
     fitting = [pair for pair in found if room is None or pair[0].peak <= room]
     if not fitting:
         return min(found, key=lambda pair: pair[0].peak)[1]

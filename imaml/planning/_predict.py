@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
-from imaml._engine.chunking import VECTORISED, Plan
+from imaml._engine.chunking import VECTORISED, Chunking
 from imaml._engine.strategy import Strategy
 from imaml.planning._account import Use
 from imaml.planning._costs import Chunk, Costs
@@ -25,12 +25,14 @@ class Batch:
 
     tasks: int
     probe: Probe
-    usual: Mapping[int, Plan]
+    usual: Mapping[int, Chunking]
     """What runs at once where `chunk_size` is None, by the vectors of inner states that a task holds."""
 
-    def plan(self, engine: Strategy, chunk_size: int | None) -> Plan:
+    def chunking(self, engine: Strategy, chunk_size: int | None) -> Chunking:
         """How they run."""
-        return self.usual[engine._states] if chunk_size is None else Plan(chunk_size, chunk_size, keeps_graphs=False)
+        return (
+            self.usual[engine._states] if chunk_size is None else Chunking(chunk_size, chunk_size, keeps_graphs=False)
+        )
 
     def chunks(self, size: int) -> list[int]:
         """The tasks of each."""
@@ -49,13 +51,15 @@ class Prediction:
     """What settings are ordered by, ascending."""
 
 
-def predict(engine: Strategy, batches: Sequence[Batch], plans: Sequence[Plan], *, stacked: int = 0) -> Prediction:
+def predict(
+    engine: Strategy, batches: Sequence[Batch], chunkings: Sequence[Chunking], *, stacked: int = 0
+) -> Prediction:
     """What a call takes.
 
     Args:
         engine: Its settings other than `chunk_size` count.
         batches: All tasks.
-        plans: How those of each batch run.
+        chunkings: How those of each batch run.
         stacked: Bytes of the tasks, where a call has to stack them.
 
     Returns:
@@ -63,17 +67,17 @@ def predict(engine: Strategy, batches: Sequence[Batch], plans: Sequence[Plan], *
     """
     peaks: list[float] = []
     gradients, hvps, equivalents, rank = 0, 0, 0.0, 0.0
-    for batch, plan in zip(batches, plans, strict=True):
-        costs, facts = costs_of(engine, plan.keeps_graphs), batch.probe.facts
+    for batch, chunking in zip(batches, chunkings, strict=True):
+        costs, facts = costs_of(engine, chunking.keeps_graphs), batch.probe.facts
         work = costs.work(facts)
-        for tasks in batch.chunks(plan.tasks):
-            sums = min(len(peaks), 2) * (facts.adapted + facts.fixed) * facts.itemsize  # and those of the chunk before
-            peaks.append(batch.probe.base.held + sums + costs.peak(_chunk(batch.probe, tasks, plan.query_tasks)))
+        for tasks in batch.chunks(chunking.tasks):
+            sums = min(len(peaks), 2) * (facts.adapted + facts.shared) * facts.itemsize  # and those of the chunk before
+            peaks.append(batch.probe.base.held + sums + costs.peak(_chunk(batch.probe, tasks, chunking.query_tasks)))
         gradients += batch.tasks * work.gradients
         hvps += batch.tasks * work.hvps
         equivalents += batch.tasks * work.equivalents
-        rank += (work.equivalents - 1) * _time(batch, plan.tasks, "support")
-        rank += batch.tasks * work.transfer + _time(batch, min(plan.tasks, plan.query_tasks), "query")
+        rank += (work.equivalents - 1) * _time(batch, chunking.tasks, "support")
+        rank += batch.tasks * work.transfer + _time(batch, min(chunking.tasks, chunking.query_tasks), "query")
     return Prediction(peak=stacked + max(peaks), gradients=gradients, hvps=hvps, equivalents=equivalents, rank=rank)
 
 

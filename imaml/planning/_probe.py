@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from imaml._engine.chunking import ONE_BY_ONE, Plan, saved_bytes
+from imaml._engine.chunking import ONE_BY_ONE, Chunking, saved_bytes
 from imaml._objective.objective import Objective
 from imaml._sharding.runs import run_of
 from imaml._tasks import TaskBatch
@@ -66,28 +66,28 @@ def probe(
     uses: dict[int, dict[str, Use]] = {}
     facts, base, gradients, hvps = None, Use(0, 0), 0, 0
     run = run_of(engine, objective, derivatives=True)
-    solve = costs[0].solve(run.context.theta)
+    solve = costs[0].solve(run.snapshot.theta)
     one = run.problem([0], batch[:1], ONE_BY_ONE)
     theta = one.theta
     saved = {
-        name: saved_bytes(loss.parts[0][1], theta) for name, loss in (("support", one.support), ("query", one.query))
+        name: saved_bytes(loss.slices[0][1], theta) for name, loss in (("support", one.support), ("query", one.query))
     }
-    run.context.replay.undo()
+    run.snapshot.replay.undo()
     for tasks in sizes:
         if facts is not None and room is not None and tasks * _per_task(uses) > room:
             break
-        account = Account(run.context.like.device)
+        account = Account(run.snapshot.like.device)
         with account.recording():
             with account.stage(_SNAPSHOT):
                 run = run_of(engine, objective, derivatives=True)
-            problem = run.problem(list(range(tasks)), batch[:tasks], Plan(tasks, tasks, keeps_graphs=False))
+            problem = run.problem(list(range(tasks)), batch[:tasks], Chunking(tasks, tasks, keeps_graphs=False))
             stages = Stages.of(account, problem)
             try:
                 for each in costs:
                     facts = replace(each.measure(problem, stages), solve=solve)
             finally:
-                run.context.replay.undo()
-        gradients, hvps = gradients + run.context.gradients, hvps + run.context.hvps
+                run.snapshot.replay.undo()
+        gradients, hvps = gradients + run.record.gradients, hvps + run.record.products
         uses[tasks] = dict(account.uses)
         base = uses[tasks].pop(_SNAPSHOT)
     assert facts is not None

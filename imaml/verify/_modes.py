@@ -10,26 +10,30 @@ import torch
 from torch import Tensor
 
 from imaml._curvature.curvature import Curvature, HvpMode
+from imaml._curvature.derivatives import Derivatives
 from imaml._curvature.exact_products import Graph
 from imaml._leaves import wrapped
-from imaml._losses.chunk import SUPPORT, ChunkLoss
-from imaml._losses.context import Context
+from imaml._losses.loss import Loss
+from imaml._losses.record import Record
+from imaml._losses.replay import Role
+from imaml._losses.slice import Slice
+from imaml._losses.snapshot import Snapshot
 from imaml._objective.objective import Objective
 from imaml._torch import tree_map
 from imaml.verify._reference import draws
 
 MODES: dict[str, tuple[HvpMode, Graph]] = {
-    "reverse-over-reverse, linearised": ("reverse-over-reverse", "keep"),
-    "reverse-over-reverse, rebuilt": ("reverse-over-reverse", "rebuild"),
-    "forward-over-reverse": ("forward-over-reverse", "rebuild"),
-    "finite-difference": ("finite-difference", "rebuild"),
+    "reverse-over-reverse, linearised": ("reverse-over-reverse", Graph.KEPT),
+    "reverse-over-reverse, rebuilt": ("reverse-over-reverse", Graph.REBUILT),
+    "forward-over-reverse": ("forward-over-reverse", Graph.REBUILT),
+    "finite-difference": ("finite-difference", Graph.REBUILT),
 }
 """Mode, and what becomes of its graph."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """The products H u `(directions, n + m)` of a mode, mixed products for m fixed parameters included."""
+    """The products H u `(directions, n + m)` of a mode, mixed products for m shared parameters included."""
 
     mode: str
     products: Tensor
@@ -64,25 +68,25 @@ def find(mode: str, objective: Objective, batch: Any, directions: Tensor, seed: 
 
 
 def _find(mode: str, objective: Objective, batch: Any, directions: Tensor) -> Found | str:
-    context = Context.of(objective)
+    snapshot, record, derivatives = Snapshot.of(objective), Record(), Derivatives()
     one = tree_map(lambda t: t.unsqueeze(0), wrapped(batch))
-    loss = ChunkLoss(context, one, tasks=1, start=0, kind=SUPPORT)
-    phi = context.theta.unsqueeze(0)
-    loss.gradient(phi, 0)  # learns whether random numbers are drawn
+    loss = Loss(Slice(snapshot, record, one, tasks=1, start=0, role=Role.SUPPORT))
+    phi = snapshot.theta.unsqueeze(0)
+    derivatives.gradient(loss, phi, 0)  # learns whether random numbers are drawn
     name, graph = MODES[mode]
     weights = torch.linspace(-1.5, 2.0, len(directions)).to(directions)
     try:
-        curvature = Curvature(loss, phi, 0, mode=name, graph=graph)
+        curvature = Curvature(derivatives, loss, phi, 0, mode=name, graph=graph)
         rows = []
         for w in (*directions, weights @ directions):
-            product, mixed = curvature.product(w.unsqueeze(0), mixed=bool(context.fixed))
+            product, mixed = curvature.product(w.unsqueeze(0), mixed=bool(snapshot.shared))
             rows.append(product[0] if mixed is None else torch.cat([product[0], mixed]))
     except RuntimeError as error:
         return str(error.__cause__ or error).splitlines()[0]
     *each, combined = rows
     products = torch.stack(each)
     nonlinearity, asymmetry = ratio(combined - weights @ products, combined), unsymmetric(directions, products)[1]
-    return Found(mode, products, nonlinearity, asymmetry, admitted=context.hvp_error or 0.0)
+    return Found(mode, products, nonlinearity, asymmetry, admitted=record.difference_error or 0.0)
 
 
 def unsymmetric(directions: Tensor, products: Tensor) -> tuple[float, float]:

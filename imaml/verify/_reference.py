@@ -82,7 +82,7 @@ class Reference:
     def loss(self, values: Mapping[str, Tensor], batch: Any, *, outer: bool = False) -> Tensor:
         """The support loss, or the query loss; data and buffers are copies, and attention has second derivatives."""
         batch = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, batch)  # a loss may set requires_grad
-        with sdpa_kernel(SDPBackend.MATH), HeldBuffers.of(self.objective.held()).copied(afresh=True):
+        with sdpa_kernel(SDPBackend.MATH), HeldBuffers.of(self.objective.held()).copied():
             return self.objective.evaluate(dict(values) | self.objective.constants(), batch, outer=outer)[0]
 
     def value(self, loss: Callable[[Mapping[str, Tensor]], Tensor], values: Mapping[str, Tensor]) -> Tensor:

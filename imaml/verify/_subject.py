@@ -91,7 +91,7 @@ def evaluated(objective: Objective, task: Task) -> list[float]:
     """Support and query loss at the objective's own parameters."""
     values = objective.parameters() | objective.constants()
     pairs = ((task.support, False), (task.query, True))
-    with HeldBuffers.of(objective.held()).copied(afresh=True):
+    with HeldBuffers.of(objective.held()).copied():
         return [objective.evaluate(values, batch, outer=outer)[0].item() for batch, outer in pairs]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -28,9 +29,45 @@ class LinearOperator:
             raise TypeError(f"`mv` must be a function of a tensor. Got {type(mv).__name__}.")
         self._mv = mv
 
+    makes_new: bool = False
+    """Whether every product is a new tensor, which whoever asked for it may write to."""
+
     def mv(self, x: Tensor) -> Tensor:
         """A x `(*batch, n)` of x `(*batch, n)`."""
         return self._mv(x)
+
+    def shifted(self, by: float | Tensor) -> LinearOperator:
+        """The operator A + diag(by).
+
+        Args:
+            by: A number for all entries, or a tensor that broadcasts against the vectors.
+
+        Returns:
+            An operator that keeps references to this one and to `by`. A product costs one of this one's.
+        """
+        return _Shifted(self, by)
+
+    def scaled(self, by: Tensor) -> LinearOperator:
+        """The operator D^-1 A D^-1 with D = diag(by), symmetric where A is.
+
+        Args:
+            by: Positive, 0-dim or `(n,)`.
+
+        Returns:
+            An operator that keeps references to this one and to `by`. A product costs one of this one's.
+        """
+        return _Scaled(self, by)
+
+    def computed_in(self, dtype: torch.dtype) -> LinearOperator:
+        """The same operator for vectors of any dtype, with its products computed in one.
+
+        Args:
+            dtype: What products are computed in.
+
+        Returns:
+            An operator that keeps a reference to this one; its products have the dtype of the vectors.
+        """
+        return _ComputedIn(self, dtype)
 
     @classmethod
     def from_matrix(cls, matrix: Tensor) -> LinearOperator:
@@ -57,6 +94,39 @@ class LinearOperator:
             return x @ matrix.mT if matrix.ndim == 2 else (matrix @ x.unsqueeze(-1)).squeeze(-1)
 
         return cls(mv)
+
+
+class _Shifted(LinearOperator):
+    makes_new = True
+
+    def __init__(self, op: LinearOperator, by: float | Tensor) -> None:
+        self._op, self._by = op, by
+
+    def mv(self, x: Tensor) -> Tensor:
+        product, by = self._op.mv(x), self._by
+        if isinstance(by, Tensor):
+            return torch.addcmul(product, x, by.to(x.dtype))
+        return product.add_(x, alpha=by) if self._op.makes_new else product.add(x, alpha=by)
+
+
+class _Scaled(LinearOperator):
+    makes_new = True
+
+    def __init__(self, op: LinearOperator, by: Tensor) -> None:
+        self._op, self._by, self._square = op, by, by.square() if by.ndim == 0 else None
+
+    def mv(self, x: Tensor) -> Tensor:
+        # One number needs no scaled vector beside the product.
+        product, by = (self._op.mv(x / self._by), self._by) if self._square is None else (self._op.mv(x), self._square)
+        return product.div_(by) if self._op.makes_new else product / by
+
+
+class _ComputedIn(LinearOperator):
+    def __init__(self, op: LinearOperator, dtype: torch.dtype) -> None:
+        self._op, self._dtype, self.makes_new = op, dtype, op.makes_new
+
+    def mv(self, x: Tensor) -> Tensor:
+        return self._op.mv(x.to(self._dtype)).to(x.dtype)
 
 
 OperatorLike = HasMv | Callable[[Tensor], Tensor] | Tensor

@@ -76,8 +76,8 @@ def _compare(
 @pytest.mark.parametrize("engine", ENGINES, ids=lambda e: type(e).__name__)
 def test_every_strategy_finds_what_it_finds_uncompiled(engine: MetaGradient, traced: None) -> None:
     compiled = _compare(engine, Objective(_model(), F.mse_loss), _tasks())
-    assert compiled._compiler.is_on
-    assert compiled._compiler.made == (2 if isinstance(engine, FOMAML) else 3)
+    assert compiled._memory.compiler.is_on
+    assert compiled._memory.compiler.made == (2 if isinstance(engine, FOMAML) else 3)
 
 
 def test_inductor_compiles_a_model_with_everything_in_it() -> None:
@@ -94,7 +94,7 @@ def test_inductor_compiles_a_model_with_everything_in_it() -> None:
     )
     tasks = _tasks()
     compiled = _compare(MAML(inner=STEPS), objective, tasks)
-    assert compiled._compiler.is_on
+    assert compiled._memory.compiler.is_on
     reports = [engine(objective, tasks).report for engine in (MAML(inner=STEPS), compiled)]
     torch.testing.assert_close(reports[1].metric, reports[0].metric)
     assert (reports[1].gradients, reports[1].hvps) == (reports[0].gradients, reports[0].hvps)
@@ -127,7 +127,7 @@ def test_tensors_that_change_are_arguments(traced: None) -> None:
         change()
         _compare(engine, objective, _tasks(), compiled=compiled)
         losses.append(engine.value_and_grad(objective, _tasks())[0].item())
-    assert compiled._compiler.is_on
+    assert compiled._memory.compiler.is_on
     assert all(abs(a - b) > 1e-3 for a, b in itertools.pairwise(losses))
 
 
@@ -239,7 +239,7 @@ def test_autocast_is_as_it_was_traced(traced: None) -> None:
             expected, found = (e.value_and_grad(objective, tasks)[1] for e in (engine, compiled))
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7)
-    assert compiled._compiler.is_on
+    assert compiled._memory.compiler.is_on
 
 
 def _of_points(of: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]) -> Objective:
@@ -285,7 +285,7 @@ UNTRACEABLE: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] =
 @pytest.mark.parametrize("of", TRACEABLE.values(), ids=TRACEABLE)
 def test_a_loss_that_differentiates_is_compiled(of: Any, chunk_size: int, traced: None) -> None:
     compiled = _compare(MAML(inner=STEPS, chunk_size=chunk_size), _of_points(of), _points())
-    assert compiled._compiler.is_on
+    assert compiled._memory.compiler.is_on
 
 
 def _in_a_process(kinds: str) -> None:
@@ -299,7 +299,7 @@ def _in_a_process(kinds: str) -> None:
                 warnings.simplefilter("always")
                 compiled = _compare(MAML(inner=STEPS, chunk_size=chunk_size), _of_points(UNTRACEABLE[kind]), _points())
             said = [str(w.message) for w in caught if issubclass(w.category, CompileWarning)]
-            assert len(said) == (not compiled._compiler.is_on)
+            assert len(said) == (not compiled._memory.compiler.is_on)
             print(said)
 
 
@@ -383,7 +383,7 @@ def test_a_budget_is_that_of_all_functions_of_an_engine(monkeypatch: pytest.Monk
         ("the gradient of the query loss, 3 at once", 59.0),
         ("the product of the support loss, 3 at once", 58.0),
     ]
-    assert compiled._compiler.spent == 3.0
+    assert compiled._memory.compiler.spent == 3.0
 
 
 def test_convolutions_are_said(traced: None, caplog: pytest.LogCaptureFixture) -> None:

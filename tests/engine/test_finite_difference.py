@@ -9,25 +9,24 @@ from torch import nn
 from torch.nn import functional as F
 
 from imaml import FOMAML, MAML, GradientDescent, ImplicitMAML, Objective, TaskBatch
-from imaml._curvature.curvature import Curvature
 from imaml._curvature.finite_difference import FiniteDifference
-from imaml._losses.chunk import SUPPORT, ChunkLoss
-from imaml._losses.context import Context
 from imaml._losses.gradient import Gradient
 from imaml_solvers import Status
+from tests.losses import curvature, loss_of
 
 F64, F32 = torch.float64, torch.float32
 INNER = GradientDescent(lr=0.1, steps=5)
 
 
 class Cubes:
-    """The loss |phi|_3^3 / 3 of every task, the points its gradient was asked for, and what disturbs it."""
+    """The loss |phi|_3^3 / 3 of every task and its derivatives, the points these were asked for, what disturbs them."""
 
     def __init__(self, move=None, *, noise=0.0, kink=torch.inf):
         self.seen, self.noise, self.kink = [], noise, kink
-        self.context = SimpleNamespace(hvp_move=move, hvp_error=None)
+        self.record = SimpleNamespace(difference_move=move, difference_error=None)
 
-    def gradient(self, phi, step, *, fixed=False, weights=None):
+    def gradient(self, loss, phi, step, want=None):
+        weights = want and want.weights
         self.seen += [phi] if weights is not None else []
         gradient = phi.square() * (1 + self.noise * torch.randn(phi.shape, dtype=phi.dtype)) + (phi > self.kink)
         each = gradient if weights is None else gradient * weights.unsqueeze(-1)
@@ -68,7 +67,7 @@ def test_every_task_moves_by_a_fraction_of_its_own_norm():
     phi = torch.tensor([[3.0, 4.0], [30.0, 40.0], [0.3, 0.4], [3.0, 4.0]], dtype=F64)
     w = torch.tensor([[1.0, 0.0], [0.0, 100.0], [0.0, 0.0], [1e-9, 0.0]], dtype=F64)
     loss = Cubes(move=1e-3)
-    product, _ = FiniteDifference(loss, phi, 0)(w)
+    product, _ = FiniteDifference(loss, loss, phi, 0)(w)
     ahead, behind = (point - phi for point in loss.seen)
     moved = 1e-3 * torch.tensor([[6.0, 0.0], [0.0, 51.0], [0.0, 0.0], [6.0, 0.0]], dtype=F64)
     torch.testing.assert_close(ahead, moved, rtol=0, atol=1e-12)
@@ -79,9 +78,9 @@ def test_every_task_moves_by_a_fraction_of_its_own_norm():
 @pytest.mark.parametrize("dtype", [F64, F32, torch.bfloat16])
 def test_the_move_is_the_shorter_of_the_first_two_that_agree_and_is_kept_for_the_call(dtype):
     loss, phi, w = Cubes(), torch.full((3, 64), 0.01, dtype=dtype), torch.ones(3, 64, dtype=dtype)
-    product = FiniteDifference(loss, phi, 0)
+    product = FiniteDifference(loss, loss, phi, 0)
     product(w)
-    assert loss.context.hvp_move == torch.finfo(dtype).eps ** (1 / 3) / 8 and len(loss.seen) == 4
+    assert loss.record.difference_move == torch.finfo(dtype).eps ** (1 / 3) / 8 and len(loss.seen) == 4
     product(w)
     assert len(loss.seen) == 6
 
@@ -90,29 +89,29 @@ def test_the_move_is_the_shorter_of_the_first_two_that_agree_and_is_kept_for_the
 def test_a_kink_near_any_task_shortens_the_move(tasks):
     loss, phi, w = Cubes(kink=0.01 + 3e-8), torch.full((3, 64), 0.005, dtype=F64), torch.ones(3, 64, dtype=F64)
     phi[tasks] = 0.01
-    product, _ = FiniteDifference(loss, phi, 0)(w)
+    product, _ = FiniteDifference(loss, loss, phi, 0)(w)
     torch.testing.assert_close(product, 2 * phi * w, rtol=1e-5, atol=0)
-    entry = loss.context.hvp_move * (1 + phi.norm(dim=-1).max()) / 8
-    assert entry < 3e-8 / 8 and loss.context.hvp_error < 1e-5
+    entry = loss.record.difference_move * (1 + phi.norm(dim=-1).max()) / 8
+    assert entry < 3e-8 / 8 and loss.record.difference_error < 1e-5
 
 
 def test_among_moves_that_disagree_the_call_uses_that_of_the_least_difference():
     torch.manual_seed(0)
     phi, w = torch.full((3, 64), 0.01, dtype=F64), torch.ones(3, 64, dtype=F64)
     loss = Cubes(noise=1e-5)
-    product, _ = FiniteDifference(loss, phi, 0)(w)
+    product, _ = FiniteDifference(loss, loss, phi, 0)(w)
     moves = [torch.finfo(F64).eps ** (1 / 3) / 8**n for n in range(4)]
-    assert loss.context.hvp_move == moves[1] and 1e-3 < loss.context.hvp_error < 1
+    assert loss.record.difference_move == moves[1] and 1e-3 < loss.record.difference_error < 1
     assert (product - 2 * phi * w).norm() < 0.5 * (2 * phi * w).norm()
 
 
 def test_products_of_zeros_have_no_error_and_tell_nothing_of_the_next():
     loss = Cubes()
-    product = FiniteDifference(loss, torch.full((2, 3), 0.01, dtype=F64), 0)
+    product = FiniteDifference(loss, loss, torch.full((2, 3), 0.01, dtype=F64), 0)
     assert not product(torch.zeros(2, 3, dtype=F64))[0].any()
-    assert loss.context.hvp_error == 0 and loss.context.hvp_move is None and len(loss.seen) == 4
+    assert loss.record.difference_error == 0 and loss.record.difference_move is None and len(loss.seen) == 4
     product(torch.ones(2, 3, dtype=F64))
-    assert loss.context.hvp_move is not None
+    assert loss.record.difference_move is not None
 
 
 @pytest.mark.parametrize(("activation", "least"), [(nn.Tanh, 1000), (nn.GELU, 1000), (nn.ReLU, 10)])
@@ -202,12 +201,10 @@ def test_the_error_is_bounded_by_the_estimate(activation, dtype):
     x, y = torch.randn(2, 15, 6, dtype=dtype), torch.randn(2, 15, 3, dtype=dtype)
     found = {}
     for mode in ("finite-difference", "reverse-over-reverse"):
-        context = Context.of(Objective(model, F.mse_loss))
-        phi = context.theta.expand(2, -1)
+        loss, phi = loss_of(Objective(model, F.mse_loss), (x, y), tasks=2)
         w = torch.randn(2, phi.shape[1], dtype=dtype, generator=torch.Generator().manual_seed(1))
-        loss = ChunkLoss(context, (x, y), tasks=2, start=0, kind=SUPPORT)
-        found[mode] = Curvature(loss, phi, 0, mode=mode, graph="rebuild").product(w)[0]
-        found[f"{mode}, estimate"] = context.hvp_error
+        found[mode] = curvature(loss, phi, mode).product(w)[0]
+        found[f"{mode}, estimate"] = loss.record.difference_error
     estimate = found["finite-difference, estimate"]
     assert found["reverse-over-reverse, estimate"] is None
     error, size = found["finite-difference"] - found["reverse-over-reverse"], found["reverse-over-reverse"]

@@ -6,11 +6,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from imaml import Objective
-from imaml._curvature.exact_products import ForwardOverReverse, ReverseOverReverse
+from imaml._curvature import exact_products
+from imaml._curvature.derivatives import Derivatives
+from imaml._curvature.exact_products import ForwardOverReverse, Graph, ReverseOverReverse
 from imaml._curvature.finite_difference import FiniteDifference
-from imaml._losses.chunk import SUPPORT, ChunkLoss
-from imaml._losses.context import Context
-from imaml._losses.gradient import Gradient
+from tests.losses import loss_of
 
 F64 = torch.float64
 
@@ -19,18 +19,17 @@ def chunk(criterion=F.mse_loss):
     """Two tasks for a network of which the last layer adapts."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).double()
-    context = Context.of(Objective(model, criterion, adapt=["2"]))
     batch = torch.randn(2, 5, 3, dtype=F64), torch.randn(2, 5, 2, dtype=F64)
-    return ChunkLoss(context, batch, 2, 0, SUPPORT), context.theta.repeat(2, 1)
+    return loss_of(Objective(model, criterion, adapt=["2"]), batch, tasks=2)
 
 
 @pytest.mark.parametrize(
     "build",
     [
-        lambda loss, phi: ReverseOverReverse(loss, phi, 0, "keep"),
-        lambda loss, phi: ReverseOverReverse(loss, phi, 0, "rebuild"),
-        lambda loss, phi: ForwardOverReverse(loss, phi, 0),
-        lambda loss, phi: FiniteDifference(loss, phi, 0),
+        lambda loss, phi: ReverseOverReverse(loss.whole, phi, 0, Graph.KEPT),
+        lambda loss, phi: ReverseOverReverse(loss.whole, phi, 0, Graph.REBUILT),
+        lambda loss, phi: ForwardOverReverse(loss.whole, phi, 0),
+        lambda loss, phi: FiniteDifference(Derivatives(), loss, phi, 0),
     ],
     ids=["linearized", "rebuilt", "forward-over-reverse", "finite-difference"],
 )
@@ -47,10 +46,10 @@ def test_the_mixed_product_is_computed_on_request_alone_and_nothing_carries_a_gr
 @pytest.mark.parametrize("scale", [1e-8, 1e8])
 def test_a_gradient_of_other_draws_is_seen_whatever_the_units_of_the_loss(monkeypatch, scale):
     loss, phi = chunk(lambda output, target: scale * F.mse_loss(output, target))
-    monkeypatch.setattr(type(loss.context.replay), "draws", True)
-    ForwardOverReverse(loss, phi, 0)
-    right = loss.gradient(phi, 0)
-    wrong = Gradient(right.losses, right.adapted * (1 + 1e-6), None)
-    monkeypatch.setattr(ChunkLoss, "gradient", lambda self, phi, step: wrong)
+    monkeypatch.setattr(type(loss.snapshot.replay), "draws", True)
+    ForwardOverReverse(loss.whole, phi, 0)
+    right = exact_products.differentiate
+    wrong = lambda *args: [g * (1 + 1e-6) for g in right(*args)]  # noqa: E731
+    monkeypatch.setattr(exact_products, "differentiate", wrong)
     with pytest.raises(RuntimeError, match="another order"):
-        ForwardOverReverse(loss, phi, 0)
+        ForwardOverReverse(loss.whole, phi, 0)

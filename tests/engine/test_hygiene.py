@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, NonFiniteError, Objective, Task
-from imaml._engine.recent import Recent
+from imaml._engine.memory import Recent
 from imaml._strategies import warm_start
 from tests.engine.cases import CLASSES, mlp
 
@@ -62,8 +62,8 @@ def test_no_tensor_is_left_by_a_step_whatever_its_shapes(name, monkeypatch):
     before = counts()
     train(range(5, 25))
     assert counts() == before
-    assert len(engine._plans) == (3 if engine.chunk_size is None else 0)
-    assert len(engine._checked) == (3 if engine.microbatch_size else 0)
+    assert len(engine._memory.chunkings) == (3 if engine.chunk_size is None else 0)
+    assert len(engine._memory.sliced) == (3 if engine.microbatch_size else 0)
 
 
 def test_warm_starts_keep_the_solutions_of_the_tasks_solved_last(monkeypatch):

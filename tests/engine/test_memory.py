@@ -8,10 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, Objective, TaskBatch
-from imaml._curvature.curvature import Curvature
-from imaml._losses.chunk import SUPPORT, ChunkLoss
-from imaml._losses.context import Context
 from imaml.measure import peak_memory
+from tests.losses import curvature, gradient, loss_of
 
 VOCABULARY, WIDTH, LENGTH = 50, 32, 12
 STEPS = (1, 4, 12)
@@ -73,12 +71,10 @@ def test_the_error_bound_needs_one_vector_more_than_the_solve():
 def of_a_product():
     """What one takes besides the parameters it is taken at and the vector it is taken along, nothing being kept."""
     objective, tasks, _ = problem()
-    context = Context.of(objective)
-    phi = context.theta.unsqueeze(0).clone()
-    support = ChunkLoss(context, tasks.support, 1, 0, SUPPORT)
+    support, phi = loss_of(objective, tasks.support)
 
     def product():
-        return Curvature(support, phi, 0, mode="auto", graph="rebuild").product(phi)
+        return curvature(support, phi).product(phi)
 
     product()  # what torch sets up once
     return peak_memory(product)
@@ -103,12 +99,10 @@ def test_implicit_maml_holds_seven_vectors_beside_a_product():
 
 def test_fomaml_holds_the_adapted_parameters_beside_a_gradient():
     objective, tasks, theta = problem()
-    context = Context.of(objective)
-    phi = context.theta.unsqueeze(0)
-    support = ChunkLoss(context, tasks.support, 1, 0, SUPPORT)
-    gradient = peak_memory(lambda: support.gradient(phi, 0))
+    support, phi = loss_of(objective, tasks.support)
+    least = peak_memory(lambda: gradient(support, phi))
     (peak,) = peaks(FOMAML, steps=(4,))
-    assert gradient < peak <= gradient + 1.1 * theta
+    assert least < peak <= least + 1.1 * theta
 
 
 def test_maml_grows_by_one_state_a_step():

@@ -9,9 +9,9 @@ from torch import nn
 
 from imaml import CG, FOMAML, MAML, Adam, GradientDescent, ImplicitMAML, Objective, TaskBatch
 from imaml._engine import chunking
-from imaml._losses.chunk import QUERY, SUPPORT, ChunkLoss
-from imaml._losses.context import Context
+from imaml._losses.replay import Role
 from tests.engine.cases import classification, mlp, problem
+from tests.losses import loss_of
 from tests.oracles import relative_error
 
 INNER = GradientDescent(lr=0.1, steps=3)
@@ -25,52 +25,53 @@ def wide(queries=2):
 
 
 def losses(objective, tasks):
-    context = Context.of(objective)
-    one = tasks[:1]
-    both = ((one.support, SUPPORT), (one.query, QUERY))
-    return context, *(ChunkLoss(context, batch, 1, 0, kind) for batch, kind in both)
+    """Of the first task, on its support and its query set, and theta."""
+    (support, theta), (query, _) = (
+        loss_of(objective, batch, role=role)
+        for batch, role in ((tasks[:1].support, Role.SUPPORT), (tasks[:1].query, Role.QUERY))
+    )
+    return theta, support, query
 
 
 def test_saved_bytes_are_those_of_the_activations():
     """Of tanh the output alone, which the last layer shares; and little for the cross entropy."""
-    context, support, _ = losses(*wide())
-    found = chunking.saved_bytes(support, context.theta.unsqueeze(0))
+    theta, support, _ = losses(*wide())
+    found = chunking.saved_bytes(support.whole, theta)
     assert 5 * LAYER <= found <= 5 * (LAYER + 200)
 
 
 def test_nothing_is_left_behind():
-    context, support, _ = losses(*wide())
+    theta, support, _ = losses(*wide())
+    chunking.saved_bytes(support.whole, theta)  # a slice keeps views of its batch
     gc.collect()
     before = sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
-    chunking.saved_bytes(support, context.theta.unsqueeze(0))
+    chunking.saved_bytes(support.whole, theta)
     gc.collect()
     assert sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects()) <= before
 
 
 def test_the_plan_fits_the_room(monkeypatch):
-    context, support, query = losses(*wide(queries=20))
-    theta = context.theta.unsqueeze(0)
+    theta, support, query = losses(*wide(queries=20))
     monkeypatch.setattr(chunking, "VECTORISED", {"cpu": 5 * LAYER * 20 + 5 * LAYER // 2})
     room_for_ten = chunking._AGAIN * INNER.steps * 5 * LAYER * 10 + 50 * LAYER
     ten = 5 * LAYER * 10
-    few, many = chunking.Plan(10, 5, True), chunking.Plan(20, 5, False)
+    few, many = chunking.Chunking(10, 5, True), chunking.Chunking(20, 5, False)
     for kept, enough, expected in ((0, ten, many), (room_for_ten, ten, few), (room_for_ten, 1.1 * ten, many)):
         monkeypatch.setattr(chunking, "KEPT", kept)
         monkeypatch.setattr(chunking, "_ENOUGH", enough)
-        assert chunking.plan(support, query, theta, INNER.steps, 0) == expected
+        assert chunking.choose_chunking(support, query, theta, INNER.steps, 0) == expected
     monkeypatch.setattr(chunking, "VECTORISED", {"cpu": 10})
     monkeypatch.setattr(chunking, "KEPT", 0)
-    assert chunking.plan(support, query, theta, INNER.steps, 0) == chunking.ONE_BY_ONE
+    assert chunking.choose_chunking(support, query, theta, INNER.steps, 0) == chunking.ONE_BY_ONE
 
 
 def test_the_states_of_many_steps_leave_room_for_fewer_tasks(monkeypatch):
-    context, support, query = losses(*wide())
-    theta = context.theta.unsqueeze(0)
+    theta, support, query = losses(*wide())
     monkeypatch.setattr(chunking, "VECTORISED", {"cpu": 5 * LAYER * 20 + 5 * LAYER // 2})
     monkeypatch.setattr(chunking, "KEPT", 0)
     states = chunking.STORED * (5 * LAYER * 20 + 5 * LAYER // 2) // theta.nbytes
     for count, tasks in ((0, 20), (states // 20, 20), (states // 4, 4), (states, 1), (9 * states, 1)):
-        assert chunking.plan(support, query, theta, 100, count).tasks == tasks
+        assert chunking.choose_chunking(support, query, theta, 100, count).tasks == tasks
 
 
 def test_only_states_that_a_task_holds_count():
@@ -90,8 +91,8 @@ def test_any_plan_gives_the_same_numbers(strategy, adapt, monkeypatch):
     )
     expected = strategy(inner=INNER, chunk_size=1, **options)
     right = expected.value_and_grad(objective, tasks)[1]
-    for decided in (chunking.Plan(5, 2, True), chunking.Plan(2, 1, False), chunking.Plan(3, 5, True)):
-        monkeypatch.setattr("imaml._engine.run.plan", lambda *_, decided=decided: decided)
+    for decided in (chunking.Chunking(5, 2, True), chunking.Chunking(2, 1, False), chunking.Chunking(3, 5, True)):
+        monkeypatch.setattr("imaml._engine.run.choose_chunking", lambda *_, decided=decided: decided)
         engine = strategy(inner=INNER, **options)
         assert relative_error(engine.value_and_grad(objective, tasks)[1], right) <= 1e-10
         report, same = engine(objective, tasks).report, expected(objective, tasks).report
@@ -103,7 +104,7 @@ def test_any_plan_gives_the_same_numbers(strategy, adapt, monkeypatch):
 
 def test_it_is_looked_at_once_for_each_shape(monkeypatch):
     looks = []
-    monkeypatch.setattr("imaml._engine.run.plan", lambda *_: looks.append(1) or chunking.ONE_BY_ONE)
+    monkeypatch.setattr("imaml._engine.run.choose_chunking", lambda *_: looks.append(1) or chunking.ONE_BY_ONE)
     engine, (objective, tasks) = MAML(inner=INNER), wide()
     for batch in (tasks, tasks[:2], tasks):
         engine(objective, batch)
@@ -176,8 +177,8 @@ def test_a_model_may_differentiate_in_its_forward_pass(strategy, derivative, chu
 
 
 def test_what_cannot_be_looked_at_runs_one_by_one():
-    context, support, query = losses(Objective(Force(by_transform), F.cross_entropy), classification((4,)))
-    decided = chunking.plan(support, query, context.theta.unsqueeze(0), INNER.steps, 0)
+    theta, support, query = losses(Objective(Force(by_transform), F.cross_entropy), classification((4,)))
+    decided = chunking.choose_chunking(support, query, theta, INNER.steps, 0)
     assert decided == chunking.ONE_BY_ONE
 
 

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrizations
 import imaml._torch
 from imaml import MAML, CompileWarning, GradientDescent, Objective
 from imaml._curvature.exact_products import check_twice_differentiable
+from imaml._objective.faithful import faithful
 from tests.engine.cases import classification
 from tests.oracles import relative_error
 
@@ -88,7 +89,7 @@ def test_a_recomputation_that_gets_by_is_refused(monkeypatch):
         if instead is imaml._torch._plain:
             makes_a_frame = lambda *args, **kwargs: torch.utils.checkpoint._CheckpointFrame()  # noqa: E731
             monkeypatch.setitem(imaml._torch._INSTEAD, name, makes_a_frame)
-    with imaml._torch.without_checkpoints(), pytest.raises(RuntimeError, match="in a way that is not known"):
+    with faithful(), pytest.raises(RuntimeError, match="in a way that is not known"):
         torch.utils.checkpoint.checkpoint(torch.tanh, torch.ones(2), use_reentrant=False)
 
 

@@ -21,7 +21,7 @@ from imaml import (
     TaskBatch,
     TorchOptimizer,
 )
-from imaml._curvature.exact_products import Accumulated
+from imaml._curvature.curvature import Curvature
 from imaml._strategies.schedule import sweep
 from imaml.measure import peak_memory
 from tests.engine.test_counts import fewest_advances
@@ -256,6 +256,6 @@ def test_slices_of_examples_leave_nothing_for_the_garbage_collector():
     gc.disable()
     try:
         engine.value_and_grad(objective, tasks)
-        assert not [x for x in gc.get_objects() if type(x) is Accumulated]
+        assert not [x for x in gc.get_objects() if type(x) is Curvature]
     finally:
         gc.enable()

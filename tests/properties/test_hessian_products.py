@@ -10,11 +10,10 @@ from torch import nn
 from torch.func import functional_call
 
 from imaml import GradientDescent, Objective, Task
-from imaml._curvature.curvature import Curvature
-from imaml._losses.chunk import SUPPORT, ChunkLoss
-from imaml._losses.context import Context
+from imaml._curvature.exact_products import Graph
 from imaml.testing import small_models, task_batches
 from imaml.testing._tasks import batch_of_tasks
+from tests import losses
 from tests.oracles import Setting, hessian, mixed_derivatives, model_loss
 
 EXACT = ("forward-over-reverse", "reverse-over-reverse")
@@ -27,10 +26,8 @@ few = settings(max_examples=8)
 
 def curvature(model, tasks, *, hvp, linearize, loss, adapt=None):
     """The support curvature of every task at the model's own parameters, and these, `(tasks, n)`."""
-    context = Context.of(Objective(model, loss, adapt=adapt))
-    phi = context.theta.repeat(len(tasks), 1)
-    support = ChunkLoss(context, tasks.support, len(tasks), 0, SUPPORT)
-    return Curvature(support, phi, 0, mode=hvp, graph="keep" if linearize else "rebuild"), phi
+    support, phi = losses.loss_of(Objective(model, loss, adapt=adapt), tasks.support, len(tasks))
+    return losses.curvature(support, phi, hvp, Graph.KEPT if linearize else Graph.REBUILT), phi
 
 
 def dense(model, task: Task, loss, adapted=None):
@@ -84,10 +81,11 @@ def test_permuted_parameters_permute_the_product(model, tasks):
         def loss(values, batch):
             return F.cross_entropy(functional_call(model, values, (batch[0],)), batch[1])
 
-        context = Context.of(Objective.from_function(loss, {n: params[n] for n in names}))
-        phi = context.theta.repeat(len(tasks), 1)
-        h = Curvature(ChunkLoss(context, tasks.support, len(tasks), 0, SUPPORT), phi, 0, mode="auto", graph="rebuild")
-        return context.layout.named(h.product(context.layout.flatten([w[n] for n in names]).expand_as(phi))[0])
+        objective = Objective.from_function(loss, {n: params[n] for n in names})
+        support, phi = losses.loss_of(objective, tasks.support, len(tasks))
+        layout = support.snapshot.layout
+        along = layout.flatten([w[n] for n in names]).expand_as(phi)
+        return layout.named(losses.curvature(support, phi).product(along)[0])
 
     forward, backward = product(list(params)), product(list(params)[::-1])
     for name in params:
@@ -101,25 +99,26 @@ class SupportGradient(torch.autograd.Function):
     def forward(ctx, phi, loss):
         ctx.loss = loss
         ctx.save_for_backward(phi)
-        return loss.gradient(phi, 0).adapted
+        return losses.gradient(loss, phi).adapted
 
     @staticmethod
     def backward(ctx, w):
         (phi,) = ctx.saved_tensors
         with torch.no_grad():
-            return Curvature(ctx.loss, phi, 0, mode="auto", graph="rebuild").product(w)[0], None
+            return losses.curvature(ctx.loss, phi).product(w)[0], None
 
 
 @few
 @given(small_models(frozen=False), values)
 def test_gradcheck_of_the_gradient_and_gradgradcheck_of_the_loss(model, tasks):
-    context = Context.of(Objective(model, F.mse_loss))
-    support = ChunkLoss(context, tasks.support, len(tasks), 0, SUPPORT)
-    phi = context.theta.repeat(len(tasks), 1).requires_grad_()
+    support, phi = losses.loss_of(Objective(model, F.mse_loss), tasks.support, len(tasks))
+    phi.requires_grad_()
     tolerances = {"eps": 1e-6, "atol": 1e-6, "rtol": 1e-4, "fast_mode": True}
     assert torch.autograd.gradcheck(lambda p: SupportGradient.apply(p, support), phi, **tolerances)
     assert torch.autograd.gradgradcheck(
-        lambda p: support.losses(context.layout.views(p), [], tasks.support, 0)[0].sum(), phi, **tolerances
+        lambda p: support.whole.losses(support.snapshot.layout.views(p), [], tasks.support, 0)[0].sum(),
+        phi,
+        **tolerances,
     )
 
 

@@ -5,14 +5,14 @@ import dataclasses
 import torch
 
 from imaml import FOMAML, MAML, Dense, GradientDescent, ImplicitMAML, Pullback
-from imaml._curvature.curvature import Curvature
+from imaml._curvature.exact_products import Graph
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SumOverTasks(MAML):
     def pull_back(self, problem):
         pulled = super().pull_back(problem)
-        return Pullback(pulled.theta * len(problem.theta), pulled.fixed, pulled.outcome)
+        return Pullback(pulled.theta * len(problem.theta), pulled.shared, pulled.outcome)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class OneStepTooFew(MAML):
 class ForgetsTheFixedParameters(MAML):
     def pull_back(self, problem):
         pulled = super().pull_back(problem)
-        return Pullback(pulled.theta, None if pulled.fixed is None else pulled.fixed * 0, pulled.outcome)
+        return Pullback(pulled.theta, None if pulled.shared is None else pulled.shared * 0, pulled.outcome)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,11 +37,11 @@ class HessianAtTheLastStateOnly(MAML):
     def pull_back(self, problem):
         phi = problem.adapt()
         query = problem.judge(phi)
-        hessian = Curvature(problem.support, phi, problem.inner.steps, mode="auto", graph="keep")
+        hessian = problem.curvature(phi, problem.inner.steps, "auto", Graph.KEPT)
         cotangent = query.adapted
         for _ in range(problem.inner.steps):
             cotangent = cotangent - problem.inner.lr * hessian.product(cotangent)[0]
-        return Pullback(cotangent, query.fixed, problem.outcome(query))
+        return Pullback(cotangent, query.shared, problem.outcome(query))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,13 +49,13 @@ class ReversedReport(MAML):
     def pull_back(self, problem):
         pulled = super().pull_back(problem)
         losses = pulled.outcome.query_loss.flip(0)
-        return Pullback(pulled.theta, pulled.fixed, dataclasses.replace(pulled.outcome, query_loss=losses))
+        return Pullback(pulled.theta, pulled.shared, dataclasses.replace(pulled.outcome, query_loss=losses))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WritesGrad(MAML):
     def pull_back(self, problem):
-        for parameter in problem.support.context.objective.parameters().values():
+        for parameter in problem.snapshot.objective.parameters().values():
             parameter.grad = torch.zeros_like(parameter)
         return super().pull_back(problem)
 
@@ -64,7 +64,7 @@ class WritesGrad(MAML):
 class MovesTheModel(MAML):
     @torch.no_grad()
     def pull_back(self, problem):
-        for parameter in problem.support.context.objective.parameters().values():
+        for parameter in problem.snapshot.objective.parameters().values():
             parameter.mul_(1.0)
         return super().pull_back(problem)
 
@@ -85,9 +85,9 @@ class DifferentiatesUnderNoGrad(MAML):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SwallowsNaN(MAML):
     def pull_back(self, problem):
-        problem.check_query = lambda losses: None
+        problem.judge = lambda phi: problem.query_gradient(phi, shared=True, metric=True)
         pulled = super().pull_back(problem)
-        return Pullback(pulled.theta.nan_to_num(), pulled.fixed, pulled.outcome)
+        return Pullback(pulled.theta.nan_to_num(), pulled.shared, pulled.outcome)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ class OtherSystem(ImplicitMAML):
             problem, theta=phi, inner=GradientDescent(lr=1.0, steps=0), damping=problem.damping + 10
         )
         pulled = super().pull_back(moved)
-        return Pullback(pulled.theta / 2, pulled.fixed, pulled.outcome)
+        return Pullback(pulled.theta / 2, pulled.shared, pulled.outcome)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -264,7 +264,7 @@ def test_a_finite_difference_mode_alone_that_reports_a_large_error_gives_no_verd
 
     def coarse(self, w, *, mixed=False):
         product, fixed = original(self, w, mixed=mixed)
-        self._loss.context.hvp_error = 0.2
+        self._loss.record.difference_error = 0.2
         return 1.1 * product, fixed
 
     monkeypatch.setattr(FiniteDifference, "__call__", coarse)

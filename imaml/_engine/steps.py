@@ -1,0 +1,131 @@
+"""The steps of the inner optimiser in one call, which may be the user's own: taken, and checked."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from imaml._losses.foreign import described, foreign_leaves
+from imaml._losses.replay import Role
+from imaml._losses.snapshot import Snapshot
+from imaml._torch import is_write_to_shared
+from imaml.inner import InnerOptimizer
+from imaml.inner._hyper import Hyperparameters
+from imaml.inner._inner_problem import State
+
+
+@dataclass(frozen=True)
+class Steps:
+    """s_{k+1} = U(s_k, g_k) for the tasks of a chunk, and the cotangents of s_k and g_k."""
+
+    optimizer: InnerOptimizer
+    hyper: Hyperparameters
+    snapshot: Snapshot
+    start: int
+    """Position of the first task, which keys random draws."""
+
+    def take(self, state: State, gradient: Tensor, step: int) -> State:
+        """The state after a step.
+
+        Args:
+            state: That before it.
+            gradient: Of the inner objective there.
+            step: Its number.
+
+        Returns:
+            The next state.
+
+        Raises:
+            TypeError: The optimiser's update does not return a state.
+            ValueError: It changes its arguments, mixes tasks, or uses what requires grad and would get no gradient.
+            RuntimeError: Its own.
+        """
+        optimizer = self.optimizer
+        name, size = f"{type(optimizer).__name__}.update", 1 + optimizer.buffers
+        in_place = f"{name} changes its arguments in place. Expected new tensors: use a + b for a.add_(b)."
+        versions = [t._version for t in (*state, gradient)]
+        try:
+            following = self._update(state, gradient, step)
+        except RuntimeError as error:
+            if is_write_to_shared(error):  # theta, before the first step
+                raise ValueError(in_place) from error
+            raise
+        if not isinstance(following, tuple) or len(following) != size:
+            got = f"{len(following)} tensors" if isinstance(following, tuple) else type(following).__name__
+            raise TypeError(f"{name} must return a tuple of phi and its {size - 1} `buffers`. Got {got}.")
+        if versions != [t._version for t in (*state, gradient)]:
+            raise ValueError(in_place)
+        if step == 0 and len(gradient) > 1 and not self._draws_nothing:
+            self._check_rows(name, state, gradient, following)
+        if not any([t.requires_grad for t in following]):
+            return following
+        # Nothing that it was given requires grad.
+        foreign = self.snapshot.differentiates and foreign_leaves(
+            following, (), lambda: self._update(state, gradient, step)
+        )
+        if foreign:
+            raise ValueError(
+                f"{name} uses what requires grad and would get no gradient: "
+                f"{described(foreign, self.snapshot.objective.names())}. Expected a function of its arguments. Make it "
+                "one of `hyperparameters`, which may be functions of Objective(..., meta={...}), or detach it."
+            )
+        return tuple(t.detach() for t in following)
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the derivative of a step depends on where it is taken, and not on its number alone."""
+        learned = self.hyper.learned & set(self.optimizer.hyperparameters)
+        return bool(learned) or not self.optimizer.said_of_update("is_linear")
+
+    def pull_back(
+        self, state: State, gradient: Tensor, cotangents: State, step: int
+    ) -> tuple[State, Tensor, dict[str, Tensor]]:
+        """The cotangents of s_k, of g_k and of the learned hyper-parameters, for those of s_{k+1}."""
+        pullback = self.optimizer.said_of_update("pullback")
+        with self._draws(step):
+            found: tuple[State, Tensor, dict[str, Tensor]] = pullback(
+                state, gradient, cotangents, step, self.hyper.at(step), self.hyper.learned
+            )
+        return found
+
+    def _update(self, state: State, gradient: Tensor, step: int) -> State:
+        with torch.enable_grad(), self._draws(step):
+            return self.optimizer.update(state, gradient, step, self.hyper.at(step))
+
+    @property
+    def _draws_nothing(self) -> bool:
+        return bool(self.optimizer.said_of_update("is_deterministic"))
+
+    def _draws(self, step: int) -> AbstractContextManager[None]:
+        """Within it, random numbers are those of the optimiser at this step."""
+        return nullcontext() if self._draws_nothing else self.snapshot.replay.at(Role.UPDATE, self.start, step)
+
+    def _check_rows(self, name: str, state: State, gradient: Tensor, following: State) -> None:
+        """Raise where the first step of a task depends on those that run with it; random draws are not looked at.
+
+        Raises:
+            ValueError: It does.
+        """
+        with self._draws(0):
+            alone = self.optimizer.update(tuple(t[:1] for t in state), gradient[:1], 0, self.hyper.at(0))
+        if self.snapshot.replay.draws:
+            return
+        tolerance = torch.finfo(gradient.dtype).eps ** 0.5
+
+        def agree(some: State, others: State) -> bool:
+            pairs = zip(some, others, strict=True)
+            return all(torch.allclose(a, b, rtol=tolerance, equal_nan=True) for a, b in pairs)
+
+        if agree(alone, tuple(t[:1] for t in following)):
+            return
+        with self._draws(0):
+            again = self.optimizer.update(state, gradient, 0, self.hyper.at(0))
+        if agree(again, following):  # else it is no function of its arguments, and says nothing of the tasks
+            raise ValueError(
+                f"{name} mixes tasks. Expected that every row of a state and of the gradient, `(tasks, n)`, is a task "
+                "by itself. Got another step for a task alone than among others: take norms and sums along the last "
+                "dimension, such as gradient.norm(dim=-1, keepdim=True)."
+            )

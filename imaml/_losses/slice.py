@@ -1,0 +1,310 @@
+"""The losses of a chunk of tasks on a slice of their examples, as a function of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from numbers import Number
+from types import NoneType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from imaml._losses.attempts import Attempts, Writes
+from imaml._losses.foreign import check_loss
+from imaml._losses.record import Record
+from imaml._losses.replay import Role
+from imaml._losses.snapshot import Snapshot
+from imaml._objective.exact import denied
+from imaml._tasks import Batch
+from imaml._torch import (
+    TreeSpec,
+    is_functorch_wrapped_tensor,
+    is_out_of_memory,
+    is_write_to_rows,
+    sequence_number,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    without_fallback_warning,
+)
+
+T = TypeVar("T")
+One = Callable[[Sequence[Tensor], Batch], tuple[Tensor, ...]]
+"""A function of one task's own tensors and of its batch."""
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """L(phi) of every task of a chunk, on some of the examples of its support or its query set.
+
+    Derivatives are taken by plain autograd *outside* `vmap`, of the sum over tasks: the tasks are independent, so its
+    gradient holds each task's own. Only the forward pass is vectorised, hence both derivatives of an HVP see the same
+    plain operations; a `vmap` between two derivatives gives wrong second derivatives for affine normalisation layers.
+    A chunk of one task runs without `vmap`, and so do all once a model turns out not to support it.
+    """
+
+    snapshot: Snapshot
+    record: Record
+    batch: Batch
+    tasks: int
+    start: int
+    """Position of the first task, which keys the random draws together with the inner step."""
+    role: Role
+    part: tuple[int, ...] = ()
+    """Which part of a chunk that was split, by its first tasks and examples; keys the random draws too."""
+    writes: Writes = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def _data(self) -> list[Tensor]:
+        return tree_leaves(self.batch)
+
+    @cached_property
+    def _rows(self) -> list[Batch]:
+        return _each_task(self.batch, self.tasks)
+
+    def of_tasks(self, first: int, tasks: int) -> Slice:
+        """The same for some of the tasks."""
+        batch = tree_map(lambda t: t[first : first + tasks], self.batch)
+        return replace(self, batch=batch, tasks=min(tasks, self.tasks - first), part=(*self.part, first))
+
+    def losses(
+        self, adapted: Sequence[Tensor], shared: Sequence[Tensor], batch: Batch, step: int, *, metric: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Losses `(tasks,)` (and metric) at parameters per tensor: adapted `(tasks, *shape)`, shared `(*shape)`."""
+        given, outer = self.snapshot, self.role is Role.QUERY
+
+        def one(values: Sequence[Tensor], batch: Batch) -> tuple[Tensor, ...]:
+            named = self._named(values, shared)
+            loss, figure = given.objective.evaluate(named, batch, metric=metric, outer=outer, survey=given.survey)
+            return (loss,) if figure is None else (loss, figure.detach())
+
+        outputs: tuple[Tensor, ...] = ()
+        for attempt in self._attempts(step):
+            outputs = ()
+            with attempt:
+                outputs = self._each(one, adapted, batch)
+        return outputs[0], outputs[1] if len(outputs) > 1 else None
+
+    def through_outputs(
+        self, adapted: Sequence[Tensor], shared: Sequence[Tensor], step: int
+    ) -> tuple[list[Tensor], Tensor]:
+        """The model's outputs, `(tasks, *shape)` per tensor, and the losses `(tasks,)` as a function of these."""
+        given = self.snapshot
+        outlines: list[tuple[TreeSpec, list[Any]]] = []
+
+        def predict(values: Sequence[Tensor], batch: Batch) -> tuple[Tensor, ...]:
+            output = given.objective.predict(self._named(values, shared), batch, given.model_survey)
+            leaves, spec = tree_flatten(output)
+            _check_leaves(leaves)
+            outlines.append((spec, [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]))
+            return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+        def judge(leaves: Sequence[Tensor], batch: Batch) -> tuple[Tensor, ...]:
+            own = iter([leaf.clone() for leaf in leaves])  # a loss may write to the output
+            spec, outline = outlines.pop(0)
+            output = spec.unflatten([next(own) if leaf is Tensor else leaf for leaf in outline])
+            return (given.objective.judge(output, dict(zip(given.shared_layout.names, shared, strict=True)), batch),)
+
+        outputs: tuple[Tensor, ...] = ()
+        losses: tuple[Tensor, ...] = ()
+        for attempt in self._attempts(step):
+            outputs = losses = ()
+            outlines.clear()
+            with attempt:
+                outputs = self._each(predict, adapted, self.batch)
+                losses = self._each(judge, outputs, self.batch)
+        return list(outputs), losses[0]
+
+    def statistics(self, phi: Tensor, step: int, before: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The running statistics `(tasks, *shape)` after one more forward pass of every task at phi."""
+        given, count = self.snapshot, len(self.snapshot.layout.names)
+
+        def compute(adapted: list[Tensor], shared: list[Tensor]) -> tuple[Tensor, ...]:
+            def one(values: Sequence[Tensor], batch: Batch) -> tuple[Tensor, ...]:
+                updated = dict(zip(before, (v.clone() for v in values[count:]), strict=True))
+                given.objective.record(self._named(values[:count], shared) | updated, batch, given.model_survey)
+                return tuple(updated.values())
+
+            found: tuple[Tensor, ...] = ()
+            for attempt in self._attempts(step):
+                found = ()
+                with attempt:
+                    found = self._each(one, [*adapted, *before.values()], self.batch)
+            return found
+
+        found = self._without_derivatives(phi, compute)
+        return {name: value.detach() for name, value in zip(before, found, strict=True)}
+
+    def value(self, phi: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
+        """Losses and metric at phi, without derivatives."""
+        losses, figure = self._without_derivatives(
+            phi, lambda adapted, shared: self.losses(adapted, shared, self.batch, step, metric=True)
+        )
+        return losses.detach(), figure
+
+    def _without_derivatives(self, phi: Tensor, compute: Callable[[list[Tensor], list[Tensor]], T]) -> T:
+        """What is computed of the parameters, adapted and shared, with gradients disabled.
+
+        Enabled where a model or a loss differentiates by itself.
+
+        Args:
+            phi: The adapted parameters.
+            compute: What to compute.
+
+        Returns:
+            What `compute` returns.
+
+        Raises:
+            RuntimeError: That of the evaluation with gradients enabled, or there is not enough memory.
+        """
+        leaves = self.leaves(phi, shared=True)  # parameters require grad here too
+        if not self.record.needs_grad_mode:
+            try:
+                with torch.no_grad():
+                    return compute(*leaves)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+        with torch.enable_grad():
+            found = compute(*leaves)
+        self.record.needs_grad_mode = True
+        return found
+
+    def _attempts(self, step: int) -> Attempts:
+        draws = self.snapshot.replay.at(self.role, self.start, step, *self.part)
+        return Attempts(self.snapshot, self.record, self._data, self.part, self.writes, draws, many=self.tasks > 1)
+
+    def _each(self, one: One, values: Sequence[Tensor], batch: Batch) -> tuple[Tensor, ...]:
+        """One function of every task, stacked."""
+        writes = self.writes.get(self.part)
+        if self.tasks > 1 and self.record.is_vectorised:
+            leaves, structure = tree_flatten(_given(batch, writes))  # vmap would fill it with other things too
+            # the fused attention kernels have no batching rule
+            with sdpa_kernel(SDPBackend.MATH), without_fallback_warning():
+                return vmap(lambda values, leaves: one(values, structure.unflatten(leaves)), randomness="different")(
+                    list(values), leaves
+                )
+        rows = self._rows if batch is self.batch else _each_task(batch, self.tasks)
+        # not `v[i]`, whose derivative writes zeros for all other tasks
+        own = [v.unbind() if self.tasks > 1 else (v.squeeze(0),) for v in values]
+        found = []
+        try:
+            for i, row in enumerate(rows):
+                found.append(one([parts[i] for parts in own], _given(row, writes)))
+        except RuntimeError as error:
+            if not is_write_to_rows(error):
+                raise
+            raise RuntimeError(
+                "The model writes to its parameters in place while several tasks are evaluated one by one. Expected a "
+                f"forward pass that leaves them alone. Got a write, to {self.tasks} tasks: use chunk_size=1."
+            ) from error
+        return tuple(torch.stack(tensors) for tensors in zip(*found, strict=True))
+
+    def _named(self, adapted: Sequence[Tensor], shared: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What one task is evaluated with, by name; the model's own where none are given."""
+        given = self.snapshot
+        named = dict(zip(given.layout.names, adapted, strict=False))
+        named |= zip(given.shared_layout.names, shared, strict=False)
+        return named | given.constants.fresh()
+
+    def leaves(self, phi: Tensor, *, shared: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """Views of the flat parameters as autograd leaves; the shared ones require grad only if asked, or needed."""
+        adapted = [v.detach().requires_grad_() for v in self.snapshot.layout.views(phi)]
+        requires = shared or self.record.needs_shared
+        return adapted, [t.detach().requires_grad_(requires) for t in self.snapshot.shared]
+
+    def at_leaves(
+        self, phi: Tensor, step: int, *, shared: bool, metric: bool = False
+    ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor | None]:
+        """The leaves, as `leaves` makes them, with the losses `(tasks,)` that depend on them, and the metric."""
+        record, batch = self.record, self.batch
+        adapted, others = self.leaves(phi, shared=shared)
+        hides = bool(others) and not others[0].requires_grad  # for a smaller graph; it matters to few models
+        before, questions, found = sequence_number(), denied.count, None
+        with torch.enable_grad():
+            try:
+                found = self.losses(adapted, others, batch, step, metric=metric)
+            except RuntimeError as error:
+                if not hides or is_out_of_memory(error):
+                    raise
+        if found is None or hides and denied.count > questions:
+            del found
+            record.needs_shared = True
+            try:
+                return self.at_leaves(phi, step, shared=shared, metric=metric)
+            except RuntimeError:
+                record.needs_shared = False
+                raise
+        losses, figure = found
+        if self.snapshot.differentiates:
+            key = (self.role, self.start, *self.part, sequence_number() - before)
+            if key not in record.own:
+                with torch.enable_grad():
+                    self.check_own(
+                        losses, [*adapted, *others], lambda: self.losses(adapted, others, batch, step, metric=metric)[0]
+                    )
+                record.own.add(key)
+        return adapted, others, losses, figure
+
+    def check_own(self, losses: Tensor, leaves: Sequence[Tensor], again: Callable[[], Tensor]) -> None:
+        """Raise ValueError where losses depend on a tensor that requires grad and is not among the leaves."""
+        if self.snapshot.differentiates:
+            check_loss(str(self.role), [losses], leaves, lambda: [again()], self.snapshot.objective.names)
+
+    def check_depends(self, losses: Tensor) -> None:
+        """Raise unless a gradient can flow from the losses."""
+        if not losses.requires_grad:
+            raise ValueError(
+                f"The {self.role} loss depends on no adapted parameter. Expected a loss computed from the model's "
+                "output with gradients enabled: look for .detach(), .item() or torch.no_grad() in the model or the "
+                "loss."
+            )
+
+    def collect(self, grads: Sequence[Tensor | None], phi: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Flatten gradients of the adapted, then any shared parameters; None becomes zeros in its own place."""
+        given, count = self.snapshot, len(self.snapshot.layout.names)
+        adapted, shared = grads[:count], grads[count:]
+        if not shared:
+            return given.layout.gather(adapted, phi), None
+        names = zip(given.shared_layout.names, shared, strict=False)
+        self.record.used_shared |= {n for n, g in names if g is not None}
+        return given.layout.gather(adapted, phi), given.shared_layout.gather(shared, phi[0])
+
+
+def _given(batch: Batch, writes: bool | None) -> Batch:
+    """What the model sees: a copy if it writes to it."""
+    if writes is None:
+        return tree_map(_shielded, batch)
+    return tree_map(Tensor.clone, batch) if writes else batch
+
+
+def _shielded(tensor: Tensor) -> Tensor:
+    """The same data, of which no graph remains at the user's tensor where a parameter is written into it."""
+    return tensor if tensor.requires_grad or is_functorch_wrapped_tensor(tensor) else tensor.detach()
+
+
+def _each_task(batch: Batch, tasks: int) -> list[Batch]:
+    return [tree_map(lambda t, i=i: t[i], batch) for i in range(tasks)]
+
+
+def outside_inference(batch: Batch) -> Batch:
+    """The batch with copies of tensors that were made in inference mode, which autograd cannot save."""
+    if not any(t.is_inference() for t in tree_leaves(batch)):
+        return batch
+    return tree_map(lambda t: t.clone() if t.is_inference() else t, batch)
+
+
+def _check_leaves(leaves: Sequence[Any]) -> None:
+    """Raise TypeError where tensors may be hidden in an output, which would have no derivatives."""
+    for leaf in leaves:
+        if not isinstance(leaf, (Tensor, Number, str, NoneType)):
+            raise TypeError(
+                "curvature='ggn' goes through the tensors of the model's output. Expected tensors, numbers, strings "
+                f"and None in tuples, lists and dicts. Got {type(leaf).__name__}: return its tensors in a tuple, or "
+                "use curvature='hessian'."
+            )

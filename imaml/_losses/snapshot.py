@@ -1,0 +1,95 @@
+"""What one call was given, as it was when the call began."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from imaml._losses.layout import Layout
+from imaml._losses.replay import Replay
+from imaml._objective.buffers import Constants, HeldBuffers
+from imaml._objective.faithful import Survey
+from imaml._objective.objective import Objective
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """The objective, its parameters and buffers, and the random draws, for every evaluation of one call."""
+
+    objective: Objective
+    layout: Layout
+    """Of the adapted parameters."""
+    like: Tensor
+    """Of no entries, in the dtype and on the device of flat vectors."""
+    shared_layout: Layout
+    """Of the shared parameters: those that do not adapt but are learned, the objective's `meta` among them."""
+    shared: list[Tensor]
+    """Their values."""
+    constants: Constants
+    """Copies of the model's buffers."""
+    survey: Survey | None
+    """What the model needs in a forward pass; None without a model."""
+    held: HeldBuffers
+    """Those of modules that the losses and the metric hold."""
+    replay: Replay
+    differentiates: bool = True
+    """Whether the call is asked for derivatives, and does not only evaluate."""
+
+    @property
+    def model_survey(self) -> Survey:
+        """That of the model, where there is one."""
+        assert self.survey is not None
+        return self.survey
+
+    @property
+    def theta(self) -> Tensor:
+        """The adapted parameters as a new flat vector `(n,)`: whoever needs it for a while holds it for as long."""
+        named = self.objective.parameters()
+        return self.layout.flatten([named[name] for name in self.layout.names])
+
+    @classmethod
+    def of(
+        cls,
+        objective: Objective,
+        layout_of: Callable[[Mapping[str, Tensor]], Layout] = Layout.of,
+        *,
+        differentiates: bool = True,
+    ) -> Snapshot:
+        """Check the objective in its present state, and take the snapshot.
+
+        Args:
+            objective: Model and loss.
+            layout_of: From named parameters to how they lie in a flat vector.
+            differentiates: Whether derivatives are asked for.
+
+        Returns:
+            The snapshot of one call.
+
+        Raises:
+            TypeError: Not an objective.
+            ValueError: The model's present state cannot be adapted, or its parameters are on several devices.
+        """
+        if not isinstance(objective, Objective):
+            raise TypeError(f"Expected an Objective(model, loss). Got {type(objective).__name__}.")
+        objective.check()
+        named = objective.parameters()
+        adapted = {n: p for n, p in named.items() if n in objective.adapted}
+        shared = {n: p.detach() for n, p in named.items() if n not in objective.adapted}
+        devices = {p.device for p in adapted.values()}
+        if len(devices) > 1:
+            raise ValueError(f"Adapted parameters must be on one device. Got {sorted(map(str, devices))}.")
+        layout = layout_of(adapted)
+        return cls(
+            objective=objective,
+            layout=layout,
+            like=layout.empty(next(iter(adapted.values()))),
+            shared_layout=layout_of(shared),
+            shared=list(shared.values()),
+            constants=Constants.of(objective.model),
+            survey=objective.survey(),
+            held=HeldBuffers.of(objective.held()),
+            replay=Replay(devices.pop()),
+            differentiates=differentiates,
+        )

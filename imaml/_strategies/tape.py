@@ -1,0 +1,120 @@
+"""What a reverse sweep over inner steps keeps on the way to their end, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from imaml._curvature.curvature import HvpMode
+from imaml._engine.problem import Problem
+from imaml._strategies.point import Point
+from imaml._strategies.schedule import Do, most_states, moves
+from imaml._strategies.storage import Storage, Store, store
+from imaml.inner._inner_problem import State
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tape:
+    """The states of the steps to differentiate, some of them, or the graphs behind them: one choice, made once.
+
+    `MAML` records it and plays it backwards; the costs of `MAML` read off it what that takes.
+    """
+
+    first: int
+    """The first step that is differentiated."""
+    steps: int
+    """How many are."""
+    keeps_graphs: bool
+    """Whether the graph of every step's gradient is kept, which serves its product too; no state is put away then."""
+    checkpoints: int | None
+    """How many states are put away at most, besides the first; None: all."""
+    storage: Storage
+    """Where they are put."""
+
+    @property
+    def most_states(self) -> int:
+        """How many states are put away at a time."""
+        return most_states(self.steps, self.checkpoints)
+
+    @contextmanager
+    def recorded(self, problem: Problem, mode: HvpMode) -> Iterator[tuple[Tensor, Iterator[Point]]]:
+        """Take the whole inner loop.
+
+        Args:
+            problem: A chunk.
+            mode: Of Hessian-vector products.
+
+        Yields:
+            phi, and the steps to differentiate, the last first.
+        """
+        before = _before(problem, self.first)
+        if self.keeps_graphs:
+            yield self._with_graphs(problem, before, mode)
+            return
+        with store(self.storage, problem.snapshot.like.device, self.most_states) as kept:
+            states = self.states_backwards(problem, before, kept)
+            # phi has no name here, which would keep it through the sweep.
+            yield (
+                next(states)[0],
+                (Point.at(problem, s, step, mode) for step, s in zip(self._backwards, states, strict=True)),
+            )
+
+    @property
+    def _backwards(self) -> Iterator[int]:
+        return reversed(range(self.first, self.first + self.steps))
+
+    def _with_graphs(
+        self, problem: Problem, before: Callable[[], State], mode: HvpMode
+    ) -> tuple[Tensor, Iterator[Point]]:
+        points, state = [], before()
+        for step in range(self.first, self.first + self.steps):
+            point, gradient = Point.with_gradient(problem, state, step, mode)
+            points.append(point)
+            state = problem.update(state, gradient, step)
+        return state[0], (points.pop() for _ in self._backwards)
+
+    def states_backwards(self, problem: Problem, before: Callable[[], State], kept: Store) -> Iterator[State]:
+        """Yield the state after the last step, then those before each step, the last first.
+
+        Args:
+            problem: A chunk.
+            before: Gives the state before the first step, which is never put away.
+            kept: Where others are.
+
+        Yields:
+            The states.
+        """
+        state = before()
+        if self.steps == 0:
+            yield state
+        for what, step in moves(self.steps, self.checkpoints):
+            match what:
+                case Do.KEEP:
+                    kept[step] = state
+                case Do.STEP:
+                    state = problem.step(state, self.first + step)
+                case Do.END:
+                    yield problem.step(state, self.first + step)
+                case Do.FETCH:
+                    state = kept[step] if step > 0 else before()
+                case Do.TAKE:
+                    state = kept.pop(step) if step > 0 else before()
+                case Do.REVERSE:
+                    yield state
+
+
+def _before(problem: Problem, step: int) -> Callable[[], State]:
+    """The state before an inner step; that before the first is gathered whenever it is asked for, and held by none."""
+
+    def start() -> State:
+        return problem.optimizer.start(problem.theta)
+
+    if step == 0:
+        return start
+    state = start()
+    for taken in range(step):
+        state = problem.step(state, taken)
+    return lambda: state

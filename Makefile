@@ -49,8 +49,10 @@ mutation: env ## break the numerical core on purpose and count what the tests no
 	$(BIN)/python $(PIP_INSTALL) --editable '.[mutation]'
 	rm -rf build/mutation
 	mkdir -p build/mutation
-	cp -r imaml solvers/imaml_solvers tests benchmarks/mutation/conftest.py benchmarks/mutation/pyproject.toml build/mutation
-	cd build/mutation && OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=mutation ../../$(BIN)/mutmut run $(foreach m,$(MUTANTS),'$(m)')
+	cp -r imaml solvers/imaml_solvers tests benchmarks/mutation/conftest.py benchmarks/mutation/pyproject.toml \
+	build/mutation
+	cd build/mutation && OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=mutation \
+	../../$(BIN)/mutmut run $(foreach m,$(MUTANTS),'$(m)')
 	$(BIN)/python benchmarks/mutation/summary.py build/mutation
 
 lint: env ## check style, docstrings and types

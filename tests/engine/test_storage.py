@@ -2,6 +2,7 @@
 
 import errno
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -134,7 +135,7 @@ def test_a_diverging_inner_loop_closes_its_file(files):
 def test_a_full_disk_is_an_error_that_says_how_much_room_is_needed(monkeypatch, tmp_path):
     model, objective, tasks = problem()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(storage_module, "TemporaryFile", lambda **options: open("/dev/full", "r+b", **options))  # noqa: SIM115
+    monkeypatch.setattr(storage_module, "TemporaryFile", partial(open, "/dev/full", "r+b"))
     size = 2 * 8 * 3 * sum(p.numel() for p in model.parameters())  # phi and momentum of three tasks in float64
     for options, states in (({}, STEPS - 1), ({"checkpoints": 2}, 2), ({"truncate": 3}, 2)):
         with pytest.raises(OSError, match=f"{tmp_path}.*{size * states:,} bytes, {states} states.*TMPDIR") as caught:

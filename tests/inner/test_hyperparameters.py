@@ -436,7 +436,10 @@ def test_the_implicit_gradient_refuses_a_lambda_of_zero_from_a_function():
 def test_constants_among_the_meta_parameters_receive_no_gradient():
     frozen = torch.tensor(-3.0, dtype=torch.float64)
     group = {"a": torch.tensor(0.1, dtype=torch.float64, requires_grad=True), "b": torch.ones(1, dtype=torch.float64)}
-    loss = lambda output, target, meta: (meta["group"]["a"] * F.mse_loss(output, target)) + 0 * meta["group"]["b"].sum()  # noqa: E731
+
+    def loss(output, target, meta):
+        return meta["group"]["a"] * F.mse_loss(output, target) + 0 * meta["group"]["b"].sum()
+
     objective = Objective(cases.make_model(), loss, meta={"log_lr": frozen, "group": group})
     for strategy in (MAML, FOMAML, ImplicitMAML):
         engine = strategy(inner=GradientDescent(lr=lambda meta: meta["log_lr"].exp(), steps=2))

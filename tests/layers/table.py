@@ -11,6 +11,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +38,9 @@ MODES = ("auto", "forward-over-reverse", "finite-difference")
 EXACT, INEXACT = 1e-8, 1e-4
 COLUMNS = ("Layer", *(f"`{mode}`" for mode in MODES), "Notes")
 SOLVER = CG(max_steps=40, rtol=1e-11)
-RANDOM = "random: `MAML` in training mode against finite differences of its loss, the others in eval mode"
-NO_ORACLE = "`MAML` against finite differences of its loss; `ImplicitMAML` without an oracle"
+LAZY = "as the other once a forward pass has initialised it; refused before"
+RANDOM, NO_ORACLE = "random", "no oracle"
+"""Notes that the page explains."""
 Gradients = dict[str, Tensor]
 
 
@@ -52,7 +54,7 @@ def row(name: str) -> str:
     if name in NOT_RUN:
         return _line(name, *("–" for _ in MODES), NOT_RUN[name])
     if name.startswith("Lazy"):
-        return _line(name, *("–" for _ in MODES), "as the other once a forward pass has initialised it; refused before")
+        return _line(name, *("–" for _ in MODES), LAZY)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trial = Trial((SPECIMENS | WITH_STATISTICS)[name])
@@ -82,7 +84,7 @@ def _cell(trial: Trial, mode: HvpMode) -> tuple[str, list[str]]:
                 found.add(trial.verdict(engine))
             except (RuntimeError, ValueError, TypeError) as error:
                 found.add("refused")
-                notes.append(f"{mode}: {_brief(error)}")
+                notes.append(_brief(error))
     worst = next(word for word in ("WRONG", "refused", "finite differences", "works") if word in found)
     is_asked_for = worst == "finite differences" and mode == "finite-difference"
     return "works" if is_asked_for else worst, notes
@@ -173,9 +175,12 @@ def _plain(model: nn.Module, specimen: Specimen) -> nn.Module:
 
 
 def _brief(error: Exception) -> str:
+    """The operation that has no forward derivative, or how torch's message begins."""
     text = re.sub(r"\s+", " ", str(error)).replace("|", "/")
+    if operation := re.search(r"forward AD with (?:aten::)?(\w+)", text):
+        return f"no jvp: {operation.group(1)}"
     met = re.search(r"does not support it \((.*)", text)
-    return (met.group(1) if met else text)[:110].strip() + " ..."
+    return shorten(met.group(1) if met else text, 44, placeholder=" ...")
 
 
 def main(names: list[str]) -> None:

@@ -189,7 +189,7 @@ def check(network: Network, conv: Model) -> str:
     share = network.all_reduce(4 * conv.parameters, 2) / measured["seconds together"]
     return (
         f"Against two real processes, 32 tasks of Conv4: communication takes {100 * share:.2f} % of a step by this "
-        f"model, and {100 * measured['communication']:.2f} % as measured by `benchmarks.distributed`."
+        f"model,\nand {100 * measured['communication']:.2f} % as measured by `benchmarks.distributed`."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from textwrap import fill
 from typing import Any
 
 from rich.table import Table
@@ -25,6 +26,8 @@ HEADINGS = (
     "in float32",
 )
 
+WIDTH = 110
+"""Of lines of the page that are not of a table."""
 GOAL_HEADINGS = ("", "at most", "measured", "met")
 NOTES = (
     "**time** and **spread**: median over processes, and slowest less fastest. **load**: the highest load "
@@ -73,11 +76,14 @@ def markdown(figures: Sequence[Figure], about: dict[str, Any]) -> str:
         "# Side by side",
         "",
         "Made by `python -m benchmarks.compare`, which measures one meta-gradient, every time in a fresh process.",
-        f"{about['cpu']}, {about['threads']} threads, Python {about['python']}, torch {about['torch']}; "
-        + ", ".join(f"{name} {version}" for name, version in sorted(about["rivals"].items()))
-        + ".",
+        fill(
+            f"{about['cpu']}, {about['threads']} threads, Python {about['python']}, torch {about['torch']}; "
+            + ", ".join(f"{name} {version}" for name, version in sorted(about["rivals"].items()))
+            + ".",
+            WIDTH,
+        ),
         "",
-        *(f"- {note}" for note in NOTES),
+        *(fill(f"- {note}", WIDTH, subsequent_indent="  ") for note in NOTES),
         "",
     ]
     for title, group in groups(figures):

@@ -180,8 +180,8 @@ def table(rows: list[Row]) -> str:
         "",
         "    python -m benchmarks.plan_errors",
         "",
-        f"torch {torch.__version__}, CPU. Peak MB (10^6 bytes) of one `value_and_grad` by the allocator's own account,\n"
-        "and as `MetaGradient.plan` predicts it from stages of one to three tasks.",
+        f"torch {torch.__version__}, CPU. Peak MB (10^6 bytes) of one `value_and_grad` by the allocator's own\n"
+        "account, and as `MetaGradient.plan` predicts it from stages of one to three tasks.",
         "",
         f"{len(rows)} settings, {within} of them within 2 %. The worst: {worst.model}, {worst.setting}, "
         f"{100 * (worst.ratio - 1):+.1f} %.",

@@ -21,3 +21,11 @@ def sections(text: str) -> dict[str, list[str]]:
     parts = re.split(r"(?m)^## (.*)$", text)[1:]
     found = {title: python(body) for title, body in zip(parts[::2], parts[1::2], strict=True)}
     return {title: blocks for title, blocks in found.items() if blocks}
+
+
+def run(page: str) -> dict[str, object]:
+    """Run the blocks of a page, one after the other, in one namespace; returns it."""
+    namespace: dict[str, object] = {}
+    for block in python(read(page)):
+        exec(compile(block, page, "exec"), namespace)
+    return namespace

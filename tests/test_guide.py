@@ -1,0 +1,81 @@
+"""The Python of docs/guide.md runs as one program, does what it says, and every option has its place on the page."""
+
+import inspect
+
+import pytest
+import torch
+
+import imaml
+from imaml import (
+    CG,
+    FOMAML,
+    MAML,
+    MINRES,
+    Adam,
+    AdamW,
+    Dense,
+    GradientDescent,
+    ImplicitMAML,
+    Jacobi,
+    Neumann,
+    NewtonCG,
+    Nystrom,
+    NystromInverse,
+    Objective,
+    Report,
+    RMSprop,
+    ScipySolver,
+    TorchOptimizer,
+)
+from tests.pages import read, run
+
+GUIDE = "docs/guide.md"
+OPTIONS = (
+    *(MAML, FOMAML, ImplicitMAML, Objective, Report),
+    *(GradientDescent, Adam, AdamW, RMSprop, NewtonCG, TorchOptimizer),
+    *(CG, MINRES, Neumann, NystromInverse, Dense, ScipySolver, Jacobi, Nystrom),
+)
+
+
+@pytest.fixture(scope="module")
+def guide():
+    """The names that the page's program leaves."""
+    torch.manual_seed(0)
+    return run(GUIDE)
+
+
+def test_the_python_of_the_guide_runs_and_reaches_every_parameter(guide):
+    assert all(p.grad is not None for p in guide["model"].parameters())
+
+
+def test_what_the_guide_learns_gets_a_gradient(guide):
+    assert guide["log_lr"]["0.weight"].grad.shape == (32, 2)
+    assert all(guide[name].grad.isfinite() for name in ("log_lambda", "log_decay"))
+
+
+def test_the_guide_has_the_verdicts_that_it_says(guide):
+    assert guide["verified"].status == "passed"
+    assert guide["refuted"].status == "failed" and "first-order" in guide["refuted"].cause
+
+
+def test_the_guide_skips_the_task_that_it_says(guide):
+    assert guide["result"].report.skipped == (3,)
+
+
+def test_the_forecast_of_the_guide_fits(guide):
+    assert guide["forecast"].recommended is not None
+
+
+@pytest.mark.parametrize("kind", OPTIONS, ids=lambda kind: kind.__name__)
+def test_every_option_is_in_the_guide(kind):
+    page = read(GUIDE)
+    assert kind is Report or f"`{kind.__name__}`" in page
+    named = [name for name in inspect.signature(kind).parameters if name not in ("model", "loss", "more")]
+    assert not [name for name in named if f"`{name}`" not in page and f"`{name}=" not in page]
+
+
+def test_every_solver_and_inner_loop_is_in_the_guide():
+    kinds = (imaml.LinearSolver, imaml.InnerSolver, imaml.MetaGradient)
+    public = [value for value in vars(imaml).values() if inspect.isclass(value) and issubclass(value, kinds)]
+    concrete = [value for value in public if not inspect.isabstract(value)]
+    assert {*concrete} <= {*OPTIONS}

@@ -48,6 +48,10 @@ def test_the_python_of_the_guide_runs_and_reaches_every_parameter(guide):
     assert all(p.grad is not None for p in guide["model"].parameters())
 
 
+def test_tasks_of_different_sizes_have_their_metrics(guide):
+    assert guide["result"].report.metric.shape == (2,)
+
+
 def test_what_the_guide_learns_gets_a_gradient(guide):
     assert guide["log_lr"]["0.weight"].grad.shape == (32, 2)
     assert all(guide[name].grad.isfinite() for name in ("log_lambda", "log_decay"))
@@ -59,7 +63,7 @@ def test_the_guide_has_the_verdicts_that_it_says(guide):
 
 
 def test_the_guide_skips_the_task_that_it_says(guide):
-    assert guide["result"].report.skipped == (3,)
+    assert guide["others"].report.skipped == (3,)
 
 
 def test_the_forecast_of_the_guide_fits(guide):

@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from imaml._engine.chunking import Chunking
-from imaml._engine.memory import Memory
 from imaml._engine.nonfinite import OnNonfinite, check_on_nonfinite
 from imaml._engine.problem import Problem
+from imaml._engine.remembered import Memory
 from imaml._engine.report import Pullback, Report
 from imaml._numbers import check_integer, check_number
 from imaml._objective.objective import Objective

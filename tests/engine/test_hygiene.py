@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, NonFiniteError, Objective, Task
-from imaml._engine.memory import Recent
+from imaml._engine.remembered import Recent
 from imaml._strategies import warm_start
 from tests.engine.cases import CLASSES, mlp
 

@@ -11,6 +11,7 @@ Tested with torch 2.9 to 2.15. A private name may be gone in the next release:
 | `torch._weight_norm` | its wrong second derivative is replaced | ImportError |
 | `CheckpointFunction` and the like | no recomputation with other parameters | ImportError |
 | `get_interpreter_stack`, `TransformType` | buffers are copied once a call | copied in every pass |
+| `_add_batch_dim`, `_vmap_increment_nesting` and their like | `vmap` without its trees | `torch.func.vmap` |
 | `_set_vmap_fallback_warning_enabled` | an operation that `vmap` runs in a loop is no matter | torch warns |
 | `_get_sequence_nr` | equal graphs are looked through once | looked through every time |
 | `aten._to_copy` | `verify` knows what a model rounds to | ImportError |
@@ -30,7 +31,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cache
 from typing import Any, NoReturn
 
@@ -67,6 +67,14 @@ try:
     _SPECTRAL_NORMS: tuple[type, ...] = (_SpectralNorm, SpectralNorm)
 except ImportError:
     _SPECTRAL_NORMS = (object,)
+
+try:
+    _load_decompositions = torch._functorch.vmap.lazy_load_decompositions  # type: ignore[attr-defined]
+    _nesting: Any = torch._C._functorch
+    for _name in ("_vmap_increment_nesting", "_vmap_decrement_nesting", "_add_batch_dim", "_remove_batch_dim"):
+        getattr(_nesting, _name)
+except (ImportError, AttributeError):
+    _nesting = None
 
 _checkpoint: Any = torch.utils.checkpoint
 
@@ -129,18 +137,34 @@ def inside_transform() -> bool:
     return is_traced() or is_transformed()
 
 
-@contextmanager
-def without_fallback_warning() -> Iterator[None]:
-    """Within it `vmap` does not warn of an operation that it runs task by task, which the user cannot change."""
-    switch = getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled", None)
-    if switch is None:
-        yield
-        return
-    switch(False)
+def vectorised(function: Callable[[list[Tensor]], Sequence[Tensor]], rows: Sequence[Tensor], size: int) -> list[Tensor]:
+    """What `torch.func.vmap` makes of a function of tensors, for a tenth of its time; random draws differ by row.
+
+    There is no warning of an operation that runs row by row, which the user cannot change.
+
+    Args:
+        function: Of one row of each tensor.
+        rows: Tensors `(size, ...)`.
+        size: How many rows.
+
+    Returns:
+        Tensors `(size, ...)`.
+    """
+    warn = getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled", lambda _: None)
+    warn(False)
     try:
-        yield
+        if _nesting is None:
+            found: Sequence[Tensor] = torch.func.vmap(function, randomness="different")(list(rows))
+            return list(found)
+        _load_decompositions()
+        level = _nesting._vmap_increment_nesting(size, "different")
+        try:
+            outputs = function([_nesting._add_batch_dim(row, 0, level) for row in rows])
+            return [_nesting._remove_batch_dim(output, level, size, 0) for output in outputs]
+        finally:
+            _nesting._vmap_decrement_nesting()
     finally:
-        switch(True)
+        warn(True)
 
 
 def sequence_number() -> float:

@@ -15,11 +15,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from imaml._losses.gradient import Gradient
 from imaml._losses.replay import Role
 from imaml._losses.slice import Slice
+from imaml._objective.exact import MathAttention
 from imaml._torch import load_forward_ad, may_drop_second_derivative, sequence_number, tree_flatten
 
 _Graph = tuple[list[Tensor], list[Tensor], tuple[Tensor | None, ...]]
@@ -51,7 +51,8 @@ def differentiate(
 ) -> tuple[Tensor | None, ...]:
     """The gradient of the losses, summed over tasks; remembers which adapted parameters the support loss uses."""
     part.check_depends(losses)
-    grads = torch.autograd.grad(losses.sum(), wanted, create_graph=create_graph, allow_unused=True)
+    ones = torch.ones_like(losses)
+    grads = torch.autograd.grad(losses, wanted, ones, create_graph=create_graph, allow_unused=True)
     if part.role is Role.SUPPORT:
         part.record.used.update(n for n, g in zip(part.snapshot.layout.names, grads, strict=False) if g is not None)
     return grads
@@ -75,8 +76,7 @@ class ReverseOverReverse:
 
     def _graph(self) -> tuple[Tensor, _Graph]:
         part, before = self._part, sequence_number()
-        # The fused attention kernels have no second derivative.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad(), MathAttention():
             adapted, shared, losses, _ = part.at_leaves(self._phi, self._step, shared=True)
             grads = differentiate(part, losses, adapted, create_graph=True)
         graph = (part.role, part.start, *part.part, sequence_number() - before)
@@ -150,7 +150,7 @@ class ForwardOverReverse:
         """The gradient and its derivative along w, by the adapted and if `mixed` the shared parameters."""
         gradient = torch.func.grad(self._total, argnums=(0, 1) if mixed or self._part.record.needs_shared else (0,))
         tangents = (self._part.snapshot.layout.views(w), *self._rest)
-        with sdpa_kernel(SDPBackend.MATH):
+        with MathAttention():
             both = torch.func.jvp(gradient, self._primals, tangents)
         primal, tangent = ([t for part in parts for t in part] for parts in both)
         return primal, tangent

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from imaml._curvature.exact_products import Graph, check_twice_differentiable
 from imaml._losses.gradient import Gradient
 from imaml._losses.slice import Slice
+from imaml._objective.exact import MathAttention
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -28,7 +28,7 @@ class GaussNewton:
 
     def __init__(self, part: Slice, phi: Tensor, step: int, graph: Graph) -> None:
         self._part, self._phi = part, phi
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad(), MathAttention():
             self._adapted, shared = part.leaves(phi, shared=False)
             outputs, losses = part.through_outputs(self._adapted, shared, step)
             self._outputs = [z for z in outputs if z.requires_grad]

@@ -33,6 +33,10 @@ class Layout:
         """The dtype of the flat vector: the widest of the parameters', at least float32."""
         return reduce(torch.promote_types, self.dtypes, torch.float32)
 
+    @cached_property
+    def _is_of_one_dtype(self) -> bool:
+        return all(dtype == self.dtype for dtype in self.dtypes)
+
     def empty(self, like: Tensor) -> Tensor:
         """A flat vector of no entries, where a parameter is."""
         return like.detach().new_empty(0, dtype=self.dtype)
@@ -45,7 +49,10 @@ class Layout:
         """Split `(*batch, n)` into one tensor `(*batch, *shape)` per parameter: views, unless the dtype differs."""
         batch = flat.shape[:-1]
         parts = flat.split(self.sizes, dim=-1)
-        return [p.view((*batch, *s)).to(d) for p, s, d in zip(parts, self.shapes, self.dtypes, strict=True)]
+        views = [p.view((*batch, *s)) for p, s in zip(parts, self.shapes, strict=True)]
+        if self._is_of_one_dtype:
+            return views
+        return [v.to(d) for v, d in zip(views, self.dtypes, strict=True)]
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         """Like `views`, by name."""
@@ -57,6 +64,8 @@ class Layout:
         parts = [
             torch.zeros(*batch, size, dtype=self.dtype, device=like.device)
             if tensor is None
+            else tensor.reshape(*batch, size)
+            if self._is_of_one_dtype
             else tensor.reshape(*batch, size).to(self.dtype)
             for tensor, size in zip(tensors, self.sizes, strict=True)
         ]

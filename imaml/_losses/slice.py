@@ -11,15 +11,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.func import vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from imaml._losses.attempts import Attempts, Writes
 from imaml._losses.foreign import check_loss
 from imaml._losses.record import Record
 from imaml._losses.replay import Role
 from imaml._losses.snapshot import Snapshot
-from imaml._objective.exact import denied
+from imaml._objective.exact import MathAttention, denied
 from imaml._tasks import Batch
 from imaml._torch import (
     TreeSpec,
@@ -30,7 +28,7 @@ from imaml._torch import (
     tree_flatten,
     tree_leaves,
     tree_map,
-    without_fallback_warning,
+    vectorised,
 )
 
 T = TypeVar("T")
@@ -60,8 +58,8 @@ class Slice:
     writes: Writes = field(default_factory=dict, repr=False)
 
     @cached_property
-    def _data(self) -> list[Tensor]:
-        return tree_leaves(self.batch)
+    def _flat(self) -> tuple[list[Tensor], TreeSpec]:
+        return tree_flatten(self.batch)
 
     @cached_property
     def _rows(self) -> list[Batch]:
@@ -127,7 +125,8 @@ class Slice:
         def compute(adapted: list[Tensor], shared: list[Tensor]) -> tuple[Tensor, ...]:
             def one(values: Sequence[Tensor], batch: Batch) -> tuple[Tensor, ...]:
                 updated = dict(zip(before, (v.clone() for v in values[count:]), strict=True))
-                given.objective.record(self._named(values[:count], shared) | updated, batch, given.model_survey)
+                named = self._named(values[:count], shared) | updated
+                given.objective.predict(named, batch, given.model_survey, recording=True)
                 return tuple(updated.values())
 
             found: tuple[Tensor, ...] = ()
@@ -177,18 +176,21 @@ class Slice:
 
     def _attempts(self, step: int) -> Attempts:
         draws = self.snapshot.replay.at(self.role, self.start, step, *self.part)
-        return Attempts(self.snapshot, self.record, self._data, self.part, self.writes, draws, many=self.tasks > 1)
+        return Attempts(self.snapshot, self.record, self._flat[0], self.part, self.writes, draws, many=self.tasks > 1)
 
     def _each(self, one: One, values: Sequence[Tensor], batch: Batch) -> tuple[Tensor, ...]:
         """One function of every task, stacked."""
         writes = self.writes.get(self.part)
         if self.tasks > 1 and self.record.is_vectorised:
-            leaves, structure = tree_flatten(_given(batch, writes))  # vmap would fill it with other things too
-            # the fused attention kernels have no batching rule
-            with sdpa_kernel(SDPBackend.MATH), without_fallback_warning():
-                return vmap(lambda values, leaves: one(values, structure.unflatten(leaves)), randomness="different")(
-                    list(values), leaves
+            leaves, structure = self._flat if batch is self.batch else tree_flatten(batch)
+            count = len(values)
+            with MathAttention():
+                outputs = vectorised(
+                    lambda rows: one(rows[:count], structure.unflatten(rows[count:])),
+                    [*values, *_given(leaves, writes)],
+                    self.tasks,
                 )
+            return tuple(outputs)
         rows = self._rows if batch is self.batch else _each_task(batch, self.tasks)
         # not `v[i]`, whose derivative writes zeros for all other tasks
         own = [v.unbind() if self.tasks > 1 else (v.squeeze(0),) for v in values]
@@ -203,7 +205,7 @@ class Slice:
                 "The model writes to its parameters in place while several tasks are evaluated one by one. Expected a "
                 f"forward pass that leaves them alone. Got a write, to {self.tasks} tasks: use chunk_size=1."
             ) from error
-        return tuple(torch.stack(tensors) for tensors in zip(*found, strict=True))
+        return tuple(torch.stack(each) if self.tasks > 1 else each[0].unsqueeze(0) for each in zip(*found, strict=True))
 
     def _named(self, adapted: Sequence[Tensor], shared: Sequence[Tensor]) -> dict[str, Tensor]:
         """What one task is evaluated with, by name; the model's own where none are given."""

@@ -31,8 +31,8 @@ class Criteria:
     def _with_meta(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         return _taking_meta(self.loss), _taking_meta(self.outer_loss or self.loss)
 
-    def judge(self, subject: Any, target: Any, meta: Mapping[str, Any], *, outer: bool) -> Tensor:
-        """The loss, a scalar.
+    def judge(self, subject: Any, target: Any, meta: Mapping[str, Any], *, outer: bool) -> Any:
+        """The loss, unchecked.
 
         Args:
             subject: What is judged: an output, or parameters.
@@ -41,23 +41,21 @@ class Criteria:
             outer: Whether the loss is that of the query set.
 
         Returns:
-            The loss.
-
-        Raises:
-            TypeError: It is no floating-point tensor.
+            What it returns.
         """
-        loss = _scalar("loss", self._with_meta[outer](subject, target, meta=meta))
-        if not loss.is_floating_point():
-            raise TypeError(f"The loss must be a real floating-point tensor. Got {loss.dtype}.")
-        return loss
-
-    def measure(self, subject: Any, target: Any) -> Tensor | None:
-        """The metric, a scalar; None without one."""
-        return None if self.metric is None else _scalar("metric", self.metric(subject, target))
+        return self._with_meta[outer](subject, target, meta=meta)
 
 
-def _scalar(name: str, value: Any) -> Tensor:
-    """The value; raises TypeError unless it is a tensor, ValueError unless it has one entry and no dimension."""
+def check_loss(loss: Any) -> Tensor:
+    """The loss; raises TypeError unless it is a floating-point tensor, ValueError unless it is a scalar."""
+    checked = check_scalar("loss", loss)
+    if not checked.is_floating_point():
+        raise TypeError(f"The loss must be a real floating-point tensor. Got {checked.dtype}.")
+    return checked
+
+
+def check_scalar(name: str, value: Any) -> Tensor:
+    """The value; raises TypeError unless it is a tensor, ValueError unless it is a scalar."""
     if not isinstance(value, Tensor):
         raise TypeError(f"The {name} must return a tensor. Got {type(value).__name__}.")
     if value.ndim != 0:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from imaml._torch import of_all_tasks, weight_norm
@@ -36,6 +37,30 @@ class ExactDerivatives(TorchFunctionMode):
     ) -> Any:
         """Call `func`, or what replaces it."""
         return _REPLACED.get(func, func)(*args, **(kwargs or {}))
+
+
+class MathAttention:
+    """Within it attention is plain mathematics: torch's fused kernels have no second derivative, and no batching rule.
+
+    First derivatives of a single task keep them.
+    """
+
+    _inside: ClassVar[int] = 0
+    """How many are open: they nest in every product, and switching the kernels off is dear for a small model."""
+
+    def __init__(self) -> None:
+        self._kernels: Any = None
+
+    def __enter__(self) -> None:
+        MathAttention._inside += 1
+        if MathAttention._inside == 1:
+            self._kernels = sdpa_kernel(SDPBackend.MATH)
+            self._kernels.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        MathAttention._inside -= 1
+        if self._kernels is not None:
+            self._kernels.__exit__(*error)
 
 
 def _embedding(

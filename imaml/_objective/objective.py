@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from imaml._leaves import opened
 from imaml._objective.buffers import BufferPolicy, check_policy
-from imaml._objective.criteria import Criteria
+from imaml._objective.criteria import Criteria, check_loss, check_scalar
 from imaml._objective.faithful import Survey, faithful
 from imaml._objective.meta import Given, MetaParameters
 from imaml._objective.program import FunctionProgram, ModelProgram, Parameters, Program
@@ -218,12 +218,6 @@ class Objective:
         """What the model needs in a forward pass, for the evaluations of one call; None without a model."""
         return self._program.survey()
 
-    def record(self, values: Parameters, batch: Batch, survey: Survey) -> None:
-        """One forward pass that updates the running statistics among `values` in place."""
-        with faithful():
-            self._program.subject(self._others(values), opened(batch), survey, recording=True)
-        survey.restore()
-
     def evaluate(
         self,
         values: Parameters,
@@ -249,17 +243,28 @@ class Objective:
         try:
             with faithful():
                 subject, target = self._program.subject(self._others(values), opened(batch), survey)
-                figure = self._criteria.measure(subject, target) if metric else None
-                return self._criteria.judge(subject, target, self.meta.like_given(values), outer=outer), figure
+                figure = self.metric(subject, target) if metric and self.metric else None
+                loss = self._criteria.judge(subject, target, self.meta.like_given(values), outer=outer)
         finally:
             if survey is not None:  # not before: a loss may read what the forward pass has set on the model
                 survey.restore()
+        return check_loss(loss), None if figure is None else check_scalar("metric", figure)
 
-    def predict(self, values: Parameters, batch: Batch, survey: Survey) -> Any:
-        """The model's output on one task's batch, for `judge`; only for an objective of a model."""
+    def predict(self, values: Parameters, batch: Batch, survey: Survey, *, recording: bool = False) -> Any:
+        """The model's output on one task's batch, for an objective of a model.
+
+        Args:
+            values: Parameters by name.
+            batch: One task's support set.
+            survey: Of the model.
+            recording: Whether running statistics among the values are updated in place.
+
+        Returns:
+            The output, for `judge`.
+        """
         try:
             with faithful():
-                return self._program.subject(self._others(values), opened(batch), survey)[0]
+                return self._program.subject(self._others(values), opened(batch), survey, recording=recording)[0]
         finally:
             survey.restore()
 
@@ -267,7 +272,8 @@ class Objective:
         """The support loss of an output of `predict` with the same arguments."""
         with faithful():
             target = self._program.target(opened(batch))
-            return self._criteria.judge(output, target, self.meta.like_given(values), outer=False)
+            loss = self._criteria.judge(output, target, self.meta.like_given(values), outer=False)
+        return check_loss(loss)
 
     def _others(self, values: Parameters) -> Parameters:
         names = self.meta.flat()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from imaml._curvature.curvature import HvpMode
 from imaml._engine.problem import Problem
+from imaml._objective.exact import MathAttention
 from imaml._strategies.point import Point
 from imaml._strategies.schedule import Do, most_states, moves
 from imaml._strategies.storage import Storage, Store, store
@@ -70,10 +71,11 @@ class Tape:
         self, problem: Problem, before: Callable[[], State], mode: HvpMode
     ) -> tuple[Tensor, Iterator[Point]]:
         points, state = [], before()
-        for step in range(self.first, self.first + self.steps):
-            point, gradient = Point.with_gradient(problem, state, step, mode)
-            points.append(point)
-            state = problem.update(state, gradient, step)
+        with MathAttention():  # every graph needs it: switched once, not step by step
+            for step in range(self.first, self.first + self.steps):
+                point, gradient = Point.with_gradient(problem, state, step, mode)
+                points.append(point)
+                state = problem.update(state, gradient, step)
         return state[0], (points.pop() for _ in self._backwards)
 
     def states_backwards(self, problem: Problem, before: Callable[[], State], kept: Store) -> Iterator[State]:

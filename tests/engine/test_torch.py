@@ -104,8 +104,14 @@ def test_without_the_stack_of_transforms_buffers_are_copied_in_every_pass(hvp, m
 
 def test_without_the_switch_vmap_warns_as_it_does(monkeypatch):
     monkeypatch.delattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled", raising=False)
-    with imaml._torch.without_fallback_warning():
-        assert relative_error(_gradient(_network()), _gradient(_network())) <= 1e-12
+    assert relative_error(_gradient(_network()), _gradient(_network())) <= 1e-12
+
+
+def test_without_the_parts_of_vmap_vmap_itself_is_used(monkeypatch):
+    expected, calls, vmap = _gradient(_network()), [], torch.func.vmap
+    monkeypatch.setattr(imaml._torch, "_nesting", None)
+    monkeypatch.setattr(torch.func, "vmap", lambda *args, **options: calls.append(1) or vmap(*args, **options))
+    assert relative_error(_gradient(_network()), expected) <= 1e-12 and calls
 
 
 def test_without_the_number_of_nodes_every_graph_is_looked_through(monkeypatch):

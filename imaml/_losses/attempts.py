@@ -27,12 +27,12 @@ class Attempts:
     - What a first evaluation writes to the batch is undone; that one and all later ones then have a copy each.
 
     Args:
-        snapshot: Of the call.
-        record: Likewise.
+        snapshot: What the call was given.
+        record: What the call has done so far.
         data: The tensors of the batch.
         part: Which part of the chunk they are.
         writes: What is known of all parts; added to.
-        draws: Of the evaluation.
+        draws: The random draws of the evaluation.
         many: Whether there are several tasks.
 
     Raises:

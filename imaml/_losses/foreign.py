@@ -68,7 +68,7 @@ def check_loss(
         kind: "support" or "query".
         values: The losses, with their graph.
         known: See `foreign_leaves`.
-        again: Likewise.
+        again: See `foreign_leaves`.
         names: What tensors past the arguments of the loss are called, by address.
 
     Raises:

@@ -38,7 +38,7 @@ class Gradient:
 
     @classmethod
     def join(cls, parts: Sequence[Gradient]) -> Gradient:
-        """Those of several groups of tasks as one."""
+        """Join the gradients of several groups of tasks."""
         shared = [p.shared for p in parts if p.shared is not None]
         metrics = [p.metric for p in parts if p.metric is not None]
         return cls(

@@ -30,17 +30,17 @@ class Loss:
 
     @property
     def snapshot(self) -> Snapshot:
-        """Of the call."""
+        """What the call was given."""
         return self.whole.snapshot
 
     @property
     def record(self) -> Record:
-        """Of the call."""
+        """What the call has done so far."""
         return self.whole.record
 
     @property
     def batch(self) -> Batch:
-        """All of it."""
+        """The batch as a whole."""
         return self.whole.batch
 
     @property
@@ -59,7 +59,7 @@ class Loss:
         ]
 
     def split(self, tasks: int) -> Iterator[tuple[int, Loss]]:
-        """The same for groups of at most so many tasks, each with the position of its first within this chunk."""
+        """Split into groups of at most so many tasks, each with the position of its first within this chunk."""
         if tasks >= self.tasks:
             yield 0, self
             return

@@ -66,7 +66,7 @@ class Replay:
         """Look whether an evaluation has moved the generators; a vectorised one that fails is repeated from the start.
 
         Args:
-            key: Of the evaluation.
+            key: What the evaluation's draws belong to.
             start: The states before it.
             failed: Whether it raised.
         """
@@ -86,7 +86,7 @@ class Replay:
         self.set(self._before)
 
     def states(self) -> list[Tensor]:
-        """Of the generators that an evaluation may use."""
+        """The states of the generators that an evaluation may use."""
         states = [torch.default_generator.get_state()]
         if self._accelerator is not None:
             states.append(self._accelerator.get_rng_state(self._device))

@@ -66,7 +66,7 @@ class Slice:
         return _each_task(self.batch, self.tasks)
 
     def of_tasks(self, first: int, tasks: int) -> Slice:
-        """The same for some of the tasks."""
+        """The slice of some of the tasks."""
         batch = tree_map(lambda t: t[first : first + tasks], self.batch)
         return replace(self, batch=batch, tasks=min(tasks, self.tasks - first), part=(*self.part, first))
 
@@ -159,7 +159,7 @@ class Slice:
             What `compute` returns.
 
         Raises:
-            RuntimeError: That of the evaluation with gradients enabled, or there is not enough memory.
+            RuntimeError: The evaluation with gradients enabled fails too, or there is not enough memory.
         """
         leaves = self.leaves(phi, shared=True)  # parameters require grad here too
         if not self.record.needs_grad_mode:
@@ -286,7 +286,7 @@ def _given(batch: Batch, writes: bool | None) -> Batch:
 
 
 def _shielded(tensor: Tensor) -> Tensor:
-    """The same data, of which no graph remains at the user's tensor where a parameter is written into it."""
+    """Share the data, so that no graph remains at the user's tensor where a parameter is written into it."""
     return tensor if tensor.requires_grad or is_functorch_wrapped_tensor(tensor) else tensor.detach()
 
 

@@ -20,26 +20,26 @@ class Snapshot:
 
     objective: Objective
     layout: Layout
-    """Of the adapted parameters."""
+    """Layout of the adapted parameters."""
     like: Tensor
-    """Of no entries, in the dtype and on the device of flat vectors."""
+    """A tensor of no entries, in the dtype and on the device of flat vectors."""
     shared_layout: Layout
-    """Of the shared parameters: those that do not adapt but are learned, the objective's `meta` among them."""
+    """Layout of the shared parameters: those that do not adapt but are learned, the objective's `meta` among them."""
     shared: list[Tensor]
-    """Their values."""
+    """Values of the shared parameters."""
     constants: Constants
     """Copies of the model's buffers."""
     survey: Survey | None
     """What the model needs in a forward pass; None without a model."""
     held: HeldBuffers
-    """Those of modules that the losses and the metric hold."""
+    """Buffers of the modules that the losses and the metric hold."""
     replay: Replay
     differentiates: bool = True
     """Whether the call is asked for derivatives, and does not only evaluate."""
 
     @property
     def model_survey(self) -> Survey:
-        """That of the model, where there is one."""
+        """The survey of the model, where there is one."""
         assert self.survey is not None
         return self.survey
 

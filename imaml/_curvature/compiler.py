@@ -56,21 +56,21 @@ class Session:
 
     compiler: Compiler
     functions: Functions
-    """Those of the call's objective."""
+    """Functions compiled for the call's objective."""
     frozen: dict[str, Tensor]
     """The tensors of the objective that are neither parameters to differentiate by nor buffers."""
     state: Hashable
     """What a trace depends on besides tensors, as far as it can be seen."""
     accuracy: float
-    """Of the losses: the square root of the coarsest rounding in them."""
+    """Relative accuracy of the losses: the square root of the coarsest rounding in them."""
     budget: float
     """Seconds of compilation, in all of an engine's calls."""
     checked: set[int] = field(default_factory=set)
-    """Addresses of those whose loss has been compared with an uncompiled evaluation."""
+    """Addresses of the functions whose loss has been compared with an uncompiled evaluation."""
 
     @classmethod
     def of(cls, compiler: Compiler, snapshot: Snapshot, budget: float) -> Session:
-        """For a call on the snapshot's objective."""
+        """Begin a call on the snapshot's objective."""
         objective, device = snapshot.objective, snapshot.like.device.type
         training = () if objective.model is None else tuple(m.training for m in objective.model.modules())
         lower = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

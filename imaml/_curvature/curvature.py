@@ -32,11 +32,12 @@ class Curvature(LinearOperator):
     """H, or the Gauss-Newton matrix G in its place, of the losses of a chunk at `phi`; vectors are `(tasks, n)`.
 
     Args:
-        derivatives: Of the losses.
+        derivatives: How the losses are differentiated.
         loss: Whose curvature it is. Where it has several slices, these are evaluated anew in every product.
         phi: The point.
-        step: Of the inner loop, which keys random draws.
-        mode: Of products with H; once "auto" has fallen back on finite differences, it does so for the whole call.
+        step: The inner step, which keys random draws.
+        mode: How products with H are computed. Once "auto" has fallen back on finite differences, it does so for the
+            whole call.
         graph: What is kept between products.
         gauss_newton: Whether products are those of G; the mixed ones are those of H in any case.
     """

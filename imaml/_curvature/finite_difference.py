@@ -65,7 +65,7 @@ class FiniteDifference:
         return found if record.difference_move == move else self._moved_by(record.difference_move, w, mixed)
 
     def _eps(self) -> float:
-        """That of the coarsest dtype, by one gradient."""
+        """The eps of the coarsest dtype that one gradient meets."""
         casts = Casts()
         dtypes = casts.dtypes
         dtypes.add(self._phi.dtype)

@@ -31,7 +31,7 @@ def trace_and_compile(function: Function, tensors: Sequence[Tensor], what: str, 
     A trace takes about a second for 300 operations, and is not interrupted; the compiler takes the rest.
 
     Args:
-        function: Of tensors alone.
+        function: A function of tensors alone.
         tensors: What to trace it with.
         what: For people.
         seconds: The time.

@@ -46,8 +46,8 @@ def choose_chunking(support: Loss, query: Loss, theta: Tensor, steps: int, state
     """Decide from one task's losses at theta `(1, n)`: two forward passes.
 
     Args:
-        support: Of one task.
-        query: Of the same.
+        support: The support loss of one task.
+        query: The query loss of the same task.
         theta: The initial parameters.
         steps: Inner steps whose graphs might be kept.
         states: Vectors of inner states that a task holds.

@@ -33,7 +33,7 @@ def skipping(
 
     Args:
         compute: From the positions of tasks to a result.
-        positions: Of the chunk.
+        positions: Positions of the chunk's tasks.
         mark: Returns what takes back all that a computation adds elsewhere from then on.
 
     Returns:
@@ -41,7 +41,7 @@ def skipping(
 
     Raises:
         NonFiniteError: It is not of single tasks.
-        DivergenceError: Likewise.
+        DivergenceError: It is not of single tasks.
     """
     undo = mark()
     try:
@@ -67,7 +67,7 @@ def check_history(losses: Tensor, positions: list[int], smaller: str) -> None:
 
     Args:
         losses: Before each inner step, `(steps, tasks)`.
-        positions: Of the tasks.
+        positions: Positions of the tasks.
         smaller: Than what an inner step size should be, for the message.
 
     Raises:
@@ -141,8 +141,8 @@ def check_some(tasks: int, skipped: int) -> None:
     """Raise unless there is a task to take the mean over.
 
     Args:
-        tasks: That count, of all ranks.
-        skipped: Those that do not.
+        tasks: How many tasks count, on all ranks.
+        skipped: How many do not.
 
     Raises:
         NonFiniteError: All were skipped.

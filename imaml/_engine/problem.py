@@ -38,9 +38,9 @@ class Problem:
     support: Loss
     query: Loss
     derivatives: Derivatives
-    """Of both losses."""
+    """How both losses are differentiated."""
     hyper: Hyperparameters
-    """Of the inner loop, with the derivatives by those that are learned."""
+    """Hyper-parameters of the inner loop, with the derivatives by those that are learned."""
     inner: InnerSolver
     chunking: Chunking
     damping: Tensor | None
@@ -75,7 +75,7 @@ class Problem:
 
     @property
     def tasks(self) -> int:
-        """How many."""
+        """How many tasks the chunk has."""
         return self.support.whole.tasks
 
     @property
@@ -120,7 +120,7 @@ class Problem:
     def curvature(
         self, phi: Tensor, step: int, mode: HvpMode, graph: Graph, *, gauss_newton: bool = False
     ) -> Curvature:
-        """That of the support loss at phi."""
+        """The curvature of the support loss at phi."""
         return Curvature(self.derivatives, self.support, phi, step, mode=mode, graph=graph, gauss_newton=gauss_newton)
 
     def quadratic(self, phi: Tensor, step: int, mode: HvpMode) -> Quadratic:
@@ -148,7 +148,7 @@ class Problem:
 
     @property
     def steps(self) -> Steps:
-        """Of the inner loop, where it can be differentiated."""
+        """The steps of the inner loop, where it can be differentiated."""
         return Steps(self.optimizer, self.hyper, self.snapshot, self.positions[0])
 
     @property

@@ -40,7 +40,7 @@ class Outcome:
 
     @classmethod
     def of_no_task(cls, snapshot: Snapshot, steps: int) -> Outcome:
-        """That of a rank without a task, its tensors of length 0."""
+        """The outcome of a rank without a task, with tensors of length 0."""
         none = snapshot.like.new_zeros(0)
         metric = None if snapshot.objective.metric is None else none
         return Outcome(query_loss=none, support_loss=none.expand(steps, 0), metric=metric)
@@ -160,8 +160,8 @@ class Pullback:
     theta: Tensor
     """The meta-gradient of each task, `(tasks, n)`."""
     shared: Tensor | None
-    """That of the shared parameters, which do not adapt but are learned, meta-parameters among them, summed over tasks,
-    `(m,)`; None if there are none."""
+    """The meta-gradient of the shared parameters, which do not adapt but are learned, meta-parameters among them,
+    summed over tasks, `(m,)`; None if there are none."""
     outcome: Outcome
     solution: Solution | None = None
-    """Of the linear systems, where the strategy solves any."""
+    """Solution of the linear systems, where the strategy solves any."""

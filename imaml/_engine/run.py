@@ -51,7 +51,7 @@ class Run:
     hyper: Hyperparameters
     derivatives: Derivatives
     layouts: list[Layout]
-    """Of the gradients that are wanted, for theta and for any shared parameters; empty for none."""
+    """Layouts of the gradients that are wanted, for theta and for any shared parameters; empty for none."""
 
     @classmethod
     def of(

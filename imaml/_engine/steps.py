@@ -31,8 +31,8 @@ class Steps:
         """The state after a step.
 
         Args:
-            state: That before it.
-            gradient: Of the inner objective there.
+            state: The state before it.
+            gradient: The gradient of the inner objective there.
             step: Its number.
 
         Returns:

@@ -67,7 +67,7 @@ class HeldBuffers:
 
     @classmethod
     def of(cls, modules: Iterable[nn.Module]) -> HeldBuffers:
-        """Those of some modules."""
+        """The buffers of some modules."""
         return cls(
             [
                 (module._buffers, name, buffer, bool(getattr(module, "track_running_stats", False)))
@@ -117,7 +117,7 @@ class Constants:
 
     @classmethod
     def of(cls, model: nn.Module | None) -> Constants:
-        """Those of a model, if there is one."""
+        """Copies of the buffers of a model, if there is one."""
         constants = cls({} if model is None else dict(model.named_buffers()))
         constants._copies = constants._copied()
         return constants

@@ -17,7 +17,7 @@ class Criteria:
 
     loss: Callable[..., Any]
     outer_loss: Callable[..., Any] | None
-    """That of the query set, where it is another."""
+    """The loss of the query set, where it is another."""
     metric: Callable[..., Any] | None
 
     def __post_init__(self) -> None:

@@ -54,7 +54,7 @@ class Survey:
     norms: list[Any]
     """Every spectral_norm that iterates; its vectors are kept, or each evaluation would see others."""
     attributes: list[tuple[dict[str, Any], dict[str, Any]]]
-    """Those of every module, and how they were."""
+    """Attributes of every module, and how they were."""
 
     @classmethod
     def of(cls, model: nn.Module) -> Survey:

@@ -20,20 +20,20 @@ class MetaParameters:
     given: Given
 
     def groups(self) -> dict[str, dict[str, Tensor]]:
-        """Those under each key that was given: by name, `key.name` for those of groups."""
+        """The meta-parameters under each key that was given: by name, `key.name` for those of groups."""
         return {
             key: {f"{key}.{n}": t for n, t in value.items()} if isinstance(value, Mapping) else {key: value}
             for key, value in self.given.items()
         }
 
     def flat(self) -> dict[str, Tensor]:
-        """All by name."""
+        """All meta-parameters by name."""
         if not self.given:  # asked in every evaluation
             return {}
         return {name: tensor for group in self.groups().values() for name, tensor in group.items()}
 
     def learned(self) -> dict[str, Tensor]:
-        """Those that require grad, by name; the others are constants."""
+        """The meta-parameters that require grad, by name; the others are constants."""
         return {name: tensor for name, tensor in self.flat().items() if tensor.requires_grad}
 
     def like_given(self, values: Mapping[str, Tensor]) -> dict[str, Any]:

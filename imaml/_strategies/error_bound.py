@@ -23,7 +23,7 @@ def careful_eigenvalue(solution: Solution, op: LinearOperator, rhs: Tensor) -> T
     and A is 1, unless that space is all of space. 1 for b = 0, which tells nothing.
 
     Args:
-        solution: Of A x = b.
+        solution: The solution of A x = b.
         op: A.
         rhs: b, `(tasks, n)`.
 
@@ -59,7 +59,7 @@ def solution_error(
         mu: See `careful_eigenvalue`.
         rhs: b at y, `(tasks, n)`.
         residual_norm: |R(y)|, `(tasks,)`.
-        gradient: Of the inner objective by y, `(tasks, n)`.
+        gradient: Gradient of the inner objective by y, `(tasks, n)`.
         size: |y|, `(tasks,)`, which rounding is in proportion to.
         look: From a displacement of y, whose memory it may use, to the gradient there and, once that is used, R.
 

@@ -84,7 +84,7 @@ class MAMLCosts(Costs):
         ]
 
     def _with_states(self, chunk: Chunk, cotangents: float) -> list[float]:
-        """Likewise; before a step is differentiated, that of the step before it is still there."""
+        """As `_with_graphs`, without graphs: before a step is differentiated, the one before still has its state."""
         step, point, product = chunk["step"], chunk["rebuilt"], chunk["rebuilt product"]
         tape, (zeros, buffers) = self._tape, self._of_buffers(chunk)
         counts = sweep(tape.steps, tape.checkpoints)
@@ -93,7 +93,7 @@ class MAMLCosts(Costs):
         stepping = always + chunk.theta * chunk.facts.damped
 
         def stored(states: int) -> float:
-            """Of these, on the device: where they are kept elsewhere, that at hand and, read ahead, the next."""
+            """Bytes of these on the device: where they are kept elsewhere, that at hand and, read ahead, the next."""
             here = {"device": states, "cpu": 2, "disk": 1}[tape.storage]
             return self._state(chunk) * min(states, here)
 

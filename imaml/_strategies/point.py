@@ -21,7 +21,7 @@ class Point:
     """s_k."""
     step: int
     curvature: Curvature
-    """Of the support loss at phi_k."""
+    """Curvature of the support loss at phi_k."""
     gradient: Tensor | None
     """g_k of the inner objective, where the derivative of U depends on it."""
 

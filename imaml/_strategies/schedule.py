@@ -21,7 +21,7 @@ class Do(Enum):
     FETCH = auto()
     """Take the state that was put away."""
     TAKE = auto()
-    """Likewise, and put it away no more."""
+    """Take the state that was put away, and give its room back."""
     REVERSE = auto()
     """Hand it out: the step is differentiated."""
 

@@ -35,7 +35,7 @@ def store(where: Storage, device: torch.device, states: int) -> Iterator[Store]:
 
     Args:
         where: "device", "cpu" or "disk".
-        device: Of the states.
+        device: Where the states come from and go back to.
         states: The most that it will hold at a time.
 
     Yields:

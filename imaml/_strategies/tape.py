@@ -46,7 +46,7 @@ class Tape:
 
         Args:
             problem: A chunk.
-            mode: Of Hessian-vector products.
+            mode: How Hessian-vector products are computed.
 
         Yields:
             phi, and the steps to differentiate, the last first.

@@ -26,7 +26,7 @@ class ShardedLayout(Layout):
 
     mesh: DeviceMesh
     placements: tuple[Placement | None, ...]
-    """Of each parameter; None for a plain tensor, which is replicated."""
+    """Placement of each parameter; None for a plain tensor, which is replicated."""
     local_shapes: tuple[torch.Size, ...]
 
     @classmethod

@@ -104,7 +104,7 @@ class InnerOptimizer(InnerSolver):
         Looked up at each use, since an `update` may be set on a class or on an optimiser at any time.
 
         Args:
-            name: Of the attribute.
+            name: Name of the attribute.
 
         Returns:
             Its value, for this optimiser.

@@ -115,7 +115,7 @@ class Hyperparameters:
         Args:
             given: By name, each with the number of steps that it may have values for.
             meta: The meta-parameters.
-            layout: Of the adapted parameters.
+            layout: Layout of the adapted parameters.
             like: The dtype and device of the values.
 
         Returns:
@@ -153,7 +153,7 @@ class Hyperparameters:
         return frozenset(n for n, v in self._values.items() if v.is_learned)
 
     def at(self, step: int) -> dict[str, float | Tensor]:
-        """Those of one step, each a number or `(1 or n,)`."""
+        """The values of all hyper-parameters at one step, each a number or `(1 or n,)`."""
         return self.numbers | {name: value.at(step) for name, value in self._values.items()}
 
     def add(self, cotangents: Mapping[str, Tensor], step: int) -> None:

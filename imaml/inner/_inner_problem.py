@@ -69,7 +69,7 @@ class InnerProblem(Protocol):
         ...
 
     def update(self, state: State, gradient: Tensor, step: int) -> State:
-        """The same for a gradient that is known."""
+        """The state after one step, for a gradient that is known."""
         ...
 
     def one_by_one(self, run: Callable[[Self], Tensor]) -> Tensor:

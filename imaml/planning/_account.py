@@ -27,7 +27,7 @@ class Use:
     """What it leaves."""
 
     def scaled(self, factor: float) -> Use:
-        """That of `factor` such stages at once."""
+        """What `factor` such stages take at once."""
         return Use(factor * self.peak, factor * self.held)
 
     def plus(self, other: Use) -> Use:

@@ -27,7 +27,7 @@ _FEW = (2, 3)
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Per task."""
+    """What a call computes for a task."""
 
     gradients: int
     hvps: int
@@ -47,9 +47,9 @@ class Facts:
     """m, those of the shared ones that get a meta-gradient."""
     dtype: torch.dtype
     device: torch.device
-    """Of the adapted parameters, as a flat vector."""
+    """Device of the adapted parameters, as a flat vector."""
     mode: str
-    """Of Hessian-vector products."""
+    """How Hessian-vector products are computed."""
     damped: bool
     """Whether there is a proximal term."""
     scaled: bool
@@ -59,7 +59,7 @@ class Facts:
     is_vectorised: bool = True
     """Whether chunks run under `vmap`."""
     solve: Solve | None = None
-    """Of a linear system, where the strategy solves any."""
+    """What a linear system takes, where the strategy solves any."""
     per_step: tuple[float, float] = (1, 0)
     """Gradients and products of an inner step."""
     without_path: Collection[str] = ()
@@ -105,14 +105,14 @@ class Stages:
     """Parameters before an inner step, `(tasks, n)`: before the first of them all tasks share one vector, and the
     operations of a vectorised model copy less."""
     after: Tensor
-    """Those after the last."""
+    """Parameters after the last inner step."""
     done: set[str] = field(default_factory=set)
     per_step: tuple[float, float] = (1, 0)
     """Gradients and products of an inner step of a task, where these were counted."""
 
     @classmethod
     def of(cls, account: Account, problem: Problem) -> Stages:
-        """Those of a chunk."""
+        """The stages of a chunk."""
         theta, steps = problem.theta, problem.inner.steps
         own = theta.clone() if steps else theta
         return cls(account, own if steps > 1 else theta, own)
@@ -195,7 +195,7 @@ class Costs(ABC):
         return replace(facts, per_step=stages.per_step)
 
     def inner_peak(self, chunk: Chunk) -> float:
-        """Of the inner loop, where nothing but its result is kept, and theta for a proximal term."""
+        """The peak of the inner loop, where nothing but its result is kept, and theta for a proximal term."""
         inner: InnerSolver = self.engine.inner
         if inner.steps == 0:
             return chunk.theta
@@ -216,7 +216,7 @@ class Costs(ABC):
         return None
 
     def query_peak(self, chunk: Chunk) -> float:
-        """Of the query gradient, with the parameters that it is taken at."""
+        """The peak of the query gradient, with the parameters that it is taken at."""
         return chunk["query"].peak + (chunk.vector if self.engine.inner.steps else chunk.theta)
 
     def _measure(self, problem: Problem, stages: Stages) -> None:  # noqa: B027

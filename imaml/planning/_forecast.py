@@ -50,7 +50,7 @@ class Forecast(Generic[Engine]):
     memory: int | None
     """The limit in bytes; None: there is none."""
     tasks: int
-    """Of a call."""
+    """How many tasks a call has."""
     gradients: int
     hvps: int
     """What the forecast itself took, for one, two and three tasks."""
@@ -77,7 +77,7 @@ class Forecast(Generic[Engine]):
 
     @property
     def front(self) -> tuple[Setting[Engine], ...]:
-        """Those worth a look: leaner by a tenth than every faster one; the engine as it is, the best, the leanest."""
+        """Settings leaner by a tenth than every faster one, with the engine as it is, the best and the leanest."""
         found: list[Setting[Engine]] = []
         for setting in self.settings:
             lean = all(setting.peak_bytes <= _LEANER * faster.peak_bytes for faster in found)

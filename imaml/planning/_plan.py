@@ -23,7 +23,7 @@ from imaml.planning._predict import Batch, costs_of, predict, sizes
 from imaml.planning._probe import MOST_TASKS, batch_device, probe
 
 SHARE = 0.8
-"""Of the free memory that `chunk_size="auto"` takes: the rest is for what a prediction may miss."""
+"""The share of the free memory that `chunk_size="auto"` takes: the rest is for what a prediction may miss."""
 _STORAGES = (None, "device", "cpu", "disk")
 
 

@@ -41,7 +41,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """Of one call."""
+    """What one call takes."""
 
     peak: float
     gradients: int
@@ -102,7 +102,7 @@ def _chunk(probe: Probe, tasks: int, query_tasks: int) -> Chunk:
 
 
 def _time(batch: Batch, size: int, which: str) -> float:
-    """Of one evaluation of all tasks in chunks of a size, in bytes of graphs: issuing it, and its arithmetic."""
+    """The time of evaluating all tasks once in chunks of a size, in bytes of graphs: issuing it, and its arithmetic."""
     facts, own = batch.probe.facts, batch.probe.saved[which]
     room = VECTORISED.get(facts.device.type)
     if size == 1 or not facts.is_vectorised:
@@ -112,7 +112,7 @@ def _time(batch: Batch, size: int, which: str) -> float:
 
 
 def sizes(tasks: int) -> list[int]:
-    """Of chunks that are worth looking at, descending: the smallest for each number of chunks 1, 2, 4, 8, ..."""
+    """Sizes of chunks worth looking at, descending: the smallest for each number of chunks 1, 2, 4, 8, ..."""
     found, chunks = [tasks], 2
     while found[-1] > 1:
         found.append(ceil(tasks / chunks))

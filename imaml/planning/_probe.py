@@ -53,10 +53,10 @@ def probe(
     """Measure the stages of some engines that differ in their settings.
 
     Args:
-        costs: Of each engine.
+        costs: What each engine says of its costs.
         objective: Model and loss.
         batch: Tasks of equal shapes.
-        sizes: Of the chunks to measure, ascending.
+        sizes: Sizes of the chunks to measure, ascending.
         room: Bytes that the next larger chunk should not exceed, by the last; None: no limit.
 
     Returns:

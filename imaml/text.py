@@ -13,7 +13,7 @@ from imaml._numbers import check_integer
 from imaml.data._extras import optional
 
 SCALE = 10.0
-"""Of the unit features that the head sees: with a head at zero the first inner step then separates the classes."""
+"""Length of the features that the head sees: from a head at zero, the first inner step then separates the classes."""
 
 
 def load_minilm(ways: int, *, layers: int = 2, length: int = 24) -> tuple[FrozenLayers, LastLayers]:

@@ -42,7 +42,7 @@ def small_models(
         normalizations: Among which to draw: "none", "layer", "batch" (batch statistics, no running ones), "group".
         tied: May draw models of three hidden layers of which two share their weight.
         frozen: May draw models of which one hidden layer does not require grad.
-        dtype: Of the parameters.
+        dtype: Dtype of the parameters.
 
     Returns:
         A hypothesis strategy.

@@ -68,7 +68,7 @@ class SolverConformance:
     @drawn
     @given(matrix=spd_matrices(condition=20), seed=seeds)
     def test_well_conditioned_systems_are_solved(self, matrix: Tensor, seed: int) -> None:
-        """Of any size from 1, of any scale, with repeated, clustered and spread eigenvalues."""
+        """Systems of any size from 1, of any scale, with repeated, clustered and spread eigenvalues."""
         b = normal(generator(seed), len(matrix))
         solution = self.make().solve(matrix, b)
         self._assert_solved(solution, matrix, b)

@@ -109,7 +109,7 @@ class StrategyConformance:
     @drawn
     @given(model=small_models(), tasks=task_batches(tasks=4))
     def test_chunks_do_not_matter(self, model: nn.Sequential, tasks: TaskBatch) -> None:
-        """The same numbers, however many tasks run at once."""
+        """The numbers do not depend on how many tasks run at once."""
         objective = self._objective(model)
         loss, expected = self._engine(chunk_size=1).value_and_grad(objective, tasks)
         for size in (None, 3):

@@ -35,7 +35,7 @@ def task_batches(
         tasks: How many; None draws 1 to 4.
         support: Examples of a support set; None draws 3 to 6, enough for batch statistics.
         query: Examples of a query set, likewise.
-        dtype: Of inputs and regression targets.
+        dtype: Dtype of inputs and regression targets.
 
     Returns:
         A hypothesis strategy.

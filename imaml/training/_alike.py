@@ -13,7 +13,7 @@ def check_alike(folder: Path, config: dict[str, Any], given: dict[str, Any], fre
     """Compare configurations.
 
     Args:
-        folder: Of the run.
+        folder: Folder of the run.
         config: With which it began, nested.
         given: With which it is to go on.
         free: Names of the options that may differ.

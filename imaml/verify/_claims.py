@@ -100,7 +100,7 @@ def along(reference: Reference, claim: Claim, seed: int) -> Callable[[Values], C
     Args:
         reference: The problem.
         claim: Which.
-        seed: Of the random draws, the same for every t.
+        seed: Seed of the random draws, the same for every t.
 
     Returns:
         The function of t for a direction; it raises NoMinimum where the inner problem cannot be solved.

@@ -56,9 +56,9 @@ def find(mode: str, objective: Objective, batch: Any, directions: Tensor, seed: 
     Args:
         mode: A key of `MODES`.
         objective: At whose own parameters.
-        batch: Of one task, without task dimension.
+        batch: The support set of one task, without task dimension.
         directions: Along which.
-        seed: Of the random draws, which are the same in every product.
+        seed: Seed of the random draws, which are the same in every product.
 
     Returns:
         What was found.

@@ -32,7 +32,7 @@ class Differences:
     """Norm of the gradient."""
     steps: tuple[float, ...]
     errors: tuple[float, ...]
-    """Of the plain central differences with these steps, against the products."""
+    """Errors of the plain central differences with these steps, against the products."""
 
     @property
     def order(self) -> float | None:

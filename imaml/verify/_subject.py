@@ -152,7 +152,7 @@ def is_random(reference: Reference, seed: int, as_given: Callable[[], object]) -
 
     Args:
         reference: In float64.
-        seed: Of the random numbers.
+        seed: Seed of the random numbers.
         as_given: Evaluates the losses as the user gave them, before the cast.
 
     Returns:

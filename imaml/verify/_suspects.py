@@ -45,7 +45,7 @@ def cause_of(
         call: The subject, on other tasks.
         tasks: The tasks.
         random: Whether the loss draws random numbers.
-        seed: Of these.
+        seed: Seed of the random draws.
         tolerance: What a right result may be off.
 
     Returns:

@@ -48,7 +48,7 @@ def sketch(op: LinearOperator, like: Tensor, rank: int, shift: float | None, see
         like: A vector `(*batch, n)`.
         rank: Products to take, n at most.
         shift: mu; None is the smallest eigenvalue of Omega'A Omega, an upper bound on that of A, or 0 if negative.
-        seed: Of Omega, the same for all systems.
+        seed: Seed of Omega, the same for all systems.
 
     Returns:
         In at least float32. Nothing is seen of a matrix that is not finite.

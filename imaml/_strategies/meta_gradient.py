@@ -29,51 +29,72 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MetaGradient(Strategy):
-    """A strategy for the meta-gradient, the gradient of the mean query loss after adaptation.
+    """Computes the meta-gradient: the gradient of the mean query loss after a model has adapted to each task.
 
-    The inner loop of task i adapts phi from theta on L_support,i(phi) + 1/2 (phi - theta)' Lambda (phi - theta); the
+    The inner loop of task i adapts phi from theta on L_support,i(phi) + 1/2 (phi - theta)' Lambda (phi - theta). The
     result is the mean over tasks of L_query,i(phi_i), and its gradient for theta and for every other parameter that
     requires grad.
 
-    `engine(objective, tasks)` returns a `MetaResult`; `result.loss.backward()` accumulates the meta-gradient into
-    `.grad` of the parameters like that of any loss. The meta-gradient is computed in the call, its memory is given back
-    at once, and backward only scales it (it cannot be differentiated again). Under `torch.no_grad()` a call only
-    evaluates. The model, its `.grad`s and the tasks are never changed, nor are the buffers of the model and of modules
-    that a loss or the metric holds: by an attribute, a closure, a default, a bound argument or a global name, also of
-    functions that it calls by one, but not by a weak reference, in a container of more than 1,000 entries, or by a
-    global name of an installed package. What requires grad, is used by a loss or an inner step, and is neither a
-    parameter nor in `meta` is an error, since it would get no gradient. The global random state ends as if one forward
-    pass had run, and every evaluation at one inner step of a task sees the same draws (dropout masks).
+    `engine(objective, tasks)` returns a `MetaResult`. `result.loss.backward()` accumulates the meta-gradient into
+    `.grad` of the parameters, like that of any loss. The meta-gradient is computed in the call and its memory is given
+    back at once: backward only scales it, and it cannot be differentiated again. Under `torch.no_grad()` a call only
+    evaluates.
+
+    Nothing of the user's changes: neither the model, its `.grad`s and the tasks, nor the buffers of the model and of
+    modules that a loss or the metric holds. A module is held by an attribute, a closure, a default, a bound argument or
+    a global name, also of functions that are called by one. Not found are modules behind a weak reference, in a
+    container of more than 1,000 entries, or behind a global name of an installed package.
+
+    What requires grad, is used by a loss or an inner step, and is neither a parameter nor in `meta` is an error, since
+    it would get no gradient.
+
+    The global random state ends as if one forward pass had run. Every evaluation at one inner step of a task sees the
+    same draws (dropout masks).
+
+    Chunks: memory grows with the number of tasks that run at once, and the numbers are the same (without dropout). With
+    `chunk_size=None` it is as many as save at most 32 MiB for a gradient on a CPU (256 MiB elsewhere), the support and
+    the query sets each by themselves, and as hold at most three times as much of inner states. That is found by a
+    forward pass of one task when an engine first sees its shapes; it depends on shapes alone, and does not ask whether
+    the memory is there.
+
+    With `chunk_size="auto"` it is the most whose peak, as `plan` predicts it, fits into four fifths of the memory that
+    is free when an engine first sees its shapes. On a CPU it is at most as many as None takes, since more are slower
+    there. Graphs are kept where they fit too. Which it is may change with the free memory.
+
+    With `chunk_size=1` tasks run one by one, without `torch.func.vmap`. A model that cannot be vectorised (LSTM,
+    control flow that depends on the data) runs task by task in any case, though the graphs of a chunk are held
+    together.
+
+    Microbatches: gradients and products accumulate over slices of `microbatch_size` examples, so that the memory is
+    that of one slice. The numbers are the same where the loss is a mean over independent examples; the first two slices
+    are compared the first time, unless there is dropout.
+
+    Compilation: with `compile=True` the derivatives of the losses are traced and compiled by TorchInductor, once for
+    each shape. That is about twice as fast where calls are many and tensors small, for some ten seconds of compilation
+    the first time. Convolutions take minutes to compile, and gain little. A compiled product evaluates its step anew;
+    no graph is kept.
+
+    A compiled loss is taken for a function of its tensors (parameters, buffers, batch, `meta`). Whatever else changes
+    in it is noticed, where it changes the losses: every call compares one of each shape with an uncompiled forward
+    pass, as the first compares the derivatives.
+
+    An engine goes on uncompiled, with the same results and a `CompileWarning` that says why, on such a change, with
+    random draws (dropout), without a C++ compiler, with forward-mode derivatives in the loss that torch cannot trace
+    (`vmap(hessian(...))`), beyond 12 functions, or beyond `compile_budget`. The logger "imaml" says what is being
+    compiled and how long it took, and warns after 10 s.
+
+    A strategy of one's own is a subclass with a `pull_back`: docs/testing.md has three.
 
     Args:
         inner: The inner loop.
         regularization: lambda >= 0, the weight of the proximal term: one number, or one per adapted parameter by name,
             or a function of the objective's meta-parameters that returns either. None: no proximal term.
-        chunk_size: How many tasks run at once, vectorised; memory grows with it. None: as many as save at most 32 MiB
-            for a gradient on a CPU (256 MiB elsewhere), the support and the query sets each by themselves, and as hold
-            at most three times as much of inner states; found by a forward pass of one task when an engine first sees
-            its shapes; that depends on shapes alone, and does not ask whether the memory is there. "auto": the most
-            whose peak, as `plan` predicts it, fits into four fifths of the memory that is free when an engine first
-            sees its shapes, on a CPU at most as many as None takes, since more are slower there; graphs are kept where
-            they fit too. Which it is may change with the free memory. 1 runs task by task without `torch.func.vmap`. A
-            model that cannot be vectorised (LSTM, control flow that depends on the data) runs task by task in any case,
-            though the graphs of a chunk are held together. The numbers are the same (without dropout).
-        microbatch_size: How many examples of a support or query set are seen at once; gradients and products accumulate
-            over slices, so that the memory is that of one slice, for the same numbers where the loss is a mean over
-            independent examples (the first two slices are compared the first time; not with dropout). None: all.
+        chunk_size: How many tasks run at once, vectorised: a number, "auto", or None, which goes by shapes alone.
+        microbatch_size: How many examples of a support or query set are seen at once. None: all.
         on_nonfinite: What a task leads to whose support loss, query loss or meta-gradient is NaN or infinite, or whose
             inner loop diverges: "raise" an error, or "skip" it. The mean is then over the other tasks, as if it had not
             been given, and `report.skipped` names it; the cost is that of its chunk, which is computed anew without it.
-        compile: Whether the derivatives of the losses are traced and compiled by TorchInductor, once for each shape:
-            about twice as fast where calls are many and tensors small, for some ten seconds of compilation the first
-            time. Convolutions take minutes to compile, and gain little. A compiled product evaluates its step anew; no
-            graph is kept. A loss is taken for a function of its tensors (parameters, buffers, batch, `meta`). Whatever
-            else changes in it is noticed, where it changes the losses: every call compares one of each shape with an
-            uncompiled forward pass, as the first compares the derivatives. On such a change, with random draws
-            (dropout), without a C++ compiler, with forward-mode derivatives in the loss that torch cannot trace
-            (`vmap(hessian(...))`), beyond 12 functions, or beyond `compile_budget`, a `CompileWarning` says why, and
-            the engine goes on uncompiled, with the same results. The logger "imaml" says what is being compiled and how
-            long it took, and warns after 10 s.
+        compile: Whether to compile the derivatives of the losses.
         compile_budget: How many seconds an engine may compile in all. The call that exceeds it goes on at once,
             uncompiled; what the compiler was doing is stopped, at the latest when the C++ compiler returns.
     """
@@ -83,14 +104,15 @@ class MetaGradient(Strategy):
     ) -> MetaResult:
         """Adapt to every task, and return the mean query loss with the meta-gradient behind it.
 
+        With a `group` every rank passes its own tasks, such as `tasks[rank::world_size]`, an empty list where it has
+        none, and takes part in every call. One all-reduce, of the size of the parameters, gives every rank the mean
+        over the tasks of all. The same tasks on every rank give the right result too, and save nothing. The parameters
+        must be the same on all ranks: the first call of an engine checks. Random draws are each rank's own.
+
         Args:
             objective: Model and loss.
             tasks: A `TaskBatch`, or a list of `Task` whose shapes may differ.
-            group: The processes that share the work; None: this one alone. Every rank passes its own tasks, such as
-                `tasks[rank::world_size]`, an empty list where it has none, and takes part in every call; one
-                all-reduce, of the size of the parameters, gives every rank the mean over the tasks of all. (The same
-                tasks on every rank give the right result too, and save nothing.) The parameters must be the same on
-                all ranks: the first call of an engine checks. Random draws are each rank's own.
+            group: The processes that share the work; None: this one alone.
 
         Returns:
             The loss, over the tasks of all ranks, and a report, of this rank's.
@@ -117,7 +139,7 @@ class MetaGradient(Strategy):
     def value_and_grad(
         self, objective: Objective, tasks: TaskBatch | Sequence[Task], *, group: ProcessGroup | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean query loss and the meta-gradient by parameter name, as detached tensors; `.grad` is not touched.
+        """Return the mean query loss and the meta-gradient by parameter name, detached; `.grad` is not touched.
 
         Args:
             objective: Model and loss.
@@ -134,7 +156,7 @@ class MetaGradient(Strategy):
         return loss, gradients
 
     def adapt(self, objective: Objective, support: Batch) -> dict[str, Tensor]:
-        """The adapted parameters of one task by name, for deployment with `torch.func.functional_call`.
+        """Adapt to one task, and return its parameters by name, for deployment with `torch.func.functional_call`.
 
         Args:
             objective: Model and loss.
@@ -169,8 +191,10 @@ class MetaGradient(Strategy):
 
         The peak comes from a model of each strategy: how many states, graphs and vectors it holds beside an inner step,
         a query gradient or a Hessian-vector product. What these take is measured, for one, two and three tasks, and
-        continued along a line. Cost: at most 4 gradients and 4 products for each of these, six tasks in all. The model,
-        `.grad`s and random states are not changed.
+        continued along a line.
+
+        Cost: at most 4 gradients and 4 products for each of these, six tasks in all. The model, `.grad`s and random
+        states are not changed.
 
         Args:
             objective: Model and loss.

@@ -14,13 +14,20 @@ from imaml.planning._costs import Costs
 
 @dataclass(frozen=True, kw_only=True)
 class FOMAML(MetaGradient):
-    """First-order MAML (Finn et al. 2017, section 5.2): grad L_query(phi), as if d phi / d theta = I.
+    """Computes the first-order meta-gradient: that of the query loss at the adapted parameters, as if they were theta.
 
-    Equal to `MAML` where the support Hessian is zero and there is no proximal term; otherwise biased, more so for large
-    `lr * steps`. Other parameters that require grad get the direct part of their gradient only.
+    Formula: grad L_query(phi), with d phi / d theta taken for I. Other parameters that require grad get the direct part
+    of their gradient only.
 
-    Cost per task: K + 1 gradients. Memory: one gradient, whatever K. Not for learning parameters that act through the
-    support loss or the inner optimiser alone (their gradient is zero here): use `MAML` or `ImplicitMAML`.
+    Equal to `MAML` where the support Hessian is zero and there is no proximal term. Elsewhere it is biased, the more so
+    the larger `lr * steps`.
+
+    Cost per task: K + 1 gradients. Memory: one gradient, whatever K.
+
+    Not for learning parameters that act through the support loss or the inner optimiser alone, whose gradient is zero
+    here: use `MAML` or `ImplicitMAML`.
+
+    Source: Finn et al. 2017, section 5.2. For the arguments see `MetaGradient`.
     """
 
     _manages_without_second_derivatives: ClassVar[bool] = True

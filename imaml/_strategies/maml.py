@@ -21,24 +21,34 @@ from imaml.planning._costs import Costs
 
 @dataclass(frozen=True, kw_only=True)
 class MAML(MetaGradient):
-    """Exact second-order MAML (Finn et al. 2017): (d phi_K / d theta)' v with v the gradient of L_query at phi_K.
+    """Computes the exact second-order meta-gradient, through every step of the inner loop.
 
-    Computed by a reverse sweep over the inner steps, never through a K-step graph. With a the cotangent of s_{k+1} =
-    U(s_k, g_k), g_k = grad L_support(phi_k) + Lambda (phi_k - theta) and phi_k in the optimiser's state s_k: pull a
-    through U to get its cotangents (a, w) for (s_k, g_k), then a_phi <- a_phi + H_k w + Lambda w, one
-    Hessian-vector product a step. Exact for learned hyper-parameters and whatever else the losses use too.
+    Formula: (d phi_K / d theta)' v, with v the gradient of L_query at phi_K. It is exact for learned hyper-parameters
+    and whatever else the losses use too.
 
-    Cost per task: K + 1 gradients and K Hessian-vector products; where U is not linear or a step size is learned, the
-    sweep evaluates K gradients again. Memory: one product plus the K states, `(n,)` a vector of each; with
-    `checkpoints=m` at most m states, and the steps between them are recomputed on the binomial schedule that minimises
-    recomputation (Griewank & Walther 2000, Algorithm 799); with `linearize=True` the graphs of all K steps, for a
-    forward and a backward pass less a step.
+    A reverse sweep over the inner steps computes it, never a K-step graph. Let a be the cotangent of s_{k+1} = U(s_k,
+    g_k), with g_k = grad L_support(phi_k) + Lambda (phi_k - theta) and phi_k in the optimiser's state s_k. Pull a
+    through U to get its cotangents (a, w) for (s_k, g_k); then a_phi <- a_phi + H_k w + Lambda w, one Hessian-vector
+    product a step.
+
+    Cost per task: K + 1 gradients and K Hessian-vector products. Where U is not linear or a step size is learned, the
+    sweep evaluates K gradients again.
+
+    Memory: one product plus the K states, `(n,)` a vector of each. With `checkpoints=m` it is at most m states, and the
+    steps between them are recomputed. With `linearize=True` it is the graphs of all K steps, for a forward and a
+    backward pass less a step.
+
+    Not for inner solvers whose steps cannot be differentiated, such as those of `torch.optim` and Newton-CG:
+    `ImplicitMAML` needs their result alone.
+
+    Source: Finn et al. 2017. Checkpoints follow the binomial schedule that minimises recomputation (Griewank & Walther
+    2000, Algorithm 799); the bias of `truncate` is that of Shaban et al. 2019.
 
     Args:
         inner: An `InnerOptimizer`; for the rest see `MetaGradient`, as for `regularization` and `chunk_size`.
         truncate: Differentiate the last m steps only, as if the state before them were theta plus a constant: m
-            products, and the states of m steps. Biased (Shaban et al. 2019): what the earlier steps would have changed
-            is ignored, for step sizes as for theta; 0 is `FOMAML`. None: all steps.
+            products, and the states of m steps. Biased: what the earlier steps would have changed is ignored, for step
+            sizes as for theta; 0 is `FOMAML`. None: all steps.
         checkpoints: How many inner states are kept at most besides theta, >= 0; None: all of them.
         storage: Where the states wait for the sweep, which reads them back bit for bit. "device": where they are.
             "cpu": in pinned memory, for parameters on a CUDA device, with copies that run beside the computation; the
@@ -46,8 +56,8 @@ class MAML(MetaGradient):
             that nothing is left behind; an OSError says how much room is missing. The device then holds the state at
             hand, whatever K.
         linearize: Keep the graph of each inner step, so that its product costs about one gradient less; False evaluates
-            the step anew. None: where `chunk_size`, `checkpoints` and `storage` are left open and the graphs are
-            small, at most 192 MiB. The modes other than reverse-over-reverse always evaluate anew.
+            the step anew. None: where `chunk_size`, `checkpoints` and `storage` are left open and the graphs are small,
+            at most 192 MiB. The modes other than reverse-over-reverse always evaluate anew.
         hvp: How Hessian-vector products are computed. "auto" uses "reverse-over-reverse", or "finite-difference" where
             the model has an operation without second derivatives; the report says which. "forward-over-reverse" is
             exact too. Finite differences are inexact, and useless in float32 for a convolutional network with ReLU:

@@ -25,28 +25,39 @@ from imaml_solvers import CG, LinearOperator, LinearSolver, Solution, Status
 
 @dataclass(frozen=True, kw_only=True)
 class ImplicitMAML(MetaGradient):
-    """Implicit MAML (Rajeswaran et al. 2019, eq. 6): (I + H / lambda)^-1 v at the adapted parameters phi.
+    """Computes the meta-gradient from the adapted parameters alone, whichever way the inner loop found them.
 
-    v is the gradient of L_query and H the Hessian of L_support, both at phi. Exact when phi is the stationary point of
-    L_support + lambda/2 |phi - theta|^2 and the solve converged: see `report.stationarity` and `report.solver_status`.
+    Formula: (I + H / lambda)^-1 v, with v the gradient of L_query and H the Hessian of L_support, both at the adapted
+    parameters phi. A matrix-free solver solves the system.
+
+    It is exact when phi is the stationary point of L_support + lambda/2 |phi - theta|^2 and the solve converged:
+    `report.stationarity` and `report.solver_status` say how far both hold.
+
     With one lambda per parameter, Lambda = diag(lambda), the result is Lambda (H + Lambda)^-1 v, computed from the
-    symmetric system I + Lambda^-1/2 H Lambda^-1/2. For other parameters that require grad and for meta-parameters eta:
-    d_eta L_query - (d_eta grad L_support)' (H + Lambda)^-1 v; for a learned lambda: -(phi - theta)' (H + Lambda)^-1 v.
+    symmetric system I + Lambda^-1/2 H Lambda^-1/2.
 
-    `regularization=None` is for bilevel problems whose support loss is strongly convex by itself: the system is H, and
-    phi does not depend on theta, whose meta-gradient is zero.
+    Other parameters that require grad and meta-parameters eta get d_eta L_query - (d_eta grad L_support)' (H +
+    Lambda)^-1 v. A learned lambda gets -(phi - theta)' (H + Lambda)^-1 v.
 
-    `report.error_bound` bounds the relative error |u - u*| / |u*| of each task's u against the u* of the exact phi* and
-    the exact solve. With R = b - A x the residual of the solution x as a function of phi, u - u* comes from A*^-1 R*;
-    the bound is 5 (|R(phi)| + |R(phi')|) / mu, relative to what it leaves of |u|: phi' is one point as far away as phi*
-    may be, |gradient| / (lambda mu), and mu a lower estimate of the smallest eigenvalue of A from CG's own
-    coefficients. The 5 was measured, not proved: see the notes on the numerics.
+    Bilevel problems: `regularization=None` is for those whose support loss is strongly convex by itself. The system is
+    H, and phi does not depend on theta, whose meta-gradient is zero.
+
+    Error bound: `report.error_bound` bounds the relative error |u - u*| / |u*| of each task's u against the u* of the
+    exact phi* and the exact solve. With R = b - A x the residual of the solution x as a function of phi, u - u* comes
+    from A*^-1 R*. The bound is 5 (|R(phi)| + |R(phi')|) / mu, relative to what it leaves of |u|. Here phi' is one point
+    as far away as phi* may be, |gradient| / (lambda mu), and mu a lower estimate of the smallest eigenvalue of A from
+    CG's own coefficients. The 5 was measured, not proved: see docs/numerics.md.
 
     Cost per task: K + 1 gradients for the inner loop and the query, one for the stationarity (free with
-    reverse-over-reverse linearised once), and the solver's Hessian-vector products; for the error bound two gradients
-    (one of them free likewise) and one product, and 10 more where the solver has no estimate of mu. Memory: one product
-    and a few vectors `(n,)`, whatever K. Not for few inner steps far from stationarity, where it differs from `MAML`,
-    nor for small lambda on non-convex losses, where I + H / lambda is indefinite.
+    reverse-over-reverse linearised once), and the solver's Hessian-vector products. The error bound takes two gradients
+    (one of them free likewise) and one product, and 10 more where the solver has no estimate of mu.
+
+    Memory: one product and a few vectors `(n,)`, whatever K.
+
+    Not for few inner steps far from stationarity, where it differs from `MAML`, nor for small lambda on non-convex
+    losses, where I + H / lambda is indefinite.
+
+    Source: Rajeswaran et al. 2019, eq. 6.
 
     Args:
         inner: See `MetaGradient`, as for `chunk_size`.
@@ -62,8 +73,8 @@ class ImplicitMAML(MetaGradient):
             then serves only the derivative of parameters that do not adapt, which stays exact.
         linearize: Keep the graph of the gradient during a solve, so that a product costs about one gradient less; False
             rebuilds it in every product and holds nothing between them, as the other modes and microbatches always do.
-        solver_dtype: Of the solver's vectors and sums, such as torch.float64 for a model in float32; products are
-            computed in the model's. None: that of the parameters, at least float32.
+        solver_dtype: The dtype of the solver's vectors and sums, such as torch.float64 for a model in float32; products
+            are computed in the model's. None: that of the parameters, at least float32.
         warm_start: Start a solve from the task's solution in an earlier call, where its support set is the same, as in
             bilevel problems or with few tasks that recur: fewer products where little has changed since. Keeps a vector
             `(n,)` of every task that the engine has solved, of the last ones where they exceed 1 GiB; costs two

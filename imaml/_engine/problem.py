@@ -28,11 +28,14 @@ from imaml.inner._inner_problem import Quadratic, State
 
 @dataclass
 class Problem:
-    """min over phi of L_support(phi) + 1/2 (phi - theta)' Lambda (phi - theta), followed by L_query(phi).
+    """Presents a chunk of tasks to a strategy: an inner problem to solve, and a query loss to judge the result by.
+
+    Formula: min over phi of L_support(phi) + 1/2 (phi - theta)' Lambda (phi - theta), followed by L_query(phi).
 
     `MetaGradient.pull_back` gets one for a chunk of tasks, whose vectors are `(tasks, n)`. `adapt` comes first, then
-    `judge`, then `outcome`; docs/testing.md says what else may be asked, when, and at what cost. `support`, `query`,
-    `derivatives`, `hyper` and `chunking` are the library's own.
+    `judge`, then `outcome`; docs/testing.md says what else may be asked, when, and at what cost.
+
+    `support`, `query`, `derivatives`, `hyper` and `chunking` are the library's own.
     """
 
     support: Loss

@@ -48,9 +48,11 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Outcome):
-    """What happened in one call: the outcome of every task, in the order of the input, and what the call cost.
+    """Says what one call did: the outcome of every task, in the order of the input, and what the call cost.
 
     The entries of a task that was skipped are NaN, its `solver_status` is NONFINITE and its `solver_steps` are 0.
+
+    `print(report)` shows a few lines.
     """
 
     gradients: int
@@ -146,16 +148,17 @@ def _place(values: Tensor, positions: Sequence[int], skipped: Sequence[int], mis
 
 @dataclass(frozen=True)
 class MetaResult:
-    """The result of a call: `loss` to call backward on, and what happened."""
+    """Holds what a call returns: a loss to call backward on, and a report."""
 
     loss: Tensor
     """The mean query loss after adaptation, 0-dim; its backward delivers the meta-gradient."""
     report: Report
+    """What the call did, for every task."""
 
 
 @dataclass
 class Pullback:
-    """What a strategy makes of one chunk."""
+    """Holds what a strategy's `pull_back` returns: the meta-gradients of a chunk's tasks, and their outcome."""
 
     theta: Tensor
     """The meta-gradient of each task, `(tasks, n)`."""
@@ -163,5 +166,6 @@ class Pullback:
     """The meta-gradient of the shared parameters, which do not adapt but are learned, meta-parameters among them,
     summed over tasks, `(m,)`; None if there are none."""
     outcome: Outcome
+    """What the report says of these tasks, from `Problem.outcome`."""
     solution: Solution | None = None
     """Solution of the linear systems, where the strategy solves any."""

@@ -22,20 +22,24 @@ def bilevel(
     meta: Given,
     metric: Callable[[dict[str, Tensor], Batch], Tensor] | None = None,
 ) -> Objective:
-    """The bilevel problem min over meta of L_outer(w*, meta) with w* = argmin over w of L_inner(w, meta).
+    """Make an objective of a bilevel problem: an outer loss of the minimiser of an inner loss.
 
-    An objective for any strategy, whose tasks hold the inner loss's data as `support` and the outer's as `query`; one
-    problem is a list of one `Task`. `result.loss.backward()` puts the hyper-gradient into the `.grad` of `meta`:
+    Formula: min over meta of L_outer(w*, meta) with w* = argmin over w of L_inner(w, meta).
+
+    The objective is for any strategy. Its tasks hold the inner loss's data as `support` and the outer's as `query`; one
+    problem is a list of one `Task`.
+
+    `result.loss.backward()` puts the hyper-gradient into the `.grad` of `meta`:
 
     - `ImplicitMAML(regularization=None)`: d_meta L_outer - (d_meta d_w L_inner)' H^-1 d_w L_outer, with H the Hessian
-      of the inner loss, which must be strongly convex near w*. With `regularization` > 0 that of the inner problem with
-      a proximal term about the start.
+      of the inner loss, which must be strongly convex near w*. With `regularization` > 0 it is the hyper-gradient of
+      the inner problem with a proximal term about the start.
     - `MAML`: the derivative through the inner steps; with `truncate=m` through the last m.
     - `FOMAML`: d_meta L_outer alone.
 
     Args:
         inner_loss: `(inner, meta, batch) -> 0-dim tensor`.
-        outer_loss: Likewise.
+        outer_loss: The loss that w* is judged by, of the same form.
         inner: The inner variables by name, where they start.
         meta: The meta-parameters, see `Objective`: leaves that require grad, or tensors that a network produced.
         metric: `(inner, batch) -> 0-dim tensor` of the outer batch, for `report.metric`.

@@ -21,15 +21,34 @@ from imaml._tasks import Batch
 
 
 class Objective:
-    """A loss of named parameters and a batch, of which some parameters adapt in the inner loop.
+    """Says what is minimised and which parameters adapt: a model with a loss, or one function of parameters.
 
-    `Objective(model, loss)` evaluates `loss(model(input), target)` on a batch `(input, target)`; a tuple or list
+    `Objective(model, loss)` evaluates `loss(model(input), target)` on a batch `(input, target)`. A tuple or list
     `input` is passed as positional arguments, a dict as keyword arguments, a named tuple as one argument.
-    `Objective.from_function` takes any `loss(params, batch)`. The model is used as it is, by reference: its parameters
-    are read anew at every call, and it is never changed.
+    `Objective.from_function` takes any `loss(params, batch)`.
 
-    Meta-gradients are computed for every adapted parameter and for every other parameter that requires grad (the
-    support loss may depend on those, so they are meta-learned through the adaptation). The rest are constants.
+    The model is used as it is, by reference: its parameters are read anew at every call, and it is never changed.
+
+    Meta-gradients are computed for every adapted parameter and for every other parameter that requires grad. The
+    support loss may depend on the latter, so they are meta-learned through the adaptation. The rest are constants.
+
+    Meta-parameters are named tensors to learn besides the parameters: whatever the losses use (example weights, the
+    parameters of a learned loss) or the inner optimiser (learned step sizes). They receive meta-gradients like
+    parameters; one that does not require grad is a constant. A tensor that another network produced passes its gradient
+    on, and needs a new objective whenever it is produced anew. A value may be a dictionary of tensors itself, such as
+    `dict(network.named_parameters())`; their gradients have the names `key.name`.
+
+    Buffers that the model updates in training mode follow a policy, without which such a model is refused. "batch":
+    BatchNorm and InstanceNorm normalise by batch statistics, and their running statistics are left alone. "frozen":
+    they normalise by the running statistics, as in eval mode. "update": as "batch", and the running statistics of every
+    task follow its inner loop, from the model's own.
+
+    With "update" there is one more forward pass of the support set per step. `adapt` returns the statistics with the
+    parameters, and `report.buffers` has their mean over the tasks; the model changes only by
+    `model.load_state_dict(report.buffers, strict=False)`.
+
+    The vectors of spectral_norm stay as they are during a call, under any policy: a forward pass in training mode, say
+    one between meta-steps, follows the weight.
 
     Args:
         model: Any module. `torch.utils.checkpoint` in it saves no memory here, and a compiled one runs uncompiled.
@@ -37,22 +56,11 @@ class Objective:
             argument named `meta` is given the meta-parameters in it, by name: `(output, target, meta)`.
         adapt: Which parameters the inner loop changes: names, module names or shell patterns (`["head"]`,
             `["*.bias"]`). None: every parameter that requires grad.
-        outer_loss: That of the query set, where it is another than `loss`: of the same form.
-        meta: Named tensors to learn besides the parameters: whatever the losses use (example weights, the parameters of
-            a learned loss) or the inner optimiser (learned step sizes). They receive meta-gradients like parameters;
-            one that does not require grad is a constant. A tensor that another network produced passes its gradient on,
-            and needs a new objective whenever it is produced anew. A value may be a dictionary of tensors itself, such
-            as `dict(network.named_parameters())`; their gradients have the names `key.name`.
+        outer_loss: The loss of the query set, where it is another than `loss`; of the same form.
+        meta: The meta-parameters by name, see above.
         metric: `(output, target) -> 0-dim tensor`, evaluated on the query set from the same forward pass and returned
             in `report.metric`; never differentiated. For example an accuracy.
-        buffers: What becomes of buffers that the model updates in training mode. None: such a model is refused.
-            "batch": BatchNorm and InstanceNorm normalise by batch statistics, and their running statistics are left
-            alone. "frozen": they normalise by the running statistics, as in eval mode. "update": as "batch", and the
-            running statistics of every task follow its inner loop, from the model's own: one more forward pass of the
-            support set per step. `adapt` returns them with the parameters, and `report.buffers` has their mean over
-            the tasks; the model changes only by `model.load_state_dict(report.buffers, strict=False)`. The vectors of
-            spectral_norm stay as they are during a call, under any policy: a forward pass in training mode, say one
-            between meta-steps, follows the weight.
+        buffers: The policy for buffers: None, "batch", "frozen" or "update", see above.
 
     Raises:
         TypeError: `model` is not a module, `loss` is not callable, an adapted parameter is not of a real floating
@@ -91,7 +99,7 @@ class Objective:
         meta: Given | None = None,
         metric: Callable[[dict[str, Tensor], Batch], Tensor] | None = None,
     ) -> Objective:
-        """An objective from a function of named parameters and a batch.
+        """Make an objective from a function of named parameters and a batch.
 
         Args:
             loss: `(params, batch) -> 0-dim floating-point tensor`, or `(params, batch, meta)` with an argument of that
@@ -146,7 +154,7 @@ class Objective:
 
     @property
     def outer_loss(self) -> Callable[..., Tensor] | None:
-        """That of the query set, of the form of `loss`; None where it is `loss`."""
+        """The loss of the query set, of the form of `loss`; None where it is `loss`."""
         return self._criteria.outer_loss
 
     @property
@@ -234,7 +242,7 @@ class Objective:
             batch: One task's support or query set.
             metric: Whether to evaluate the metric.
             outer: Whether the loss is that of the query set.
-            survey: Of the model as it is; None: looked through anew.
+            survey: What the model needs, as it is; None: looked through anew.
 
         Returns:
             The loss and the metric.

@@ -52,17 +52,19 @@ def check_constant(tasks: TaskBatch | Sequence[Task]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One task: tensors of any nesting, without a leading task dimension.
+    """Holds one task: a support set to adapt on and a query set to judge by, without a leading task dimension.
 
-    Any nesting is one of tuples, lists, dicts, named tuples, and types registered with `torch.utils._pytree` or
-    `torch.export.register_dataclass`; a field of a type may be None. An object that is no such nesting but has a method
-    `to`, such as a batch of graphs, is passed to the model as it is: a task that holds one is never stacked with
-    another, nor compiled, nor cut into slices, and what a forward pass writes to it stays.
+    A set is tensors in any nesting: tuples, lists, dicts, named tuples, and types registered with `torch.utils._pytree`
+    or `torch.export.register_dataclass`. A field of a type may be None.
+
+    An object that is no such nesting but has a method `to`, such as a batch of graphs, is passed to the model as it is.
+    A task that holds one is never stacked with another, nor compiled, nor cut into slices, and what a forward pass
+    writes to it stays.
 
     Args:
-        support: What the model adapts on, `(input, target)` as a rule. With a model objective `input` may be a
-            tensor, a tuple or list (positional arguments) or a dict (keyword arguments); anything else, a named tuple
-            too, is one argument.
+        support: What the model adapts on, `(input, target)` as a rule. With a model objective `input` may be a tensor,
+            a tuple or list (positional arguments) or a dict (keyword arguments); anything else, a named tuple too, is
+            one argument.
         query: What the adapted model is judged by, nested likewise.
 
     Raises:
@@ -80,7 +82,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskBatch:
-    """Many tasks of equal shapes: every tensor is `(tasks, ...)`.
+    """Holds many tasks of equal shapes, stacked: every tensor is `(tasks, ...)`.
 
     Args:
         support: The support sets, stacked: `(xs, ys)` with `xs: (tasks, examples, ...)` as a rule.
@@ -150,7 +152,7 @@ class TaskBatch:
 
         Args:
             device: Where to; None: where it is.
-            dtype: Of floating-point tensors; None: as they are.
+            dtype: What floating-point tensors become; None: they stay as they are.
 
         Returns:
             The batch.

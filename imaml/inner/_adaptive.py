@@ -32,13 +32,17 @@ def _check_eps(eps: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Adam(InnerOptimizer):
-    """Adam (Kingma & Ba 2015): phi <- phi - lr * m' / (sqrt(v') + eps).
+    """Adapts by Adam, whose steps are scaled by running moments of the gradient.
 
-    With h = g + weight_decay * phi: m <- b1 m + (1 - b1) h and v <- b2 v + (1 - b2) h^2 from zero, m' = m / (1 - b1^k)
-    and v' = v / (1 - b2^k) at step k = 1, 2, ... Equal to `torch.optim.Adam`.
+    Formula: phi <- phi - lr * m' / (sqrt(v') + eps). With h = g + weight_decay * phi: m <- b1 m + (1 - b1) h and v <-
+    b2 v + (1 - b2) h^2 from zero, m' = m / (1 - b1^k) and v' = v / (1 - b2^k) at step k = 1, 2, ...
+
+    Equal to `torch.optim.Adam`.
 
     The update is steep at small gradients: its derivative by a gradient near zero is lr / eps at the first step. It is
     finite at zero itself.
+
+    Source: Kingma & Ba 2015.
 
     Args:
         lr: See `InnerOptimizer`, as for `steps`.
@@ -89,9 +93,13 @@ class Adam(InnerOptimizer):
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW(Adam):
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019): phi <- phi - lr * weight_decay * phi, then Adam's.
+    """Adapts by Adam with decoupled weight decay.
+
+    Formula: phi <- phi - lr * weight_decay * phi, then the step of `Adam`.
 
     Equal to `torch.optim.AdamW`, whose weight decay of 0.01 it has.
+
+    Source: Loshchilov & Hutter 2019.
 
     Args:
         lr: See `InnerOptimizer`, as for `steps`.
@@ -116,10 +124,14 @@ class AdamW(Adam):
 
 @dataclass(frozen=True, kw_only=True)
 class RMSprop(InnerOptimizer):
-    """RMSprop (Hinton 2012): phi <- phi - lr * d with d = h / (sqrt(v) + eps).
+    """Adapts by RMSprop, whose steps are divided by a running root mean square of the gradient.
 
-    With h = g + weight_decay * phi: v <- alpha v + (1 - alpha) h^2 from zero. With momentum mu the step is along the
-    buffer b <- mu b + d. Equal to `torch.optim.RMSprop`, not centred.
+    Formula: phi <- phi - lr * d with d = h / (sqrt(v) + eps). With h = g + weight_decay * phi: v <- alpha v + (1 -
+    alpha) h^2 from zero. With momentum mu the step is along the buffer b <- mu b + d.
+
+    Equal to `torch.optim.RMSprop`, not centred.
+
+    Source: Hinton 2012.
 
     Args:
         lr: See `InnerOptimizer`, as for `steps`.

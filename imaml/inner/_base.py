@@ -20,7 +20,9 @@ Rates = Mapping[str, float | Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class InnerSolver(ABC):
-    """How the adapted parameters of a task are found; all that `FOMAML` and `ImplicitMAML` need.
+    """Finds the adapted parameters of a task: all that `FOMAML` and `ImplicitMAML` need of an inner loop.
+
+    A solver of one's own implements `run`, which gets the inner problem of a whole chunk of tasks.
 
     Args:
         steps: The most steps K >= 0; 0 adapts nothing.
@@ -44,22 +46,32 @@ class InnerSolver(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class InnerOptimizer(InnerSolver):
-    """An inner loop that can be differentiated: K times s <- U(s, g(phi)), with U a pure function.
+    """Adapts by K steps that can be differentiated, as `MAML` does.
 
-    A new one needs `update`, and `buffers` and `nonnegative` where it has any; its derivatives are taken of `update`,
-    as it is written. So are those of a subclass that changes the `update` of another optimiser, to clip the gradient or
-    to add noise: what the other says of its own derivative does not hold for it. An own `start` is differentiated too.
-    Every row of a state or a gradient is a task: what mixes coordinates, such as a norm, does so along the last
-    dimension. Random numbers are the same whenever a step is taken again.
+    Formula: K times s <- U(s, g(phi)), with U a pure function, and phi in the state s.
+
+    An optimiser of one's own needs `update`, and `buffers` and `nonnegative` where it has any. Its derivatives are
+    taken of `update`, as it is written. Every row of a state or a gradient is a task: what mixes coordinates, such as a
+    norm, does so along the last dimension. Random numbers are the same whenever a step is taken again.
+
+    A subclass may change the `update` of another optimiser, to clip the gradient or to add noise. Its derivatives are
+    taken of the new `update` too: what the other says of its own derivative does not hold for it. A `start` of one's
+    own is differentiated too.
+
+    Hyper-parameters: `lr`, `momentum` and `weight_decay` are each
+
+    - a number;
+    - a sequence of `steps` numbers, one a step;
+    - a mapping from the name of every adapted parameter to a number, to a tensor of the parameter's shape, to a
+      sequence of these, one a step, or to a tensor `(steps,)` or `(steps, *shape)`, whose dimensions may be 1;
+    - or a function of the objective's meta-parameters by name, such as `lambda meta: meta["log_lr"].exp()`, that
+      returns any of these as tensors.
+
+    A tensor of the parameter's shape is always one value an entry. For a parameter of shape `(steps,)` it is refused
+    beside vectors that are one value a step, where `(steps, 1)` and `(1, steps)` say which is meant.
 
     Args:
-        lr: Step size, > 0. It, `momentum` and `weight_decay` are each a number; a sequence of `steps` numbers, one a
-            step; a mapping from the name of every adapted parameter to a number, to a tensor of the parameter's shape,
-            to a sequence of these, one a step, or to a tensor `(steps,)` or `(steps, *shape)`, whose dimensions may be
-            1; or a function of the objective's meta-parameters, by name, that returns any of these as tensors:
-            `lr=lambda meta: meta["log_lr"].exp()`. A tensor of the parameter's shape is always one value an entry; for
-            a parameter of shape `(steps,)` it is refused beside vectors that are one value a step, where `(steps, 1)`
-            and `(1, steps)` say which is meant.
+        lr: Step size, > 0: see above.
         steps: Number of steps K >= 0; 0 adapts nothing.
         stationarity: Stop a task once the norm of its gradient, proximal term included, is at most this: `steps` is
             then a limit. Not for `MAML`, which differentiates a known number of steps. None: take all.

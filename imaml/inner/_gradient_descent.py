@@ -15,10 +15,14 @@ from imaml.inner._inner_problem import State
 
 @dataclass(frozen=True, kw_only=True)
 class GradientDescent(InnerOptimizer):
-    """Gradient descent, phi <- phi - lr * d, `steps` times from phi = theta.
+    """Adapts by gradient descent, with momentum or without, from phi = theta.
 
-    With h = g + weight_decay * phi the direction d is h; with momentum mu it is the buffer b <- mu b + h, which starts
-    at zero, or with Nesterov's h + mu b (Sutskever et al. 2013). Equal to `torch.optim.SGD` without dampening.
+    Formula: phi <- phi - lr * d, `steps` times. With h = g + weight_decay * phi the direction d is h; with momentum mu
+    it is the buffer b <- mu b + h, which starts at zero, or with Nesterov's h + mu b.
+
+    Equal to `torch.optim.SGD` without dampening.
+
+    Source: Sutskever et al. 2013, for Nesterov's momentum.
 
     Args:
         lr: See `InnerOptimizer`, as for `steps`.

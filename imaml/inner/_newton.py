@@ -18,17 +18,20 @@ _SUFFICIENT, _HALVINGS, _ROUNDINGS = 1e-4, 30, 100
 
 @dataclass(frozen=True, kw_only=True)
 class NewtonCG(InnerSolver):
-    """Newton-CG: phi <- phi + t d with (H + Lambda) d = -g solved by conjugate gradients (Nocedal & Wright, ch. 7).
+    """Adapts by Newton's method with conjugate gradients, for strategies that need the result alone.
 
-    The Hessian-free inner solver of Rajeswaran et al. 2019, for strategies that need its result alone. t is the largest
-    of 1, 1/2, 1/4, ... that decreases the inner objective by 1e-4 t |g'd| (Armijo). Where CG meets a direction of
-    negative curvature d is what it had before, or -g. All tasks of a chunk at once, each with its own t.
+    Formula: phi <- phi + t d with (H + Lambda) d = -g. t is the largest of 1, 1/2, 1/4, ... that decreases the inner
+    objective by 1e-4 t |g'd| (Armijo). Where CG meets a direction of negative curvature d is what it had before, or -g.
+    All tasks of a chunk run at once, each with its own t.
 
     A task stops once |g| <= `stationarity`, where no t decreases its objective, or where a step whose decrease is lost
-    in rounding does not decrease |g| either. A minimum on a kink (ReLU, max pooling) is not found: see
-    `report.stationarity`.
+    in rounding does not decrease |g| either.
 
     Cost per step and task: one gradient, the solver's Hessian-vector products, one forward pass for each t tried.
+
+    Not for minima on a kink (ReLU, max pooling), which are not found: see `report.stationarity`.
+
+    Source: Nocedal & Wright, ch. 7; the Hessian-free inner solver of Rajeswaran et al. 2019.
 
     Args:
         steps: The most steps.

@@ -15,11 +15,15 @@ from imaml.inner._inner_problem import InnerProblem
 
 @dataclass(frozen=True, kw_only=True, init=False)
 class TorchOptimizer(InnerSolver):
-    """An optimiser of `torch.optim`, `steps` times, for the strategies that need its result alone.
+    """Adapts by any optimiser of `torch.optim`, for strategies that need the result alone.
 
-    `TorchOptimizer(torch.optim.LBFGS, steps=10, lr=1.0, line_search_fn="strong_wolfe")`. Task by task, each with an
-    optimiser of its own that sees the parameters in their shapes, in at least float32. The inner objective is the
-    support loss with the proximal term.
+    For example `TorchOptimizer(torch.optim.LBFGS, steps=10, lr=1.0, line_search_fn="strong_wolfe")`. The inner
+    objective is the support loss with the proximal term.
+
+    Tasks run one by one, each with an optimiser of its own that sees the parameters in their shapes, in at least
+    float32.
+
+    Not for `MAML`, which differentiates the steps: use an `InnerOptimizer`.
 
     Args:
         optimizer: The class.

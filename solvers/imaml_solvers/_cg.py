@@ -19,7 +19,7 @@ by that are singular to rounding, and x becomes 1 / eps long."""
 
 @dataclass(frozen=True, kw_only=True)
 class CG(KrylovSolver):
-    """Conjugate gradients (Hestenes & Stiefel 1952) for symmetric positive definite A, with optional preconditioner M.
+    """Solves symmetric positive definite systems by conjugate gradients, with an optional preconditioner M.
 
         alpha = r'Mr / p'Ap,  x += alpha p,  r -= alpha A p,  p <- M r + (new r'Mr / old r'Mr) p
 
@@ -27,23 +27,27 @@ class CG(KrylovSolver):
     the condition number c, and is zero after as many steps as A has distinct eigenvalues, but for rounding.
 
     A system stops, each on its own and its x frozen bit for bit, when
+
     - |r| <= max(rtol |b|, atol). Once all have stopped, b - A x is computed (one product). CONVERGED if it meets the
       tolerance too; else the system goes on from it, and is STAGNATED if it was not halved twice in a row. This comes
       early where |r| <= eps |r_0|: beyond, from an x0 far away, the recursion would carry nothing but rounding;
     - the tolerances are zero, and the steps are spent (BUDGET_SPENT; b - A x is not computed) or |r| <= eps |b|;
-    - p'Ap or r'Mr is not above 10 eps |p| |Ap| or 10 eps |r| |Mr|, where its sign is that of rounding, or p'Ap /
-      p'M^-1 p is below 4 eps times the largest so far (A is singular to working precision): BREAKDOWN, x before the
-      step;
+    - p'Ap or r'Mr is not above 10 eps |p| |Ap| or 10 eps |r| |Mr|, where its sign is that of rounding, or p'Ap / p'M^-1
+      p is below 4 eps times the largest so far (A is singular to working precision): BREAKDOWN, x before the step;
     - the step is not finite: NONFINITE, x before the step.
 
     Without a preconditioner alpha and beta are also the entries of the Lanczos matrix T of A, which gives
     `smallest_eigenvalue`: T_jj = 1 / alpha_j + beta_{j-1} / alpha_{j-1}, T_j,j+1 = sqrt(beta_j) / alpha_j.
 
-    Cost: one product a step, of the whole batch, until the slowest system stops; so `max_steps` products for a
-    budget; besides those that build a preconditioner. Without one, k steps end with the eigenvalues of T, work of
-    min(k, 200)^3 a system: for 200 rows 5 to 25 ms on one core of a CPU, more than all of the products where those
-    are cheap. Memory: b, x, r and p, and besides what a product takes, or two more. Not for indefinite A: see `MINRES`;
-    nor for unsymmetric A: see `ScipySolver`.
+    Cost: one product a step, of the whole batch, until the slowest system stops; so `max_steps` products for a budget;
+    besides those that build a preconditioner. Without one, k steps end with the eigenvalues of T, work of min(k, 200)^3
+    a system: for 200 rows 5 to 25 ms on one core of a CPU, more than all of the products where those are cheap.
+
+    Memory: b, x, r and p, and besides what a product takes, or two more.
+
+    Not for indefinite A: see `MINRES`; nor for unsymmetric A: see `ScipySolver`.
+
+    Source: Hestenes & Stiefel 1952.
 
     Args:
         max_steps: Most steps for a system; None is 10 n.

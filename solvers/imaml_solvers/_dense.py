@@ -15,15 +15,18 @@ from imaml_solvers._vectors import largest_entry, norm, power_of_two
 
 @dataclass(frozen=True, kw_only=True)
 class Dense(LinearSolver):
-    """Assembles A from its products with the unit vectors, and solves by LU with partial pivoting.
+    """Solves any regular system directly: for small n, and as a reference.
 
-    For any regular A, symmetric or not, in float32 at least; its rows are scaled alike first. CONVERGED means solved to
-    rounding: |b - A x| is of the order of eps | |A| |x| |, with absolute values of every entry. BREAKDOWN, with x = 0,
-    where that is not below 0.01 |b|, so that A is singular to working precision, or where x overflows. NONFINITE, with
-    x = 0, where b or A is not finite. `smallest_eigenvalue` is that of (A + A') / 2.
+    A, symmetric or not, is assembled from its products with the unit vectors, and solved by LU with partial pivoting,
+    in float32 at least; its rows are scaled alike first.
 
-    Cost: n products of the whole batch (`num_steps` is n), O(n^3) work and O(n^2) memory a system: for small n, and as
-    a reference.
+    CONVERGED means solved to rounding: |b - A x| is of the order of eps | |A| |x| |, with absolute values of every
+    entry. BREAKDOWN, with x = 0, is said where that is not below 0.01 |b|, so that A is singular to working precision,
+    or where x overflows. NONFINITE, with x = 0, is said where b or A is not finite.
+
+    `smallest_eigenvalue` is that of (A + A') / 2.
+
+    Cost: n products of the whole batch (`num_steps` is n), and O(n^3) work a system. Memory: O(n^2) a system.
     """
 
     def _solve(

@@ -15,21 +15,24 @@ from imaml_solvers._vectors import largest_entry
 
 @dataclass(frozen=True, kw_only=True)
 class Jacobi(Preconditioner):
-    """M = diag(A)^-1, the diagonal estimated by random probes (Bekas, Kokiopoulou & Saad 2007).
+    """Preconditions by the diagonal of A, estimated from products with random signs.
 
-        d = mean of v * A v  over probes v of random signs
+        M = diag(d)^-1,  d = mean of v * A v  over probes v of random signs
 
     An entry of d is unbiased, with the variance sum_{j != i} a_ij^2 / probes. It is not trusted below its own standard
     error, and raised to that: so M is positive definite. For n <= probes the diagonal is exact, from products with the
     unit vectors. Negative entries, of indefinite A, count by their size, and zeros as the largest entry.
 
-    Cost: `probes` products, n if that is less; three vectors, of which one stays. For a badly scaled A whose entries
-    beside the diagonal are small: elsewhere d is noise, which slows CG down (two to four times for I + H / lambda of
-    small convolutional networks).
+    Cost: `probes` products, n if that is less. Memory: three vectors, of which one stays.
+
+    For a badly scaled A whose entries beside the diagonal are small. Elsewhere d is noise, which slows CG down (two to
+    four times for I + H / lambda of small convolutional networks).
+
+    Source: Bekas, Kokiopoulou & Saad 2007.
 
     Args:
-        probes: How many, at least 2.
-        seed: Of the signs.
+        probes: How many probes, at least 2.
+        seed: Seed of the signs.
     """
 
     probes: int = 10

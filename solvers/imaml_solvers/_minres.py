@@ -18,15 +18,18 @@ _SINGULAR = 0.75
 
 @dataclass(frozen=True, kw_only=True)
 class MINRES(KrylovSolver):
-    """The minimum residual method (Paige & Saunders 1975) for symmetric A, definite or not, with optional M.
+    """Solves symmetric systems, definite or not, by the minimum residual method, with an optional preconditioner M.
 
     The k-th iterate has the least |b - A x| of all x0 + z, z in the Krylov space of b - A x0 (with a preconditioner M,
     symmetric positive definite, the least r'Mr). It comes from the Lanczos process, whose tridiagonal T is brought to
-    triangular form by one rotation a step. Where A has eigenvalues of both signs, the residual falls by
-    (sqrt(c c') - 1) / (sqrt(c c') + 1) every two steps, for the condition numbers c and c' of its two parts: about the
-    square of CG's steps for a matrix as ill-conditioned. A singular A is solved where b is in its range.
+    triangular form by one rotation a step.
+
+    Where A has eigenvalues of both signs, the residual falls by (sqrt(c c') - 1) / (sqrt(c c') + 1) every two steps,
+    for the condition numbers c and c' of its two parts: about the square of CG's steps for a matrix as ill-conditioned.
+    A singular A is solved where b is in its range.
 
     A system stops, each on its own and its x frozen bit for bit, when
+
     - |r| <= max(rtol |b|, atol), with CONVERGED, STAGNATED and zero tolerances (BUDGET_SPENT) as for `CG`: b - A x has
       the last word;
     - the step's direction w has |A w| <= eps^(3/4) |A| |w|, with the largest |A v| / |v| met for |A| (BREAKDOWN): A is
@@ -37,8 +40,14 @@ class MINRES(KrylovSolver):
     Without a preconditioner T also gives `smallest_eigenvalue`, below zero for indefinite A.
 
     Cost: one product a step, of the whole batch, until the slowest system stops; besides those that build a
-    preconditioner, and the eigenvalues of T as for `CG`. Memory: b, x and seven vectors, one more with M, besides what
-    a product takes. For definite A `CG` takes about as many steps with less memory, and sees that A is definite.
+    preconditioner, and the eigenvalues of T as for `CG`.
+
+    Memory: b, x and seven vectors, one more with M, besides what a product takes.
+
+    For definite A `CG` takes about as many steps with less memory, and sees that A is definite. Not for unsymmetric A:
+    see `ScipySolver`.
+
+    Source: Paige & Saunders 1975.
 
     Args:
         max_steps: Most steps for a system; None is 10 n.

@@ -19,23 +19,30 @@ _POWER_STEPS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Neumann(LinearSolver):
-    """The Neumann series (Richardson iteration) for symmetric positive definite A.
+    """Solves symmetric positive definite systems by the Neumann series (Richardson iteration), a fixed polynomial of A.
 
         x <- x + alpha (b - A x);  from 0, K steps give x = alpha sum_{k<K} (I - alpha A)^k b
 
-    A step shrinks the residual by q = max |1 - alpha lambda| over the eigenvalues lambda; q < 1 needs
-    alpha < 2 / lambda_max. Without `step_size`, alpha = 1 / l with l the estimate of lambda_max from 10 steps of the
-    power method started at the residual. l <= lambda_max, and l > lambda_max / 2 (so q < 1) if more than 2^-10 of the
-    norm of the start is in the leading eigenvector; then q is about 1 - 1 / c for the condition number c. CG needs
-    about the square root of the steps: prefer it, unless a fixed polynomial of A is wanted.
+    A step shrinks the residual by q = max |1 - alpha lambda| over the eigenvalues lambda; q < 1 needs alpha < 2 /
+    lambda_max.
 
-    A system stops when |b - A x| <= max(rtol |b|, atol) (CONVERGED); when the steps are spent (BUDGET_SPENT if both
-    tolerances are zero, else MAX_STEPS); when the residual exceeds that of the start, which for symmetric A means that
-    the series diverges (BREAKDOWN); or on a product that is not finite (NONFINITE). Its x is the iterate of least
-    residual.
+    Without `step_size`, alpha = 1 / l with l the estimate of lambda_max from 10 steps of the power method started at
+    the residual. l <= lambda_max, and l > lambda_max / 2 (so q < 1) if more than 2^-10 of the norm of the start is in
+    the leading eigenvector; then q is about 1 - 1 / c for the condition number c.
 
-    Cost: one product a step, and 10 for the power method; residuals are the true ones. Memory: five vectors. Not for
-    indefinite A: see `MINRES`; nor for unsymmetric A: see `ScipySolver`.
+    A system stops
+
+    - when |b - A x| <= max(rtol |b|, atol): CONVERGED;
+    - when the steps are spent: BUDGET_SPENT if both tolerances are zero, else MAX_STEPS;
+    - when the residual exceeds that of the start, which for symmetric A means that the series diverges: BREAKDOWN;
+    - or on a product that is not finite: NONFINITE.
+
+    Its x is the iterate of least residual.
+
+    Cost: one product a step, and 10 for the power method; residuals are the true ones. Memory: five vectors.
+
+    CG needs about the square root of the steps: prefer it, unless a fixed polynomial of A is wanted. Not for indefinite
+    A: see `MINRES`; nor for unsymmetric A: see `ScipySolver`.
 
     Args:
         max_steps: Most steps for a system.

@@ -18,7 +18,7 @@ from imaml_solvers._vectors import largest_entry, norm
 
 @dataclass(frozen=True, kw_only=True)
 class Nystrom(Preconditioner):
-    """Randomised Nystrom preconditioner (Frangella, Tropp & Udell 2021, eq. 5.3) for A = H + mu I, H of fast decay.
+    """Preconditions A = H + mu I, H of fast decay, by a randomised low-rank approximation of H.
 
         M = (l_k + mu) U (L + mu I)^-1 U' + I - U U'
 
@@ -27,15 +27,19 @@ class Nystrom(Preconditioner):
     where H has about k large eigenvalues. What cannot come from a positive semi-definite H is left out: M is positive
     definite whatever A is.
 
-    Cost: k products in every solve, which neither `num_steps` nor `max_steps` counts; k vectors per system during the
-    solve, and three times that and O(n k^2) work to build them. CG alone meets k separate eigenvalues in about k steps:
-    this pays where it needs many more, because they lie close together or rounding makes it meet them again.
+    Cost: k products in every solve, which neither `num_steps` nor `max_steps` counts, and O(n k^2) work. Memory: k
+    vectors per system during the solve, and three times that to build them.
+
+    CG alone meets k separate eigenvalues in about k steps: this pays where it needs many more, because they lie close
+    together or rounding makes it meet them again.
+
+    Source: Frangella, Tropp & Udell 2021, eq. 5.3.
 
     Args:
         rank: k; n if that is less.
         shift: mu >= 0, such as 1.0 for I + H / lambda. None estimates it as the smallest eigenvalue of A in the space
             of the random vectors: an upper bound on that of A, near mu where the eigenvalues of H beyond k are small.
-        seed: Of the random vectors.
+        seed: Seed of the random vectors.
     """
 
     rank: int
@@ -57,24 +61,27 @@ class Nystrom(Preconditioner):
 
 @dataclass(frozen=True, kw_only=True)
 class NystromInverse(LinearSolver):
-    """The inverse of a Nystrom approximation (Hataya & Yamada 2023), for A = H + mu I with H of rank about k.
+    """Solves A = H + mu I, H of rank about k, by inverting a Nystrom approximation, without any iteration.
 
         x = (b - U L (L + mu I)^-1 U' b) / mu,  H about U L U' as for `Nystrom`
 
-    The authors multiply H by k unit vectors; the random ones here see H whatever its basis. No iteration, and nothing
-    to tune but the rank: exact for positive semi-definite H of rank below k, and off by about |H - U L U'| / mu else.
+    There is nothing to tune but the rank: exact for positive semi-definite H of rank below k, and off by about |H - U L
+    U'| / mu else. The authors multiply H by k unit vectors; the random ones here see H whatever its basis.
 
     The residual b - A x, from one more product, has the last word: CONVERGED if |b - A x| <= max(rtol |b|, atol), else
     MAX_STEPS, or BUDGET_SPENT if both tolerances are zero; BREAKDOWN, with x = 0, if it is above |b| or mu is zero;
     NONFINITE, with x = 0, if it is not finite.
 
-    Cost: k + 1 products (`num_steps` is k), O(n k^2) work and 3 k vectors per system. `CG` of k steps is as a rule
-    nearer to the solution; this one is a fixed linear map of b.
+    Cost: k + 1 products (`num_steps` is k) and O(n k^2) work. Memory: 3 k vectors per system.
+
+    `CG` of k steps is as a rule nearer to the solution; this one is a fixed linear map of b.
+
+    Source: Hataya & Yamada 2023.
 
     Args:
         rank: k; n if that is less.
         shift: As for `Nystrom`.
-        seed: Of the random vectors.
+        seed: Seed of the random vectors.
         rtol: Relative tolerance; 0 (and `atol` 0) makes the rank the budget.
         atol: Absolute tolerance, in the units of b.
     """

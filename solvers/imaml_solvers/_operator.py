@@ -17,7 +17,9 @@ class HasMv(Protocol):
 
 
 class LinearOperator:
-    """A linear map on the last dimension, known by its products; one map per index of the leading dimensions.
+    """Stands for a linear map on the last dimension, known by its products alone.
+
+    There is one map per index of the leading dimensions.
 
     Args:
         mv: x `(*batch, n)` to A x `(*batch, n)` in the same dtype on the same device. Solvers call it under
@@ -59,7 +61,7 @@ class LinearOperator:
         return _Scaled(self, by)
 
     def computed_in(self, dtype: torch.dtype) -> LinearOperator:
-        """The same operator for vectors of any dtype, with its products computed in one.
+        """The operator for vectors of any dtype, with its products computed in one.
 
         Args:
             dtype: What products are computed in.

@@ -15,7 +15,7 @@ class Preconditioner(ABC):
     """Builds an approximate inverse M of A, symmetric positive definite, for `CG(preconditioner=...)` or `MINRES`.
 
     Subclasses are frozen dataclasses. What they draw depends on their own `seed`, the shape and the device alone, and
-    is the same for every system of a batch.
+    is the same for every system of a batch, so that a batch equals its systems one by one.
     """
 
     @abstractmethod

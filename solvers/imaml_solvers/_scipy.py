@@ -39,15 +39,17 @@ class _StoppedError(ArithmeticError):
 
 @dataclass(frozen=True, kw_only=True)
 class ScipySolver(LinearSolver):
-    """The iterative solvers of scipy.sparse.linalg, behind the interface of this package.
+    """Solves systems by the iterative solvers of scipy.sparse.linalg, behind the interface of this package.
 
     `minres` is for symmetric A that may be indefinite, `gmres` and the others for any regular A, `cg` to compare with.
 
     CONVERGED is decided by the true residual, |b - A x| <= max(rtol |b|, atol), and not by what scipy reports: its
     MINRES stops by |A| |x|, its CG does not see negative curvature. Where scipy is content and the residual is not, the
-    next round solves for what is left; three rounds in a row that do not halve the residual are STAGNATED. MAX_STEPS is
-    scipy's spent `maxiter`, BREAKDOWN its negative codes, errors and values that are not finite, and a round that comes
-    to 0, NONFINITE a product of finite values that is not finite. x is the result of the round of least residual.
+    next round solves for what is left; three rounds in a row that do not halve the residual are STAGNATED.
+
+    MAX_STEPS is scipy's spent `maxiter`. BREAKDOWN is its negative codes, errors and values that are not finite, and a
+    round that comes to 0. NONFINITE is a product of finite values that is not finite. x is the result of the round of
+    least residual.
 
     A solve that ends with a residual as large as at its start is a BREAKDOWN too, whatever scipy says: where a scalar
     of a method should be 0, rounding decides whether scipy sees it or runs on to its limit. Two such ends keep their

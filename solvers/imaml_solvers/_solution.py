@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Status(IntEnum):
-    """How a solve ended; `message` says what to change."""
+    """Says how a solve ended; its `message` says what to change."""
 
     message: str
 
@@ -48,7 +48,7 @@ class Status(IntEnum):
 
 @dataclass(frozen=True)
 class Solution:
-    """The solutions of a batch of systems A x = b; nothing here carries gradients."""
+    """Holds the solutions of a batch of systems A x = b; nothing here carries gradients."""
 
     x: Tensor
     """The solutions, or the last good iterates, `(*batch, n)`; finite whatever happened."""

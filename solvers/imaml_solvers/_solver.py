@@ -13,7 +13,12 @@ from imaml_solvers._solution import Solution
 
 
 class LinearSolver(ABC):
-    """Solves A x = b for a batch of systems at once. Subclasses are frozen dataclasses that implement `_solve`."""
+    """Solves A x = b for a batch of systems at once, each with its own stopping.
+
+    A solver never raises on numerics and never prints: how each solve ended is a `Status`.
+
+    Subclasses are frozen dataclasses that implement `_solve`; docs/testing.md has one.
+    """
 
     _uses_x0: ClassVar[bool] = False
     _uses_preconditioner: ClassVar[bool] = False

@@ -40,9 +40,12 @@ def hvp(
       of the differences with steps h, h/4, h/16, ... and their order, which is 2 for a smooth loss;
     - equal to the other exact modes.
 
-    Derivatives of the gradient by fixed parameters that require grad (mixed products) are compared along with H u. The
-    finite-difference mode is inexact: it must come within 1e-3, or within the error that it reports itself. A mode that
-    the model does not support is listed with the reason, and fails nothing.
+    Derivatives of the gradient by fixed parameters that require grad (mixed products) are compared along with H u.
+
+    The finite-difference mode is inexact: it must come within 1e-3, or within the error that it reports itself. A mode
+    that the model does not support is listed with the reason, and fails nothing.
+
+    Cost: 6 gradients a level of differences, 3 to 9 levels, and 4 products a mode.
 
     Args:
         objective: Model and loss; a deep copy in float64 is used.
@@ -50,7 +53,7 @@ def hvp(
             out, or all with None.
         batch: The support set of one task, without task dimension.
         tolerance: The largest relative error that passes.
-        seed: Of the directions, and of random draws (dropout), the same in all evaluations.
+        seed: Seed of the directions, and of random draws (dropout), which are the same in all evaluations.
 
     Returns:
         The verdict, of which `details` has one line a mode. "inconclusive" where H is zero, or finite differences
@@ -60,8 +63,6 @@ def hvp(
         TypeError: The model cannot be copied, or an argument is of the wrong type.
         ValueError: Wrong names or shapes of `params`, a tolerance that is not positive, or a loss that is not finite or
             not deterministic.
-
-    Cost: 6 gradients a level of differences, 3 to 9 levels, and 4 products a mode.
     """
     if not isinstance(objective, Objective):
         raise TypeError(f"Expected an Objective(model, loss). Got {type(objective).__name__}.")

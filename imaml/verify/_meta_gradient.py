@@ -50,8 +50,8 @@ def meta_gradient(
 ) -> Verification:
     """Compare a meta-gradient with finite differences of what it claims to be the derivative of.
 
-    The derivative of the mean query loss along random unit directions d of all parameters (adapted or not) is found
-    by extrapolated central differences in float64, without any second derivative, and compared with gradient * d. The
+    The derivative of the mean query loss along random unit directions d of all parameters (adapted or not) is found by
+    extrapolated central differences in float64, without any second derivative, and compared with gradient * d. The
     query loss is taken
 
     - "maml": after the inner loop from theta + t d;
@@ -61,10 +61,12 @@ def meta_gradient(
     The relative error is that over all directions together. Where the subject fails, its result is compared with the
     results of known mistakes, and `cause` names the one that it equals.
 
+    Cost: some 16 to 60 inner loops of all tasks, for "implicit" with the minimisation instead.
+
     Args:
         engine_or_function: A strategy, or `function(objective, tasks)` that returns a dict of gradients by parameter
-            name, or one tensor in the order of `objective.parameters()`: the gradient of the mean over tasks. It gets
-            a deep copy of the objective in float64 and the tasks in float64; the user's are not touched.
+            name, or one tensor in the order of `objective.parameters()`: the gradient of the mean over tasks. It gets a
+            deep copy of the objective in float64 and the tasks in float64; the user's are not touched.
         objective: Model and loss.
         tasks: A few tasks with shapes as in use; two or more show a wrong mean.
         against: What is claimed. Known for the library's strategies.
@@ -72,7 +74,7 @@ def meta_gradient(
             "implicit" only starts from it, and takes any.
         regularization: lambda that was used. Known for strategies; 0 for "maml" and "fomaml".
         tolerance: The largest relative error that passes; raised to 1e-3 for a subject that returns less than float64.
-        seed: Of the directions, and of random draws (dropout).
+        seed: Seed of the directions, and of random draws (dropout).
 
     Returns:
         The verdict. "passed" is an error within the tolerance, or within the resolution of finite differences where
@@ -81,8 +83,6 @@ def meta_gradient(
     Raises:
         TypeError: The model cannot be copied, or the subject returns something else than gradients.
         ValueError: The claim is not known, wrong shapes, NaN, or a loss that is not deterministic.
-
-    Cost: some 16 to 60 inner loops of all tasks, for "implicit" with the minimisation instead.
     """
     claim = claim_of(engine_or_function, against)
     used = inner_of(engine_or_function, inner, claim)

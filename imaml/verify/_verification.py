@@ -13,7 +13,10 @@ RESOLVING = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What a verification found."""
+    """Says what a verification found: a verdict, how far off the subject is, and the likeliest cause of a failure.
+
+    `print(verification)` shows a few lines.
+    """
 
     subject: str
     """What was verified, for people."""

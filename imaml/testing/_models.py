@@ -30,7 +30,7 @@ def small_models(
     frozen: bool = True,
     dtype: torch.dtype = torch.float64,
 ) -> st.SearchStrategy[nn.Sequential]:
-    """Fully connected networks from `(examples, inputs)` to `(examples, outputs)`, as plain modules.
+    """Draw fully connected networks from `(examples, inputs)` to `(examples, outputs)`, as plain modules.
 
     Drawn are the depth (1 to 3 hidden layers), the width (3 to 5), the activation, the normalisation and the values of
     all parameters. The defaults fit those of `task_batches`: `@given(small_models(), task_batches())`.

@@ -19,12 +19,16 @@ _SPLIT = 1
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QuadraticTasks:
-    """Quadratics 1/2 phi' H phi - b' phi for the support and for the query set of every task, in float64.
+    """Holds tasks whose adapted parameters and meta-gradients are known in closed form.
 
-    With S = H_support and b of the support set, v = H_query phi - b_query at the adapted phi, and lambda the
-    regularization, the proximal solution is phi* = (S + lambda)^-1 (b + lambda theta), with d phi* / d theta =
-    lambda (S + lambda)^-1. Meta-gradients are returned by parameter name, as `MetaGradient.value_and_grad` does:
-    compare them with `torch.testing.assert_close`.
+    Their losses are quadratics 1/2 phi' H phi - b' phi for the support and for the query set of every task, in float64.
+
+    Formula: with S = H_support and b of the support set, v = H_query phi - b_query at the adapted phi, and lambda the
+    regularization, the proximal solution is phi* = (S + lambda)^-1 (b + lambda theta), with d phi* / d theta = lambda
+    (S + lambda)^-1.
+
+    Meta-gradients are returned by parameter name, as `MetaGradient.value_and_grad` does: compare them with
+    `torch.testing.assert_close`.
     """
 
     theta: Tensor
@@ -98,7 +102,7 @@ def _loss(params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
 def quadratic_tasks(
     n: int | None = None, *, tasks: int | None = None, condition: float = 100.0, indefinite: bool = False
 ) -> st.SearchStrategy[QuadraticTasks]:
-    """Small problems with closed forms, see `QuadraticTasks`.
+    """Draw small problems with closed forms, see `QuadraticTasks`.
 
     Args:
         n: Number of parameters, >= 2; None draws 2 to 5.

@@ -25,7 +25,7 @@ drawn = settings(
 
 
 def solver_conformance(make: Callable[[], LinearSolver], *, rtol: float = 1e-5) -> type[SolverConformance]:
-    """A class of tests of a solver, for pytest to collect.
+    """Make a class of tests of a solver, for pytest to collect.
 
     For example `TestMine = solver_conformance(lambda: Mine(max_steps=200))`.
 
@@ -41,7 +41,7 @@ def solver_conformance(make: Callable[[], LinearSolver], *, rtol: float = 1e-5) 
 
 
 class SolverConformance:
-    """Tests that a correct solver passes; see `solver_conformance`."""
+    """Tests what every correct solver promises; `solver_conformance` makes a subclass of it."""
 
     rtol: ClassVar[float]
 

@@ -18,10 +18,12 @@ _KINDS = ("repeated", "clustered", "geometric", "wide")
 def spectra(
     n: int | None = None, *, condition: float = 1e3, largest: float | None = None, indefinite: bool = False
 ) -> st.SearchStrategy[list[float]]:
-    """Eigenvalues in ascending order, of four kinds.
+    """Draw eigenvalues in ascending order, of four kinds.
 
-    Repeated (up to three distinct values), clustered (the same, 1e-6 apart within a cluster), geometric (a constant
-    ratio) and wide (spread at random over the whole range allowed, with its ends).
+    - Repeated: up to three distinct values.
+    - Clustered: the same, 1e-6 apart within a cluster.
+    - Geometric: a constant ratio.
+    - Wide: spread at random over the whole range allowed, with its ends.
 
     Args:
         n: How many; None draws 1 to 8, from 2 where `indefinite`.
@@ -79,7 +81,7 @@ def spd_matrices(
     dtype: torch.dtype = torch.float64,
     largest: float | None = None,
 ) -> st.SearchStrategy[Tensor]:
-    """Symmetric positive definite matrices Q diag(spectrum) Q', symmetric to the last bit.
+    """Draw symmetric positive definite matrices Q diag(spectrum) Q', symmetric to the last bit.
 
     Args:
         n: Their size; None draws 1 to 8.

@@ -36,7 +36,7 @@ Claim = Literal["maml", "fomaml", "implicit"]
 def strategy_conformance(
     make: Callable[[GradientDescent], MetaGradient], *, against: Claim | None, rtol: float = 1e-6
 ) -> type[StrategyConformance]:
-    """A class of tests of a strategy, for pytest to collect.
+    """Make a class of tests of a strategy, for pytest to collect.
 
     For example `TestMine = strategy_conformance(lambda inner: Mine(inner=inner), against="maml")`.
 
@@ -60,7 +60,7 @@ _OF_A_CLAIM = ("test_closed_forms_on_quadratics", "test_networks_as_this_library
 
 
 class StrategyConformance:
-    """Tests that a correct strategy passes; see `strategy_conformance`."""
+    """Tests what every correct strategy promises; `strategy_conformance` makes a subclass of it."""
 
     against: ClassVar[Claim | None]
     rtol: ClassVar[float]

@@ -25,7 +25,7 @@ def task_batches(
     query: int | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> st.SearchStrategy[TaskBatch]:
-    """Batches of tasks with normal inputs and random targets, `(input, target)` in both sets.
+    """Draw batches of tasks with normal inputs and random targets, `(input, target)` in both sets.
 
     Args:
         inputs: The shape of an example; a number for a vector.
@@ -34,7 +34,7 @@ def task_batches(
             normal targets `(tasks, examples, outputs)`, as `F.mse_loss` does.
         tasks: How many; None draws 1 to 4.
         support: Examples of a support set; None draws 3 to 6, enough for batch statistics.
-        query: Examples of a query set, likewise.
+        query: Examples of a query set; None draws 3 to 6 too.
         dtype: Dtype of inputs and regression targets.
 
     Returns:

@@ -32,11 +32,15 @@ _VAL, _TEST = 10, 25
 
 @dataclass(frozen=True, kw_only=True)
 class Banking77(Episodes):
-    """Few-shot intent classification: `ways` intents a task, each with `shots` support and `queries` query messages.
+    """Draws few-shot tasks of intent classification from BANKING77, short messages of bank customers.
+
+    A task has `ways` intents, each with `shots` support and `queries` query messages.
 
     The 77 intents are dealt into 42 train, 10 val and 25 test, always alike, and the messages of both published files
-    (10,003 + 3,080) pooled within each. A batch holds what the encoder makes of the messages, each tensor `(tasks, ways
-    * examples, *shape)`, by name, and labels `(tasks, ways * examples)`, int64. Every message is encoded once.
+    (10,003 + 3,080) pooled within each.
+
+    A batch holds what the encoder makes of the messages, each tensor `(tasks, ways * examples, *shape)`, by name, and
+    labels `(tasks, ways * examples)`, int64. Every message is encoded once.
 
     Args:
         shots: Support messages of each intent.

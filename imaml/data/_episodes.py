@@ -42,11 +42,11 @@ def chosen_rows(tasks: int, rows: slice | range | None) -> Sequence[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Episodes(ABC):
-    """A distribution of tasks in three disjoint splits, drawn by counters instead of by a running state.
+    """Draws batches of tasks from three disjoint splits, by counters instead of by a running state.
 
-    Task j of batch `index` is drawn from its own generator, seeded by (seed, split, index, j). So a run
-    resumes at any batch, ranks draw their rows of one batch, a smaller batch is the head of a larger one, and
-    the global random state plays no part.
+    Task j of batch `index` is drawn from its own generator, seeded by (seed, split, index, j). So a run resumes at any
+    batch, ranks draw their rows of one batch, a smaller batch is the head of a larger one, and the global random state
+    plays no part.
 
     Args:
         shots: Support examples of a task (of each class, in classification).

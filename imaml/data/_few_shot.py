@@ -18,7 +18,7 @@ from imaml.data._episodes import Episodes, Split, check_count, check_split
 
 
 class ImageSet(NamedTuple):
-    """Images by class, and which classes each split owns."""
+    """Holds images by class, and says which classes each split owns."""
 
     images: NDArray[np.uint8]
     """`(classes, examples, height, width)`, 255 = ink."""
@@ -35,11 +35,13 @@ def random_splits(pool: NDArray[np.intp], sizes: Mapping[str, int], rest: str) -
 
 @dataclass(frozen=True, kw_only=True)
 class FewShot(Episodes):
-    """N-way classification: `ways` classes a task, each with `shots` support and `queries` query images.
+    """Draws tasks of N-way classification: `ways` classes, each with `shots` support and `queries` query images.
 
-    A batch holds images `(tasks, ways * examples, 1, height, width)`, float32 in [0, 1] with ink = 1, and
-    labels `(tasks, ways * examples)`, int64, the classes one after the other. Which class gets which label is
-    random; the support and query images of a class are different ones. Images load at the first use.
+    A batch holds images `(tasks, ways * examples, 1, height, width)`, float32 in [0, 1] with ink = 1, and labels
+    `(tasks, ways * examples)`, int64, the classes one after the other. Which class gets which label is random; the
+    support and query images of a class are different ones.
+
+    Images load at the first use.
 
     Args:
         shots: Support images of each class.
@@ -49,8 +51,8 @@ class FewShot(Episodes):
 
     Raises:
         TypeError: A field is not an integer.
-        ValueError: A field is out of range; from `batch`, `ways` exceeds the classes of the split or
-            `shots + queries` the images of a class.
+        ValueError: A field is out of range; from `batch`, `ways` exceeds the classes of the split or `shots + queries`
+            the images of a class.
     """
 
     ways: int = 5

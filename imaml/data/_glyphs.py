@@ -25,17 +25,19 @@ LOOK_ALIKE = 0.9
 
 @dataclass(frozen=True, kw_only=True)
 class Glyphs(FewShot):
-    """Few-shot episodes of printed letters: Latin, Greek, Cyrillic, Armenian and Georgian, 28x28, grey.
+    """Draws few-shot tasks of printed letters, Latin, Greek, Cyrillic, Armenian and Georgian, without any download.
 
-    The classes are the 1365 letters that all twelve DejaVu faces (shipped with matplotlib) have, less those
-    that look like an earlier one in the upright sans serif: Greek Alpha and Cyrillic A are Latin A, and o is
-    O, since all letters are drawn at one size. About 650 remain: 70 % train, 10 % val, 20 % test, dealt at
-    random but always alike. A class has 20 images: each face once, eight of them twice, turned by up to 12
-    degrees, scaled by 0.8 to 1 and shifted by up to 2 pixels.
+    Images are 28x28, grey. The classes are the 1365 letters that all twelve DejaVu faces (shipped with matplotlib)
+    have, less those that look like an earlier one in the upright sans serif: Greek Alpha and Cyrillic A are Latin A,
+    and o is O, since all letters are drawn at one size.
 
-    The images are drawn at the first use, in about 5 seconds, and kept in the user's cache. Accented letters
-    are characters of their own, so a test letter may resemble a training one: take `Omniglot` to compare with
-    published numbers.
+    About 650 remain: 70 % train, 10 % val, 20 % test, dealt at random but always alike. A class has 20 images: each
+    face once, eight of them twice, turned by up to 12 degrees, scaled by 0.8 to 1 and shifted by up to 2 pixels.
+
+    Cost: the images are drawn at the first use, in about 5 seconds, and kept in the user's cache.
+
+    Not for comparing with published numbers: accented letters are characters of their own, so a test letter may
+    resemble a training one. Take `Omniglot` for that.
 
     Args:
         shots: Support images of each class.

@@ -18,32 +18,33 @@ Division = Literal["random", "original"]
 
 @dataclass(frozen=True, kw_only=True)
 class Omniglot(FewShot):
-    """Few-shot episodes of Omniglot: 1623 characters, each drawn once by 20 people, 28x28, 1 bit a pixel.
+    """Draws few-shot tasks of Omniglot: 1623 handwritten characters, each drawn once by 20 people.
 
-    "random" deals the characters into 1100 train, 100 val and 423 test: the 1200/423 split of the MAML code,
-    which also keeps 100 of the 1200 for validation. The deal is the same for every `seed`. "original" takes
-    the 964 background characters for train and val (864 and 100) and the 659 evaluation ones, of other
-    alphabets, for test. A part of Omniglot is dealt in the same proportions.
+    Images are 28x28, 1 bit a pixel.
 
-    With `rotations` every character also stands for three more classes, turned by 90, 180 and 270 degrees, in
-    all splits. A task holds distinct characters, each turned at random, as in the MAML code: a character
-    never competes with itself.
+    The split "random" deals the characters into 1100 train, 100 val and 423 test: the 1200/423 split of the MAML code,
+    which also keeps 100 of the 1200 for validation. The deal is the same for every `seed`. "original" takes the 964
+    background characters for train and val (864 and 100) and the 659 evaluation ones, of other alphabets, for test. A
+    part of Omniglot is dealt in the same proportions.
+
+    With `rotations` every character also stands for three more classes, turned by 90, 180 and 270 degrees, in all
+    splits. A task holds distinct characters, each turned at random, as in the MAML code: a character never competes
+    with itself.
 
     Args:
         shots: Support images of each class.
         queries: Query images of each class.
         seed: Names the stream of tasks.
         ways: Classes of a task.
-        path: A packed `.npz` (arrays `images`, uint8 `(characters, 20, 98)` for 1 bit a pixel or
-            `(characters, 20, 392)` for 4, in the order of the official numbers, and `is_evaluation`), an
-            official archive, or a folder with the archives or their contents. None downloads the archives
-            once, by checksum, to the user's cache.
+        path: A packed `.npz` (arrays `images`, uint8 `(characters, 20, 98)` for 1 bit a pixel or `(characters, 20,
+            392)` for 4, in the order of the official numbers, and `is_evaluation`), an official archive, or a folder
+            with the archives or their contents. None downloads the archives once, by checksum, to the user's cache.
         split: "random" or "original".
         rotations: Whether turned characters are classes too.
 
     Raises:
-        ValueError: A field is out of range. Files are read at the first use, which raises FileNotFoundError,
-            ValueError (damaged, wrong checksum, wrong arrays) or OSError (download).
+        ValueError: A field is out of range. Files are read at the first use, which raises FileNotFoundError, ValueError
+            (damaged, wrong checksum, wrong arrays) or OSError (download).
 
     References:
         Lake et al. 2015, Science 350:1332; Santoro et al. 2016 (rotations); Finn et al. 2017 and cbfinn/maml,

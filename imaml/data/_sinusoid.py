@@ -14,12 +14,14 @@ from imaml.data._episodes import Episodes, Split
 
 @dataclass(frozen=True, kw_only=True)
 class Sinusoid(Episodes):
-    """Regression of y = A sin(x - p) from a few points (Finn et al. 2017, section 5.1).
+    """Draws regression tasks y = A sin(x - p), known by a few points.
 
-    A task draws its amplitude A from U[0.1, 5] and its phase p from U[0, pi]; its support and query points
-    draw x
-    from U[-5, 5]. Inputs and targets are float32, `(tasks, examples, 1)`. The splits draw from the same
-    distribution in separate streams, so no task occurs in two of them.
+    A task draws its amplitude A from U[0.1, 5] and its phase p from U[0, pi]; its support and query points draw x from
+    U[-5, 5]. Inputs and targets are float32, `(tasks, examples, 1)`.
+
+    The splits draw from the same distribution in separate streams, so no task occurs in two of them.
+
+    Source: Finn et al. 2017, section 5.1.
 
     Args:
         shots: Support points of a task.

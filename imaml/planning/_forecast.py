@@ -14,7 +14,10 @@ Engine = TypeVar("Engine", bound=Strategy)
 
 @dataclass(frozen=True, kw_only=True)
 class Setting(Generic[Engine]):
-    """One way to compute the meta-gradient, and what a call of it takes. Settings give the same numbers."""
+    """Describes one way to compute the meta-gradient, and what a call of it takes.
+
+    All settings of a forecast give the same numbers.
+    """
 
     engine: Engine
     """To use it."""
@@ -43,7 +46,10 @@ class Setting(Generic[Engine]):
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast(Generic[Engine]):
-    """Memory and cost of an engine's settings, before any of them runs; `print` it for a table."""
+    """Predicts memory and cost of an engine's settings, before any of them runs.
+
+    `print(forecast)` shows a table and a recommendation.
+    """
 
     settings: tuple[Setting[Engine], ...]
     """The fastest first, by prediction."""

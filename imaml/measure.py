@@ -18,7 +18,7 @@ from imaml._torch import TorchDispatchMode
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Seconds a call took.
+    """Says how many seconds a call took.
 
     Args:
         median: Median over the repeats, in seconds.
@@ -31,7 +31,7 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Work of a call, which depends neither on the machine nor on what else runs on it.
+    """Says how much work a call did, which depends neither on the machine nor on what else runs on it.
 
     Args:
         operations: Operations that torch dispatched.
@@ -63,7 +63,7 @@ def timed(fn: Callable[[], object], *, repeats: int = 5) -> Timing:
 
 
 def timed_in_turn(calls: Sequence[Callable[[], object]], *, repeats: int = 5) -> list[Timing]:
-    """Time calls that are to be compared: they take turns, so that a machine's slow minute meets all of them.
+    """Time calls that are to be compared, in turn, so that a machine's slow minute meets all of them.
 
     Args:
         calls: As `fn` of `timed`.
@@ -90,12 +90,15 @@ def timed_in_turn(calls: Sequence[Callable[[], object]], *, repeats: int = 5) ->
 
 
 def peak_memory(fn: Callable[[], object], *, device: torch.device | str = "cpu") -> int:
-    """The most bytes that a call has allocated and not yet released.
+    """Measure the most bytes that a call has allocated and not yet released.
 
-    On the CPU every allocation and release of torch's allocator is recorded by `torch.profiler`, and the peak
-    of their running sum is returned: exact, unlike the resident set of the process. It slows the call, so do
-    not time and measure at once. Memory that other libraries take is not seen, nor the release of what was held
-    before the call. On CUDA it is `torch.cuda.max_memory_allocated` less what was held before.
+    On the CPU every allocation and release of torch's allocator is recorded by `torch.profiler`, and the peak of their
+    running sum is returned: exact, unlike the resident set of the process. It slows the call, so do not time and
+    measure at once.
+
+    Memory that other libraries take is not seen, nor the release of what was held before the call.
+
+    On CUDA it is `torch.cuda.max_memory_allocated` less what was held before.
 
     Args:
         fn: What to measure; called once. What it returns is released after the measurement.

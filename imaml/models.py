@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 
 class MLP(nn.Sequential):
-    """Fully connected network, by default 1-40-40-1 with ReLU as for sinusoid regression (Finn et al. 2017).
+    """Maps `(..., in_features)` to `(..., out_features)` by fully connected layers.
 
-    Maps `(..., in_features)` to `(..., out_features)`. Initialised as PyTorch does by default, like the
+    By default it is 1-40-40-1 with ReLU, as for sinusoid regression. Initialised as PyTorch does by default, like the
     network in the iMAML authors' code; the MAML authors drew weights from a normal of deviation 0.01.
+
+    Source: Finn et al. 2017.
 
     Args:
         in_features: Size of an input.
@@ -44,18 +46,19 @@ def _block(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 class Conv4(nn.Module):
-    """Four strided 3x3 convolutions and a linear head: the Omniglot network of MAML and iMAML.
-
-    Each block is [3x3 convolution of stride 2, BatchNorm, ReLU] (Finn et al. 2017, appendix A.1). The head
-    reads the flattened features, 2 x 2 x 64 for 28 x 28 images, as in the iMAML authors' code; the MAML
-    authors' code averages them over space. Weights are Xavier-uniform and biases zero, as in the MAML
-    authors' code.
-
-    BatchNorm always uses the statistics of the batch at hand and keeps none: the images of one forward pass,
-    such as the query set of a task, are seen together (the transductive setting of both papers). Do not use
-    it where queries arrive one at a time.
+    """Classifies images by four strided 3x3 convolutions and a linear head: the Omniglot network of MAML and iMAML.
 
     Maps images `(batch, in_channels, image_size, image_size)` to logits `(batch, ways)`.
+
+    Each block is [3x3 convolution of stride 2, BatchNorm, ReLU]. The head reads the flattened features, 2 x 2 x 64 for
+    28 x 28 images, as in the iMAML authors' code; the MAML authors' code averages them over space. Weights are
+    Xavier-uniform and biases zero, as in the MAML authors' code.
+
+    Not for queries that arrive one at a time: BatchNorm always uses the statistics of the batch at hand and keeps none.
+    The images of one forward pass, such as the query set of a task, are seen together (the transductive setting of both
+    papers).
+
+    Source: Finn et al. 2017, appendix A.1.
 
     Args:
         ways: Number of classes.

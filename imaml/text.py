@@ -17,7 +17,9 @@ SCALE = 10.0
 
 
 def load_minilm(ways: int, *, layers: int = 2, length: int = 24) -> tuple[FrozenLayers, LastLayers]:
-    """The pretrained MiniLM (22.7 M parameters, 6 layers of width 384), cut in two: no network is needed.
+    """Load the pretrained MiniLM, cut into frozen layers and a trainable rest, from an installed package.
+
+    It has 22.7 M parameters and 6 layers of width 384; no network is needed.
 
     Args:
         ways: Classes of the head.
@@ -48,7 +50,10 @@ def load_minilm(ways: int, *, layers: int = 2, length: int = 24) -> tuple[Frozen
 
 
 class FrozenLayers:
-    """From messages to hidden states `(n, length, width)` of the first layers and a mask `(n, length)` of tokens."""
+    """Encodes messages by the first layers of MiniLM, which are not trained.
+
+    It makes hidden states `(n, length, width)` and a mask `(n, length)` of tokens.
+    """
 
     def __init__(self, tokenizer: Any, body: nn.Module, length: int) -> None:
         self._tokenizer, self._body, self._length = tokenizer, body, length
@@ -69,11 +74,13 @@ class FrozenLayers:
 
 
 class LastLayers(nn.Module):
-    """Transformer layers, the mean over tokens as a vector of length 10, and a linear head that starts at zero.
+    """Classifies encoded messages by the last transformer layers and a linear head that starts at zero.
 
-    Maps `hidden` `(n, length, width)` and `mask` `(n, length)` to logits `(n, ways)`. From a head at zero, one gradient
-    step on the head classifies by the cosine to the class means, which is what frozen features are good for; training
-    starts there.
+    Maps `hidden` `(n, length, width)` and `mask` `(n, length)` to logits `(n, ways)`. The head sees the mean over
+    tokens as a vector of length 10.
+
+    From a head at zero, one gradient step on the head classifies by the cosine to the class means, which is what frozen
+    features are good for; training starts there.
     """
 
     def __init__(self, layers: nn.ModuleList, width: int, ways: int) -> None:

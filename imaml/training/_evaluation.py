@@ -18,7 +18,7 @@ _CHUNK = 20  # fixed, so that the tasks of an evaluation do not depend on an opt
 
 
 class Episodes(Protocol):
-    """A source of tasks."""
+    """Gives tasks to a training or an evaluation, such as the episodes of `imaml.data`."""
 
     def batch(self, split: Split, index: int, tasks: int, rows: range | None = None) -> TaskBatch:
         """Rows of batch `index` of "train", "val" or "test", all by default: a function of these and the seed alone."""
@@ -26,7 +26,7 @@ class Episodes(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A mean over tasks.
+    """Holds the mean of a metric over many tasks, with its confidence interval.
 
     Args:
         mean: Mean of the metric over tasks.

@@ -22,9 +22,10 @@ from imaml.training._trainer import StepRecord, Trainer
 
 
 class RunFolder:
-    """`config.json`, `metrics.jsonl`, `checkpoint.pt` with the one before, and `result.json` of one training.
+    """Keeps the files of one training in a folder that outlives interruptions.
 
-    However a process ends, the folder holds a whole checkpoint or is at its start, and half a line of metrics at most.
+    They are `config.json`, `metrics.jsonl`, `checkpoint.pt` with the one before, and `result.json`. However a process
+    ends, the folder holds a whole checkpoint or is at its start, and half a line of metrics at most.
 
     Args:
         path: The folder; `create` makes a new one.

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """What one meta-step did.
+    """Says what one meta-step did.
 
     Args:
         step: Its number, from 1.
         loss: Mean query loss before the update.
         metric: Mean query metric before the update.
-        learning_rate: Of the outer optimiser.
-        milliseconds: Of the meta-step: batch, meta-gradient and update, without validation.
+        learning_rate: Learning rate of the outer optimiser.
+        milliseconds: Time of the meta-step: batch, meta-gradient and update, without validation.
         seconds: Trained so far, validation included.
         solver: For implicit strategies: how many solves ended in each status, mean steps, worst residual.
         skipped: How many tasks counted in none of these, as they were not finite; None where such a task is an error.

@@ -27,11 +27,11 @@ class Contender:
 
     Args:
         strategy: Which.
-        options: Of its engine.
+        options: Options of its engine.
         trainer: At step 0.
         start: The validation of the initial parameters.
         cosine: There, between its meta-gradient and the exact one.
-        peak_bytes: Of a meta-gradient.
+        peak_bytes: Peak memory of a meta-gradient.
         step_seconds: What a meta-step took.
         task_seconds: What a task of the validation took.
     """
@@ -82,8 +82,8 @@ class Arena:
 
         Args:
             strategy: Which.
-            options: Of its engine.
-            plan: Of its training.
+            options: Options of its engine.
+            plan: How its training goes.
 
         Returns:
             What is to be trained.
@@ -117,7 +117,7 @@ class Arena:
             contender: From `enter`.
             label: Shown while it runs.
             seconds: Budget of everything here; None: the steps alone decide.
-            left: Of all strategies together; kept up to date.
+            left: What is left of all strategies together; kept up to date.
 
         Returns:
             What came of it.

@@ -24,7 +24,7 @@ def scatter(points: Points, xlabel: str, ylabel: str, theme: Theme, *, front: bo
         points: x and y by name.
         xlabel: Name of x.
         ylabel: Name of y.
-        theme: Of the page.
+        theme: Theme of the page.
         front: Join the points that no other one beats in both.
 
     Returns:

@@ -25,7 +25,7 @@ def settings(strategy: Strategy, engine: MetaGradient, *, tasks: int, given: Map
     """The engine as it is, and variations of it.
 
     Args:
-        strategy: Of the engine.
+        strategy: The engine's strategy.
         engine: Its inner loop, regularization and solver are kept.
         tasks: How many there are.
         given: Options that the user has fixed, which do not vary.

@@ -94,8 +94,8 @@ def problem(name: str, seed: int, *, log_lr: Sequence[float] | None = None) -> t
     """A model of `BUILT_IN` with random parameters, and random tasks for it; the global generator stays as it is.
 
     Args:
-        name: Of the model.
-        seed: Of parameters and tasks.
+        name: Name of the model.
+        seed: Seed of parameters and tasks.
         log_lr: A meta-parameter with these values, if any.
 
     Returns:

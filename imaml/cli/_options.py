@@ -33,7 +33,7 @@ class EpisodeOptions:
         ways: glyphs, omniglot, banking77: classes of a task.
         shots: Support examples (of each class).
         queries: Query examples (of each class).
-        seed: Of the tasks and of the initial parameters.
+        seed: Seed of the tasks and of the initial parameters.
     """
 
     dataset: Dataset = "glyphs"
@@ -100,7 +100,7 @@ class Train:
     """Meta-train a model, then test it on unseen classes. Defaults follow the dataset and the strategy.
 
     Args:
-        strategy: Of the meta-gradient: exact, first-order, or implicit.
+        strategy: How the meta-gradient is computed: exact, first-order, or implicit.
         out: Run folder; None: runs/DATASET-STRATEGY.
         resume: Continue the run in the folder; other options may then be left out.
         save_minutes: What a kill can cost: minutes from one checkpoint to the next, 0 for one after every meta-step.
@@ -227,7 +227,7 @@ class Verify:
         problem: module:function, imported with the current folder on the path.
         strategy: What to verify; imaml needs an inner loop and a solve that converge.
         tolerance: The largest relative error that passes.
-        seed: Of the directions, of random draws, and of the built-in problems.
+        seed: Seed of the directions, of random draws, and of the built-in problems.
     """
 
     problem: Annotated[str | None, tyro.conf.Positional] = None

@@ -25,7 +25,7 @@ class Section:
 
     Args:
         title: Heading.
-        headings: Of the columns.
+        headings: Headings of the columns.
         rows: Cells as they are shown.
         bold: First cells of rows that stand out.
         drawings: What draws each figure, by caption.
@@ -50,7 +50,7 @@ def write_page(path: Path, template: str, **content: Any) -> None:
     """Fill one of the templates beside this file and write the page.
 
     Args:
-        path: Of the page.
+        path: Where the page goes.
         template: Name of the file.
         content: What it names; always `settings`, what `environment` returns.
     """

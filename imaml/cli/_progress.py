@@ -30,7 +30,7 @@ def progress(
         trainer: Its progress is shown.
         metric: How its metric is written.
         label: Name of the training.
-        left: Of the work that the training is a part of; None: it is all of it, and its own pace counts.
+        left: What is left of the work that the training is a part of; None: it is all of it, and its own pace counts.
 
     Yields:
         What to call after every meta-step.

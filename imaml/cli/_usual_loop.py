@@ -26,7 +26,7 @@ def usual_loop(
 
     Args:
         model: Its parameters are the initialisation.
-        loss: Of output and target.
+        loss: A function of output and target.
         task: Pairs of input and target.
         adapted: Names of the parameters that the inner loop changes.
         lr: Its step size.

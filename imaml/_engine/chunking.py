@@ -14,8 +14,9 @@ from imaml._losses.slice import Slice
 from imaml._torch import is_functorch_wrapped_tensor, refuses_hooks, tree_leaves
 
 VECTORISED = {"cpu": 32 * 2**20}
-"""Bytes that the graphs of tasks vectorised together save at most, by device type. On a CPU vectorising pays as long
-as the work of a task is small and what it saves stays in the caches."""
+"""Bytes that the graphs of tasks vectorised together save at most, by device type. Every task has its own weights:
+vectorising shares no work and saves calls alone, which pays on a CPU as long as what a chunk saves stays in the caches.
+"""
 VECTORISED_ELSEWHERE = 256 * 2**20
 STORED = 3
 """What the inner states that these tasks hold take at most, in the same bytes."""

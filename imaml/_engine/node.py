@@ -1,4 +1,8 @@
-"""The one autograd node behind `result.loss`."""
+"""The one autograd node behind `result.loss`.
+
+The meta-gradient is computed in forward, so its memory is given back at once; clipping, accumulation, `GradScaler` and
+a network that produced theta work as with any loss.
+"""
 
 from __future__ import annotations
 

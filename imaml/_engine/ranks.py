@@ -32,6 +32,9 @@ def check_group(group: object) -> None:
 def check_alike(snapshot: Snapshot, group: ProcessGroup) -> None:
     """Compare the parameters of all ranks by a checksum of their bits: one small all-gather.
 
+    Asked once for an engine: in every call it would stop runs whose ranks differ by the rounding of a hyper-network's
+    own backward.
+
     Args:
         snapshot: With this rank's parameters.
         group: The ranks.
@@ -59,6 +62,8 @@ def over_ranks(
     compute: Callable[[], tuple[list[Tensor], T]], zeros: Callable[[], list[Tensor]], group: ProcessGroup
 ) -> tuple[list[Tensor], T]:
     """Compute on every rank, and sum over the ranks by one all-reduce, to which a rank that fails comes too.
+
+    It brings zeros and a flag, so that nobody waits for it.
 
     Args:
         compute: This rank's part: 1-dim tensors, of the same sizes and dtypes on every rank; and what stays with this

@@ -29,7 +29,7 @@ class Replay:
 
     `with replay.at(...)` sets the generators so that equal keys give equal draws, from the first evaluation on that
     draws: its own are those that the user's generators gave. Until then it only looks whether an evaluation has moved
-    them.
+    them. A key has the position of a chunk's first task, so masks depend on the chunking.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -42,7 +42,9 @@ class Slice:
 
     Derivatives are taken by plain autograd *outside* `vmap`, of the sum over tasks: the tasks are independent, so its
     gradient holds each task's own. Only the forward pass is vectorised, hence both derivatives of an HVP see the same
-    plain operations; a `vmap` between two derivatives gives wrong second derivatives for affine normalisation layers.
+    plain operations; a `vmap` between two derivatives gives wrong second derivatives for affine normalisation layers
+    (docs/numerics.md). The gradient for shared parameters then takes no `(tasks, m)` memory either.
+
     A chunk of one task runs without `vmap`, and so do all once a model turns out not to support it.
     """
 

@@ -27,7 +27,8 @@ class Compiled(Derivatives):
     Whatever else it depends on is frozen in them. So what is compiled anew is compared with the uncompiled derivative,
     and the losses of the next gradient of its shape, as of the first in every later call, with an uncompiled forward
     pass of the first task (of the query set only if it has a loss of its own); where they differ, or cannot be
-    compiled, the engine goes on without.
+    compiled, the engine goes on without. A guard by bytecode (Dynamo) would see more, and would have to trace through
+    `vmap`, hooks and modes.
     """
 
     def __init__(self, session: Session) -> None:

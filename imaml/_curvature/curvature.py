@@ -78,6 +78,7 @@ class Curvature(LinearOperator):
     def product(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
         """H w `(tasks, n)` and, if `mixed`, the derivative of g' w by the shared parameters, summed over tasks."""
         if mixed and self._gauss_newton:
+            # The Gauss-Newton mixed product would drop the term that a linear head on a learned body lives on.
             at = (self._derivatives, self._loss, self._phi, self._step)
             return Curvature(*at, mode=self._asked, graph=Graph.REBUILT).product(w, mixed=True)
         self._record.products += self._loss.tasks

@@ -1,4 +1,8 @@
-"""Functions of tensors, traced below autograd and compiled by TorchInductor."""
+"""Functions of tensors, traced below autograd and compiled by TorchInductor.
+
+`torch.compile` does not differentiate twice. A trace by `make_fx` lies below autograd, where a gradient and its product
+with a vector are operations like any other.
+"""
 
 from __future__ import annotations
 
@@ -57,6 +61,7 @@ def trace_and_compile(function: Function, tensors: Sequence[Tensor], what: str, 
                 torch.set_num_threads(threads)  # each thread has a number of its own, which goes into the code
                 return compile_graph(graph, tensors)
 
+        # A limit by the size of the trace would be the same on every machine, and off by the machine's speed.
         compiled = within(
             compute, seconds=left, meanwhile=[(LONG, lambda: LOGGER.warning(_STILL, what, LONG, size, left))]
         )

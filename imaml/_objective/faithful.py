@@ -44,7 +44,11 @@ class faithful:  # noqa: N801
 
 @dataclass(frozen=True)
 class Survey:
-    """What a model needs in a forward pass, as it is at the start of a call."""
+    """What a model needs in a forward pass, as it is at the start of a call.
+
+    With 301 modules an inner step then makes fewer Python calls than `functional_call` and the loss alone, which look
+    for tied weights each time: `python -m benchmarks.calls`.
+    """
 
     places: Mapping[str, list[tuple[dict[str, Any], str]]]
     """Where the tensor of a name stands: in every module that has it, once in each. (`functional_call` swaps by name,

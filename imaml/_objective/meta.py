@@ -73,7 +73,7 @@ class MetaParameters:
 
 
 def no_gradient(key: str, why: str) -> ValueError:
-    """The refusal of a meta-parameter that no derivative leads to."""
+    """The refusal of a meta-parameter that no derivative leads to: zeros in its place would pass for a gradient."""
     return ValueError(
         f"The meta-gradient for the meta-parameter {key!r} is zero: {why}. Leave it out of `meta`, detach it, or use "
         "it where it counts."

@@ -11,6 +11,8 @@ from imaml_solvers import LinearOperator, Solution, Status
 from imaml_solvers._lanczos import smallest_eigenvalue
 
 _SAFETY = 5.0
+"""What stands for all that is not looked at. A rigorous bound would need the smallest eigenvalue itself, and third
+derivatives in the whole neighbourhood; docs/numerics.md has the measurements that chose it."""
 _LANCZOS_STEPS = 10
 _ROUNDING = 10.0
 """What rounding makes of a sum, in units of eps."""

@@ -139,6 +139,8 @@ class MAML(MetaGradient):
             buffers = (torch.zeros_like(cotangent),) * problem.optimizer.buffers
             del query, phi  # they would live through the sweep
             pulled_by_theta = 0 if damping is None else torch.zeros_like(cotangent)
+            # The adjoint written out: an unrolled graph would hold all steps, and torch.utils.checkpoint, which
+            # recomputes under a nested autograd.grad, can raise the peak.
             for point in points:
                 (cotangent, *rest), w = point.pull_through_update((cotangent, *buffers))
                 buffers = tuple(rest)

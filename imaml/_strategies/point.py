@@ -27,7 +27,7 @@ class Point:
 
     @classmethod
     def with_gradient(cls, problem: Problem, state: State, step: int, mode: HvpMode) -> tuple[Point, Tensor]:
-        """One that keeps the graph of the gradient, with the gradient."""
+        """One that keeps the graph of the gradient, with the gradient: the graph serves the product at the step too."""
         curvature = problem.curvature(state[0], step, mode, Graph.ONCE)
         gradient = problem.gradient(state[0], step, curvature.take_gradient())
         return cls(problem, state, step, curvature, gradient if problem.steps.needs_gradient else None), gradient

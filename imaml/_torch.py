@@ -267,7 +267,7 @@ def _plain(*args: Any, **kwargs: Any) -> Iterator[None]:
 
 
 def _recomputed(*_: Any) -> NoReturn:
-    """In place of what a recomputation is kept in."""
+    """In place of what a recomputation is kept in: torch 2.15 kept the name of the generator, and used another."""
     raise RuntimeError(
         f"torch {torch.__version__} recomputes a checkpoint in a way that is not known, with other parameters. "
         "Expected a release such as 2.9 to 2.15: install one, or switch checkpoints off in the model."

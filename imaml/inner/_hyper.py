@@ -99,7 +99,10 @@ def _rows(parts: Sequence[Tensor], step: int) -> list[Tensor]:
 
 @dataclass
 class Hyperparameters:
-    """The values for one call, and the derivative of the meta-gradient's loss by each that is learned."""
+    """The values for one call, and the derivative of the meta-gradient's loss by each that is learned.
+
+    Derivatives are summed by value while steps are pulled back, and go through the user's functions once, at the end.
+    """
 
     leaves: dict[str, Tensor]
     """The meta-parameters."""

@@ -48,7 +48,7 @@ class Prediction:
     hvps: int
     equivalents: float
     rank: float
-    """What settings are ordered by, ascending."""
+    """What settings are ordered by, ascending: counts and a rule, not time, so that equal shapes give equal advice."""
 
 
 def predict(

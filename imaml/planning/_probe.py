@@ -52,6 +52,9 @@ def probe(
 ) -> Probe:
     """Measure the stages of some engines that differ in their settings.
 
+    A rehearsal of the whole call would cost as much as the call, and shapes alone do not show the work space of
+    kernels.
+
     Args:
         costs: What each engine says of its costs.
         objective: Model and loss.

@@ -18,7 +18,10 @@ from imaml_solvers._start import RUNNING, Start, check_stopping, default_stoppin
 from imaml_solvers._vectors import choose, largest_entry, norm, power_of_two
 
 ROUNDING = 10.0
-"""What rounding makes of a sum, in units of eps and of the norms of its vectors: less is zero, on any processor."""
+"""What rounding makes of a sum, in units of eps and of the norms of its vectors: less is zero, on any processor.
+
+p'Ap of an indefinite matrix may be 0 by one processor and 1e-17 by another, and a step of its inverse 1e17 long. No
+regular matrix comes near: for condition c, p'Ap is at least 2 / sqrt(c) of |p| |Ap|."""
 _CLAIMED = -2
 """The status of a system whose recursive residual met the tolerance, before b - A x is looked at."""
 

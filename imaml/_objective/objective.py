@@ -179,7 +179,7 @@ class Objective:
         return copied
 
     def parameters(self) -> dict[str, Tensor]:
-        """What receives meta-gradients, as the user holds it: adapted parameters, fixed ones, and those of `meta`."""
+        """What receives meta-gradients, as the user holds it: adapted parameters, shared ones, and those of `meta`."""
         named = self._program.parameters()
         fixed = {
             n: p

@@ -40,7 +40,8 @@ def hvp(
       of the differences with steps h, h/4, h/16, ... and their order, which is 2 for a smooth loss;
     - equal to the other exact modes.
 
-    Derivatives of the gradient by fixed parameters that require grad (mixed products) are compared along with H u.
+    Derivatives of the gradient by parameters that require grad and do not adapt (mixed products) are compared along
+    with H u.
 
     The finite-difference mode is inexact: it must come within 1e-3, or within the error that it reports itself. A mode
     that the model does not support is listed with the reason, and fails nothing.

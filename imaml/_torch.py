@@ -143,7 +143,7 @@ def vectorised(function: Callable[[list[Tensor]], Sequence[Tensor]], rows: Seque
     There is no warning of an operation that runs row by row, which the user cannot change.
 
     Args:
-        function: Of one row of each tensor.
+        function: Takes one row of each tensor.
         rows: Tensors `(size, ...)`.
         size: How many rows.
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from imaml._losses.record import Record
-from imaml._losses.replay import Draws
 from imaml._losses.snapshot import Snapshot
 from imaml._torch import inside_transform, is_out_of_memory
 
@@ -19,6 +19,7 @@ Writes = dict[tuple[int, ...], bool]
 """Whether an evaluation writes to its batch, by part; of all parts of a chunk."""
 
 
+@dataclass
 class Attempts:
     """`for attempt in attempts: with attempt: ...` evaluates, and evaluates again where that is called for.
 
@@ -26,33 +27,24 @@ class Attempts:
       its error then says more.
     - What a first evaluation writes to the batch is undone; that one and all later ones then have a copy each.
 
-    Args:
-        snapshot: What the call was given.
-        record: What the call has done so far.
-        data: The tensors of the batch.
-        part: Which part of the chunk they are.
-        writes: What is known of all parts; added to.
-        draws: The random draws of the evaluation.
-        many: Whether there are several tasks.
-
     Raises:
         ValueError: A later evaluation writes to its batch, where the first did not.
     """
 
-    def __init__(
-        self,
-        snapshot: Snapshot,
-        record: Record,
-        data: Sequence[Tensor],
-        part: tuple[int, ...],
-        writes: Writes,
-        draws: Draws,
-        *,
-        many: bool,
-    ) -> None:
-        self._held, self._record, self._data, self._part = snapshot.held, record, data, part
-        self._writes, self._draws, self._many = writes, draws, many
-        self._is_done = self._fell_back = False
+    snapshot: Snapshot
+    record: Record
+    data: Sequence[Tensor]
+    """The tensors of the batch."""
+    key: tuple[int, ...]
+    """Says which random numbers the evaluation draws."""
+    part: tuple[int, ...]
+    """Which part of the chunk the batch is."""
+    writes: Writes
+    """What is known of all parts; added to."""
+    many: bool
+    """Whether there are several tasks."""
+    _is_done: bool = False
+    _fell_back: bool = False
 
     def __iter__(self) -> Iterator[Attempts]:
         """Until one attempt is good."""
@@ -60,26 +52,27 @@ class Attempts:
             yield self
 
     def __enter__(self) -> None:
-        self._known = self._writes.get(self._part)
-        self._versions = [t._version for t in self._data]
-        self._before = [t.clone() for t in self._data] if self._known is None else []
-        self._copies = self._held.copies(afresh=inside_transform()) if self._held.places else None
-        self._draws.__enter__()
+        held = self.snapshot.held
+        self._known = self.writes.get(self.part)
+        self._versions = [t._version for t in self.data]
+        self._before = [t.clone() for t in self.data] if self._known is None else []
+        self._copies = held.copies(afresh=inside_transform()) if held.places else None
+        self._start = self.snapshot.replay.begin(self.key)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         """End an attempt; True where an error is to be forgotten."""
-        self._draws.__exit__(kind)
+        self.snapshot.replay.end(self.key, self._start, failed=error is not None)
         if self._copies is not None:
-            self._held.put_back(self._copies, failed=kind is not None)
-        changed = [i for i, t in enumerate(self._data) if t._version != self._versions[i]]
+            self.snapshot.held.put_back(self._copies, failed=error is not None)
+        changed = [i for i, t in enumerate(self.data) if t._version != self._versions[i]]
         before, self._before = self._before, []
         for i in changed if before else ():
-            self._data[i].detach().copy_(before[i])
+            self.data[i].detach().copy_(before[i])
         if error is not None:
             return self._forgets(error)
-        self._writes[self._part] = bool(self._known or changed)
+        self.writes[self.part] = bool(self._known or changed)
         if changed and not before:
             raise ValueError(
                 "The model or the loss writes to its batch in place, which it did not at first. Expected a forward "
@@ -90,11 +83,11 @@ class Attempts:
 
     def _forgets(self, error: BaseException) -> bool:
         if self._fell_back:
-            self._record.is_vectorised = True
+            self.record.is_vectorised = True
             return False
-        if not (self._many and self._record.is_vectorised) or not isinstance(error, RuntimeError):
+        if not (self.many and self.record.is_vectorised) or not isinstance(error, RuntimeError):
             return False
         if is_out_of_memory(error):
             return False
-        self._record.is_vectorised, self._fell_back = False, True
+        self.record.is_vectorised, self._fell_back = False, True
         return True

@@ -33,10 +33,6 @@ class Layout:
         """The dtype of the flat vector: the widest of the parameters', at least float32."""
         return reduce(torch.promote_types, self.dtypes, torch.float32)
 
-    @cached_property
-    def _is_of_one_dtype(self) -> bool:
-        return all(dtype == self.dtype for dtype in self.dtypes)
-
     def empty(self, like: Tensor) -> Tensor:
         """A flat vector of no entries, where a parameter is."""
         return like.detach().new_empty(0, dtype=self.dtype)
@@ -50,9 +46,7 @@ class Layout:
         batch = flat.shape[:-1]
         parts = flat.split(self.sizes, dim=-1)
         views = [p.view((*batch, *s)) for p, s in zip(parts, self.shapes, strict=True)]
-        if self._is_of_one_dtype:
-            return views
-        return [v.to(d) for v, d in zip(views, self.dtypes, strict=True)]
+        return [v if v.dtype == d else v.to(d) for v, d in zip(views, self.dtypes, strict=True)]
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         """Like `views`, by name."""
@@ -64,8 +58,6 @@ class Layout:
         parts = [
             torch.zeros(*batch, size, dtype=self.dtype, device=like.device)
             if tensor is None
-            else tensor.reshape(*batch, size)
-            if self._is_of_one_dtype
             else tensor.reshape(*batch, size).to(self.dtype)
             for tensor, size in zip(tensors, self.sizes, strict=True)
         ]

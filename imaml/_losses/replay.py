@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any
 
@@ -46,9 +48,15 @@ class Replay:
         """Whether any loss has drawn random numbers so far."""
         return self._first is not None
 
-    def at(self, *key: int) -> Draws:
-        """Within it one loss is evaluated with the draws that belong to its key."""
-        return Draws(self, key)
+    @contextmanager
+    def at(self, *key: int) -> Iterator[None]:
+        """Within it something is evaluated with the draws that belong to its key."""
+        start, failed = self.begin(key), True
+        try:
+            yield
+            failed = False
+        finally:
+            self.end(key, start, failed=failed)
 
     def begin(self, key: tuple[int, ...]) -> list[Tensor] | None:
         """Set the generators; returns their states where it is still to be seen whether an evaluation moves them."""
@@ -62,14 +70,16 @@ class Replay:
             self._seed(hash((self._base, *key)) & 0x7FFF_FFFF_FFFF_FFFF)
         return None
 
-    def end(self, key: tuple[int, ...], start: list[Tensor], *, failed: bool) -> None:
+    def end(self, key: tuple[int, ...], start: list[Tensor] | None, *, failed: bool) -> None:
         """Look whether an evaluation has moved the generators; a vectorised one that fails is repeated from the start.
 
         Args:
             key: What the evaluation's draws belong to.
-            start: The states before it.
+            start: What `begin` returned.
             failed: Whether it raised.
         """
+        if start is None:
+            return
         if failed:
             self.set(start)
             return
@@ -103,18 +113,3 @@ class Replay:
         if self._accelerator is not None:
             with self._accelerator.device(self._device):
                 self._accelerator.manual_seed(seed)
-
-
-class Draws:
-    """One evaluation's part of a `Replay`: a class, since a generator would triple the calls of every evaluation."""
-
-    def __init__(self, replay: Replay, key: tuple[int, ...]) -> None:
-        self._replay, self._key = replay, key
-        self._start: list[Tensor] | None = None
-
-    def __enter__(self) -> None:
-        self._start = self._replay.begin(self._key)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._start is not None:
-            self._replay.end(self._key, self._start, failed=kind is not None)

@@ -177,8 +177,8 @@ class Slice:
         return found
 
     def _attempts(self, step: int) -> Attempts:
-        draws = self.snapshot.replay.at(self.role, self.start, step, *self.part)
-        return Attempts(self.snapshot, self.record, self._flat[0], self.part, self.writes, draws, many=self.tasks > 1)
+        key = (self.role, self.start, step, *self.part)
+        return Attempts(self.snapshot, self.record, self._flat[0], key, self.part, self.writes, self.tasks > 1)
 
     def _each(self, one: One, values: Sequence[Tensor], batch: Batch) -> tuple[Tensor, ...]:
         """One function of every task, stacked."""

@@ -264,7 +264,7 @@ class Objective:
         Args:
             values: Parameters by name.
             batch: One task's support set.
-            survey: Of the model.
+            survey: What the model needs.
             recording: Whether running statistics among the values are updated in place.
 
         Returns:

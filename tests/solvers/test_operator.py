@@ -41,3 +41,63 @@ def test_a_vector_must_fit():
 def test_an_operator_needs_a_function():
     with pytest.raises(TypeError, match="function of a tensor. Got Tensor"):
         LinearOperator(torch.eye(3))
+
+
+def kept_products(matrix):
+    """An operator that hands out the same tensor every time, which nobody may write to."""
+    products = []
+
+    def mv(x):
+        products.append(x @ matrix.mT)
+        return products[-1]
+
+    return LinearOperator(mv), products
+
+
+@pytest.mark.parametrize("by", [0.7, torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64)], ids=["number", "diagonal"])
+def test_a_shifted_operator_has_the_diagonal_besides(by):
+    matrix, x = torch.randn(4, 3, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    expected = (matrix @ x.unsqueeze(-1)).squeeze(-1) + by * x
+    torch.testing.assert_close(LinearOperator.from_matrix(matrix).shifted(by).mv(x), expected, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("by", [torch.tensor(1.7), torch.tensor([0.5, 2.0, 3.0])], ids=["number", "diagonal"])
+def test_a_scaled_operator_is_divided_on_both_sides(by):
+    by = by.double()
+    matrix, x = torch.randn(3, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    whole = by.expand(3)
+    expected = x @ (matrix / whole / whole.unsqueeze(-1)).mT
+    torch.testing.assert_close(LinearOperator.from_matrix(matrix).scaled(by).mv(x), expected, rtol=1e-14, atol=1e-14)
+
+
+def test_an_operator_is_computed_in_the_dtype_that_is_asked_for():
+    seen = []
+    op = LinearOperator(lambda x: seen.append(x.dtype) or 2 * x).computed_in(torch.float32)
+    x = torch.randn(3, dtype=torch.float64)
+    assert op.mv(x).dtype == torch.float64 and seen == [torch.float32]
+    assert op.mv(x.float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda op: op.shifted(2.0),
+        lambda op: op.scaled(torch.tensor(2.0, dtype=torch.float64)),
+        lambda op: op.scaled(torch.full((3,), 2.0, dtype=torch.float64)),
+        lambda op: op.computed_in(torch.float64).shifted(2.0),
+    ],
+    ids=["shifted", "scaled", "scaled by entry", "cast and shifted"],
+)
+def test_products_that_an_operator_keeps_are_not_written_to(made):
+    op, products = kept_products(torch.randn(3, 3, dtype=torch.float64))
+    x = torch.randn(2, 3, dtype=torch.float64)
+    made(op).mv(x)
+    before = [p.clone() for p in products]
+    made(op).mv(x)
+    assert torch.equal(products[0], before[0]) and products[0]._version == 0
+
+
+def test_what_is_made_of_an_operator_says_that_its_products_are_new():
+    op = LinearOperator(lambda x: x)
+    assert not op.makes_new and op.shifted(1.0).makes_new and op.scaled(torch.tensor(2.0)).makes_new
+    assert not op.computed_in(torch.float64).makes_new

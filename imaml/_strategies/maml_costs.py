@@ -28,16 +28,18 @@ class MAMLCosts(Costs):
 
     def variants(self, device: torch.device) -> list[dict[str, Any]]:
         """Kept graphs, or states: all of them, few or none on the device, or all elsewhere."""
-        engine, steps = self.engine, self._tape.steps
-        if engine.linearize is not None or engine.checkpoints is not None or engine.storage != "device":
+        tape: Tape = self.engine.tape(keeps_graphs=True)
+        if self.engine.linearize is not None or tape.checkpoints is not None or tape.storage != "device":
             return [{}]
-        found: list[dict[str, Any]] = [{"linearize": False}]
-        if engine.microbatch_size is None:
-            found.insert(0, {"linearize": True})
-        fewer = [m for m in (isqrt(steps), 1, 0) if m < steps - 1]
+        found: list[dict[str, Any]] = [{"linearize": True}, {"linearize": False}] if tape.keeps_graphs else [{}]
+        fewer = [m for m in (isqrt(tape.steps), 1, 0) if m < tape.steps - 1]
         found += [{"checkpoints": m} for m in dict.fromkeys(fewer)]
         elsewhere = ("disk",) if device.type == "cpu" else ("cpu", "disk")
-        return found + [{"storage": where} for where in elsewhere if steps > 1]
+        return found + [{"storage": where} for where in elsewhere if tape.steps > 1]
+
+    def measured(self, device: torch.device) -> list[dict[str, Any]]:
+        """Another exact mode of products, which the stages of a forecast do not tell apart."""
+        return [{"hvp": "forward-over-reverse"}]
 
     @property
     def _tape(self) -> Tape:

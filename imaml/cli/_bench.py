@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from imaml import ImplicitMAML
+from imaml.cli._bench_candidates import Candidate, candidates
+from imaml.cli._bench_costs import Cost, measure
 from imaml.cli._bench_figures import scatter
 from imaml.cli._bench_options import Bench
-from imaml.cli._bench_settings import Setting, settings
-from imaml.cli._costs import Cost, measure
 from imaml.cli._engines import engines
 from imaml.cli._environment import environment
 from imaml.cli._factory import Made, make
@@ -58,7 +58,7 @@ def bench(options: Bench) -> int:
         raise ValueError(f"--memory must be more than 0 MB. Got {options.memory:g}.")
     set_up(MachineOptions(threads=options.threads))
     made = make(options.problem)
-    chosen = list(_settings(made, options, console))
+    chosen = list(_candidates(made, options, console))
     make_folder(options.out)
     try:
         with log_shown(console):
@@ -93,14 +93,16 @@ def bench(options: Bench) -> int:
     return 0
 
 
-def _settings(made: Made, options: Bench, console: Console) -> Iterator[Setting]:
+def _candidates(made: Made, options: Bench, console: Console) -> Iterator[Candidate]:
     for strategy, engine in engines(made, options.strategies, options.engine):
         if isinstance(engine, str):
             say(console, f"{NAMES[strategy]} is left out: {engine}")
         else:
             if isinstance(engine, ImplicitMAML):  # the same tasks are solved over and over
                 engine = replace(engine, warm_start=False, on_failure="ignore")
-            yield from settings(strategy, engine, tasks=len(made.tasks), given=given(options.engine))
+            yield from candidates(
+                strategy, engine, device=made.device, tasks=len(made.tasks), given=given(options.engine)
+            )
 
 
 def _advice(costs: list[Cost], limit: float | None) -> Iterator[str]:

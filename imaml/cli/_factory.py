@@ -7,6 +7,8 @@ import os
 import sys
 from typing import Any, NamedTuple
 
+import torch
+
 from imaml import Objective, Task
 from imaml._tasks import group
 from imaml.verify._subject import Subject, Tasks
@@ -24,6 +26,11 @@ class Made(NamedTuple):
     def first(self) -> Task:
         """The first task."""
         return self.tasks[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter(self.objective.parameters().values())).device
 
 
 def make(name: str | None) -> Made:

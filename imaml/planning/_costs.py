@@ -145,6 +145,10 @@ class Costs(ABC):
         """Settings of what the user left open, besides the size of chunks; the first holds the most and is fastest."""
         return [{}]
 
+    def measured(self, device: torch.device) -> list[dict[str, Any]]:
+        """Settings that `imaml bench` measures in the chunks that the engine chooses, besides the engine as it is."""
+        return []
+
     def measure(self, problem: Problem, stages: Stages) -> Facts:
         """Measure the stages of a chunk that this engine consists of."""
         record, facts = problem.record, self._inner_loop(problem, stages)

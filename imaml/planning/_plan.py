@@ -19,8 +19,9 @@ from imaml._tasks import group as by_shape
 from imaml._torch import tree_leaves
 from imaml.planning._forecast import Engine, Forecast, Setting
 from imaml.planning._memory import free, parse
-from imaml.planning._predict import Batch, costs_of, predict, sizes
-from imaml.planning._probe import MOST_TASKS, batch_device, probe
+from imaml.planning._predict import Batch, costs_of, predict
+from imaml.planning._probe import MOST_TASKS, probe
+from imaml.planning._settings import every
 
 SHARE = 0.8
 """The share of the free memory that `chunk_size="auto"` takes: the rest is for what a prediction may miss."""
@@ -43,7 +44,7 @@ def forecast(
         raise no_gradient(key, engine._without_path)
     count, stacked = max(map(len, groups)), 0 if isinstance(tasks, TaskBatch) else sum(map(size_of, groups))
     settings: list[Setting[Engine]] = []
-    for options in _options(engine, variants, count):
+    for options in every(engine, variants, count):
         chosen = replace(engine, **options) if options else engine
         size = engine.chunk_size if "chunk_size" not in options else options["chunk_size"]
         chunkings = [
@@ -78,22 +79,6 @@ def forecast(
 def size_of(batch: TaskBatch) -> int:
     """Bytes of its tensors."""
     return sum(t.numel() * t.element_size() for t in tree_leaves((batch.support, batch.query)))
-
-
-def _options(engine: Strategy, variants: Sequence[dict[str, Any]], tasks: int) -> list[dict[str, Any]]:
-    """The engine as it is, and every setting of what it leaves open."""
-    found: list[dict[str, Any]] = [{}]
-    for changes in variants:
-        chunks: list[int | None] = [None]
-        if engine.chunk_size in (None, "auto"):
-            chunks += sizes(tasks)
-        for size in chunks:
-            options = {name: value for name, value in changes.items() if getattr(engine, name) != value}
-            if size is not None:
-                options |= {"chunk_size": size}
-            if options and options not in found:
-                found.append(options)
-    return found
 
 
 def look(
@@ -131,7 +116,7 @@ def automatic(engine: Strategy, objective: Objective, batch: TaskBatch, shapes: 
     """How tasks run with `chunk_size="auto"`; looked at once for these shapes, and again for more tasks up to three."""
     key = (shapes, min(len(batch), MOST_TASKS))
     if key not in engine._memory.looks:
-        device = batch_device(objective)
+        device = objective.parameters()[objective.adapted[0]].device
         room, variants = room_of(device), costs_of(engine).variants(device)
         engine._memory.looks[key] = Look(batch=look(engine, variants, objective, batch, room), room=room)
     found = engine._memory.looks[key]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
 
 from imaml._engine.chunking import VECTORISED, Chunking
 from imaml._engine.strategy import Strategy
@@ -109,12 +108,3 @@ def _time(batch: Batch, size: int, which: str) -> float:
         return (own + _CALL) * batch.tasks
     crowded = room is not None and size * own > room
     return own * batch.tasks * (_CROWDED if crowded else 1) + _CALL * len(batch.chunks(size))
-
-
-def sizes(tasks: int) -> list[int]:
-    """Sizes of chunks worth looking at, descending: the smallest for each number of chunks 1, 2, 4, 8, ..."""
-    found, chunks = [tasks], 2
-    while found[-1] > 1:
-        found.append(ceil(tasks / chunks))
-        chunks *= 2
-    return list(dict.fromkeys(found))

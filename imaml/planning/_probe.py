@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from imaml._engine.chunking import ONE_BY_ONE, Chunking, saved_bytes
 from imaml._objective.objective import Objective
 from imaml._sharding.runs import run_of
@@ -101,8 +99,3 @@ def _per_task(uses: dict[int, dict[str, Use]]) -> float:
     """The most that a stage took for a task."""
     tasks = max(uses)
     return max(use.peak for use in uses[tasks].values()) / tasks
-
-
-def batch_device(objective: Objective) -> torch.device:
-    """Where the adapted parameters are."""
-    return objective.parameters()[objective.adapted[0]].device

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import Tensor
 
 from imaml import MetaGradient
-from imaml.cli._bench_settings import Setting
+from imaml.cli._bench_candidates import Candidate
 from imaml.cli._exact_gradient import exact_gradient, flat
 from imaml.cli._factory import Made
 from imaml.cli._options import Strategy
@@ -40,47 +40,47 @@ class Cost:
 
 
 def measure(
-    made: Made, settings: Sequence[Setting], *, memory: float | None, repeats: int, console: Console
+    made: Made, candidates: Sequence[Candidate], *, memory: float | None, repeats: int, console: Console
 ) -> list[Cost]:
     """Memory first; then times, in turn, of what stays within the limit; then errors.
 
     Args:
         made: The problem.
-        settings: Ways to compute its meta-gradient.
+        candidates: Ways to compute its meta-gradient.
         memory: The limit, in MB; None for none.
         repeats: Rounds of timing.
         console: Shows what is being measured.
 
     Returns:
-        One cost for each setting, in their order.
+        One cost for each, in their order.
 
     Raises:
         RuntimeError: The problem fails in every setting, or no plain gradient of it can be taken.
     """
     costs: dict[str, Cost] = {}
-    for setting in settings:
-        with console.status(f"{setting.name}: memory"):
-            costs[setting.name] = _peak(made, setting, memory)
+    for one in candidates:
+        with console.status(f"{one.setting}: memory"):
+            costs[one.setting] = _peak(made, one, memory)
     failures = [cost.failure for cost in costs.values() if cost.failure]
     if len(failures) == len(costs):
         raise RuntimeError(failures[0])
-    ran = [setting for setting in settings if costs[setting.name].reason is None]
+    ran = [one for one in candidates if costs[one.setting].reason is None]
     with console.status("Timing"):
-        calls = [_call(made, setting.engine) for setting in ran]
+        calls = [_call(made, one.engine) for one in ran]
         unit, *timings = timed_in_turn([partial(_support_gradients, made), *calls], repeats=repeats)
     exact: dict[str, Tensor | None] = {}
-    for setting, timing in zip(ran, timings, strict=True):
+    for one, timing in zip(ran, timings, strict=True):
         cost = replace(
-            costs[setting.name],
+            costs[one.setting],
             seconds=timing.median,
             spread=timing.spread,
             equivalents=timing.median / unit.median,
         )
-        with console.status(f"{setting.name}: error"):
+        with console.status(f"{one.setting}: error"):
             try:
-                costs[setting.name] = replace(cost, error=_error(made, setting.engine, exact))
+                costs[one.setting] = replace(cost, error=_error(made, one.engine, exact))
             except _RAISED as error:
-                costs[setting.name] = replace(cost, reason="unknown", failure=f"in float64, {_sentence(error)}")
+                costs[one.setting] = replace(cost, reason="unknown", failure=f"in float64, {_sentence(error)}")
     return list(costs.values())
 
 
@@ -88,12 +88,11 @@ def _call(made: Made, engine: MetaGradient) -> Callable[[], object]:
     return partial(engine.value_and_grad, made.objective, made.tasks)
 
 
-def _peak(made: Made, setting: Setting, limit: float | None) -> Cost:
-    cost = Cost(strategy=setting.strategy, setting=setting.name)
-    call, device = _call(made, setting.engine), next(iter(made.objective.parameters().values())).device
+def _peak(made: Made, candidate: Candidate, limit: float | None) -> Cost:
+    cost, call = Cost(strategy=candidate.strategy, setting=candidate.setting), _call(made, candidate.engine)
     try:
         call()  # what torch sets up once is not counted
-        size = peak_memory(call, device=device)
+        size = peak_memory(call, device=made.device)
     except torch.OutOfMemoryError:
         return replace(cost, reason="out of memory")
     except _RAISED as error:

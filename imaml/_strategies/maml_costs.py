@@ -10,6 +10,7 @@ import torch
 from imaml._engine.problem import Problem
 from imaml._strategies.point import Point
 from imaml._strategies.schedule import sweep
+from imaml._strategies.storage import most_on_device
 from imaml._strategies.tape import Tape
 from imaml.inner import InnerOptimizer
 from imaml.inner._inner_problem import State
@@ -95,9 +96,8 @@ class MAMLCosts(Costs):
         stepping = always + chunk.theta * chunk.facts.damped
 
         def stored(states: int) -> float:
-            """Bytes of these on the device: where they are kept elsewhere, that at hand and, read ahead, the next."""
-            here = {"device": states, "cpu": 2, "disk": 1}[tape.storage]
-            return self._state(chunk) * min(states, here)
+            """Bytes of these on the device."""
+            return self._state(chunk) * most_on_device(tape.storage, chunk.facts.device, states)
 
         peaks = [
             given + step.peak,

@@ -50,6 +50,15 @@ def store(where: Storage, device: torch.device, states: int) -> Iterator[Store]:
         yield {}
 
 
+def most_on_device(where: Storage, device: torch.device, states: int) -> int:
+    """How many of the states of a store are on the device at a time: that at hand, and those that are kept there."""
+    if where == "disk":
+        return min(states, 1)
+    if where == "cpu" and device.type == "cuda":
+        return min(states, 2)  # the next is read ahead
+    return states
+
+
 class InPinnedMemory:
     """Pinned memory of the host: copies run beside the computation, and the state needed next comes ahead."""
 

@@ -53,6 +53,7 @@ CASES = [
     ("mlp", MAML(inner=Adam(lr=0.01, steps=9), checkpoints=2, chunk_size=2)),
     ("mlp", MAML(inner=descent(), truncate=2, linearize=False)),
     ("mlp", MAML(inner=descent(), storage="disk", chunk_size=4)),
+    ("mlp", MAML(inner=descent(9), storage="cpu", chunk_size=4)),
     ("mlp", MAML(inner=descent(), hvp="finite-difference", chunk_size=2)),
     ("mlp", FOMAML(inner=descent(9, stationarity=1e-9), chunk_size=6)),
     ("mlp", FOMAML(inner=TorchOptimizer(torch.optim.LBFGS, steps=5, max_iter=2), chunk_size=2)),

@@ -10,10 +10,11 @@ from torch import Tensor
 from imaml_solvers import LinearOperator, Solution, Status
 from imaml_solvers._lanczos import smallest_eigenvalue
 
+LANCZOS_STEPS, LANCZOS_VECTORS = 10, 3
+"""Products of `smallest_eigenvalue` where the solver has no estimate, and vectors that it holds besides b."""
 _SAFETY = 5.0
 """What stands for all that is not looked at. A rigorous bound would need the smallest eigenvalue itself, and third
 derivatives in the whole neighbourhood; docs/numerics.md has the measurements that chose it."""
-_LANCZOS_STEPS = 10
 _ROUNDING = 10.0
 """What rounding makes of a sum, in units of eps."""
 
@@ -34,7 +35,7 @@ def careful_eigenvalue(solution: Solution, op: LinearOperator, rhs: Tensor) -> T
     """
     n, found, steps = rhs.shape[-1], solution.smallest_eigenvalue, solution.num_steps
     if found is None:
-        count = min(_LANCZOS_STEPS, n)
+        count = min(LANCZOS_STEPS, n)
         with torch.no_grad():
             found, steps = smallest_eigenvalue(op, rhs, count), torch.full_like(steps, count)
     found = found.masked_fill(_is_zero(rhs), 1)

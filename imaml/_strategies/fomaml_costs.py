@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from imaml.planning._costs import LINEARISED, Chunk, Costs, Facts, Work
+from imaml._curvature.exact_products import Graph
+from imaml.planning._costs import Chunk, Costs, Facts, Work
 
 
 class FOMAMLCosts(Costs):
@@ -19,4 +20,4 @@ class FOMAMLCosts(Costs):
     def work(self, facts: Facts) -> Work:
         """K + 1 gradients."""
         gradients, hvps = self.inner_counts(facts)
-        return Work(gradients=gradients + 1, hvps=hvps, equivalents=gradients + 1 + LINEARISED * hvps)
+        return Work(gradients=gradients + 1, hvps=hvps, equivalents=gradients + 1 + facts.product(Graph.KEPT) * hvps)

@@ -131,13 +131,12 @@ class ImplicitMAML(MetaGradient):
         weight = root / root.mean()  # 1 for a single lambda, where the system is I + H / lambda itself
         rhs = query.adapted.div_(weight)
         curvature, gradient = self._curvature(problem, phi)
-        with_bound = self.error_bound and self.curvature == "hessian" and damping is not None
-        stationarity, slope = gradient.norm(dim=-1), gradient / root if with_bound else None
+        stationarity, slope = gradient.norm(dim=-1), gradient / root if self._has_bound else None
         del gradient
         shift = 0.0 if damping is None else 1.0
         op = _system(curvature, root, shift)
         solution = self._solve(problem, op, rhs)
-        mu = careful_eigenvalue(solution, op, rhs) if with_bound else None
+        mu = careful_eigenvalue(solution, op, rhs) if self._has_bound else None
         shared, hyper = query.shared, problem.hyper
         if shared is not None:
             pulled = solution.x * weight / root.square()  # (H + Lambda)^-1 v
@@ -183,6 +182,16 @@ class ImplicitMAML(MetaGradient):
         if self.warm_start and pullback.solution is not None:
             self._solutions.keep(problem.support.batch, pullback.solution)
 
+    @property
+    def _graph(self) -> Graph:
+        """What a solve keeps of the graph of the gradient."""
+        return Graph.KEPT if self.linearize or self.curvature == "ggn" else Graph.REBUILT
+
+    @property
+    def _has_bound(self) -> bool:
+        """Whether the report has an error bound."""
+        return self.error_bound and self.curvature == "hessian" and self.regularization is not None
+
     def _check(self, problem: Problem) -> None:
         objective = problem.snapshot.objective
         if self.curvature == "ggn" and objective.model is None:
@@ -209,9 +218,8 @@ class ImplicitMAML(MetaGradient):
 
     def _curvature(self, problem: Problem, phi: Tensor) -> tuple[Curvature, Tensor]:
         """The support loss's curvature, and the gradient of the inner objective, both after the inner loop."""
-        steps, gauss_newton = problem.inner.steps, self.curvature == "ggn"
-        graph = Graph.KEPT if self.linearize or gauss_newton else Graph.REBUILT
-        curvature = problem.curvature(phi, steps, self.hvp, graph, gauss_newton=gauss_newton)
+        steps = problem.inner.steps
+        curvature = problem.curvature(phi, steps, self.hvp, self._graph, gauss_newton=self.curvature == "ggn")
         return curvature, problem.gradient(phi, steps, curvature.take_gradient())
 
     def _look_at(self, report: Report) -> None:

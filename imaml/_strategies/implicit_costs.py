@@ -7,11 +7,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from imaml._curvature.exact_products import Graph
 from imaml._engine.problem import Problem
-from imaml.planning._costs import GAUSS_NEWTON, INEXACT, LINEARISED, REBUILT, Chunk, Costs, Facts, Stages, Work
+from imaml._strategies.error_bound import LANCZOS_STEPS, LANCZOS_VECTORS
+from imaml.planning._costs import Chunk, Costs, Facts, Stages, Work
 from imaml.planning._solver import Solve, solve
 
-_LANCZOS_VECTORS, _LANCZOS_STEPS = 3, 10
+_GAUSS_NEWTON = 1
+"""What a product with J'BJ costs, in gradients: three passes through a model that is kept as a linear map."""
 
 
 class ImplicitCosts(Costs):
@@ -35,24 +38,15 @@ class ImplicitCosts(Costs):
         """See `Costs`."""
         return self.variants(device)[1:]
 
-    @property
-    def _kind(self) -> str:
-        return "kept" if self.engine.linearize else "rebuilt"
-
-    @property
-    def _with_bound(self) -> bool:
-        engine = self.engine
-        return engine.error_bound and engine.curvature == "hessian" and engine.regularization is not None
-
     def _measure(self, problem: Problem, stages: Stages) -> None:
-        kind, mixed = self._kind, bool(problem.snapshot.shared)
-        if stages.missing(f"{kind} curvature"):
+        graph: Graph = self.engine._graph
+        if stages.missing(graph.value):
             phi = stages.after
-            with stages.account.stage(f"{kind} curvature"):
+            with stages.account.stage(graph.value):
                 curvature, gradient = self.engine._curvature(problem, phi)
-            stages.product(f"{kind} product", curvature, torch.ones_like(phi), mixed=False)
-            if mixed:
-                stages.product(f"{kind} mixed", curvature, torch.ones_like(phi), mixed=True)
+            stages.product(f"{graph.value} product", curvature, torch.ones_like(phi), mixed=False)
+            if problem.snapshot.shared:
+                stages.product(f"{graph.value} mixed", curvature, torch.ones_like(phi), mixed=True)
             del curvature, gradient
 
     def solve(self, theta: Tensor) -> Solve:
@@ -62,14 +56,14 @@ class ImplicitCosts(Costs):
 
     def peak(self, chunk: Chunk) -> float:
         """See the class."""
-        curvature, product, vector = chunk[f"{self._kind} curvature"], chunk[f"{self._kind} product"], chunk.vector
+        kind, with_bound, vector = self.engine._graph.value, self.engine._has_bound, chunk.vector
+        curvature, product = chunk[kind], chunk[f"{kind} product"]
         query, solved, like = chunk["query"], chunk.facts.solve, self.engine.solver_dtype or chunk.facts.dtype
-        assert solved is not None
         cast = chunk.tasks * chunk.facts.adapted * like.itemsize if like != chunk.facts.dtype else 0
         given = cast + 2 * vector * self.engine.warm_start  # b in the solver's dtype, and the start
         judged = vector + query.held
         graph = curvature.held - vector  # the gradient is given back, or becomes the slope
-        slope = vector * self._with_bound
+        slope = vector * with_bound
         scaled = vector * (chunk.facts.scaled or like != chunk.facts.dtype)  # what a product is taken of
         solving = judged + graph + slope
         peaks: list[float] = [
@@ -81,11 +75,11 @@ class ImplicitCosts(Costs):
         ]
         solution = solving + vector
         if chunk.facts.shared:
-            peaks.append(solution + vector + chunk[f"{self._kind} mixed"].peak)
-        if self._with_bound:
+            peaks.append(solution + vector + chunk[f"{kind} mixed"].peak)
+        if with_bound:
             there = judged + slope + 3 * vector  # the solution, the direction, and the point along it
             if not solved.has_eigenvalue:
-                peaks.append(solution + _LANCZOS_VECTORS * vector + scaled + product.peak)
+                peaks.append(solution + LANCZOS_VECTORS * vector + scaled + product.peak)
             peaks += [
                 there + query.peak,
                 there + vector + curvature.peak,
@@ -96,17 +90,12 @@ class ImplicitCosts(Costs):
     def work(self, facts: Facts) -> Work:
         """K + 2 gradients and the solver's products, and two gradients and a product for the error bound."""
         gradients, inner_hvps = self.inner_counts(facts)
-        solved = facts.solve
-        assert solved is not None
-        hvps = solved.products + (2 if self.engine.warm_start else 0)
-        if self._with_bound:
-            hvps += 1 + (0 if solved.has_eigenvalue else min(_LANCZOS_STEPS, facts.adapted))
-        gradients += 4 if self._with_bound else 2
-        each = LINEARISED if self.engine.linearize else REBUILT
-        if facts.mode == "finite-difference":
-            each = INEXACT
-        elif self.engine.curvature == "ggn":
-            each = GAUSS_NEWTON
-        mixed = REBUILT if self.engine.curvature == "ggn" else each
-        equivalents = gradients + LINEARISED * inner_hvps + each * hvps + mixed * bool(facts.shared)
+        hvps = facts.solve.products + (2 if self.engine.warm_start else 0)
+        if self.engine._has_bound:
+            hvps += 1 + (0 if facts.solve.has_eigenvalue else min(LANCZOS_STEPS, facts.adapted))
+        gradients += 4 if self.engine._has_bound else 2
+        each = mixed = facts.product(self.engine._graph)
+        if self.engine.curvature == "ggn":
+            each, mixed = _GAUSS_NEWTON, facts.product(Graph.REBUILT)
+        equivalents = gradients + facts.product(Graph.KEPT) * inner_hvps + each * hvps + mixed * bool(facts.shared)
         return Work(gradients=gradients, hvps=inner_hvps + hvps + bool(facts.shared), equivalents=equivalents)

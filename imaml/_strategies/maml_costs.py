@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
+from imaml._curvature.exact_products import Graph
 from imaml._engine.problem import Problem
 from imaml._strategies.point import Point
 from imaml._strategies.schedule import sweep
 from imaml._strategies.storage import most_on_device
 from imaml._strategies.tape import Tape
-from imaml.inner import InnerOptimizer
 from imaml.inner._inner_problem import State
-from imaml.planning._costs import INEXACT, LINEARISED, REBUILT, Chunk, Costs, Facts, Stages, Work
+from imaml.planning._costs import Chunk, Costs, Facts, Stages, Work
 
 _MOVED = {"device": 0.0, "cpu": 0.1, "disk": 1.0}
 """What storing a byte of a state and reading it back costs, in bytes of a graph."""
@@ -129,23 +129,28 @@ class MAMLCosts(Costs):
 
     @property
     def _buffers(self) -> int:
-        assert isinstance(self.engine.inner, InnerOptimizer)
-        return self.engine.inner.buffers
+        buffers: int = self.engine.inner.buffers
+        return buffers
 
     def work(self, facts: Facts) -> Work:
         """K + 1 gradients, those of recomputed steps, and K products."""
         tape, steps = self._tape, self._tape.steps
-        inexact = facts.mode == "finite-difference"
+        gradients, graph = tape.first + 1, Graph.ONCE
         if tape.keeps_graphs:
-            gradients, each = steps, INEXACT if inexact else LINEARISED
+            gradients += steps
         else:
-            again = steps if facts.needs_gradient else 0
-            gradients = sweep(steps, tape.checkpoints).steps + again
-            each = INEXACT if inexact else LINEARISED if again else REBUILT
-        gradients += tape.first + 1
+            gradients += sweep(steps, tape.checkpoints).steps
+            if facts.needs_gradient:
+                gradients += steps
+            else:
+                graph = Graph.REBUILT
         state = facts.adapted * facts.itemsize * (1 + self._buffers)
-        transfer = _MOVED[tape.storage] * tape.most_states * state
-        return Work(gradients=gradients, hvps=steps, equivalents=gradients + each * steps, transfer=transfer)
+        return Work(
+            gradients=gradients,
+            hvps=steps,
+            equivalents=gradients + facts.product(graph) * steps,
+            transfer=_MOVED[tape.storage] * tape.most_states * state,
+        )
 
 
 def _pull_back(point: Point, stages: Stages, name: str) -> None:

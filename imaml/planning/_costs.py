@@ -11,15 +11,11 @@ import torch
 from torch import Tensor
 
 from imaml._curvature.curvature import Curvature
+from imaml._curvature.exact_products import Graph
 from imaml._engine.problem import Problem
 from imaml.inner import InnerOptimizer, InnerSolver
 from imaml.planning._account import Account, Use
-from imaml.planning._solver import Solve
-
-REBUILT, LINEARISED, INEXACT, GAUSS_NEWTON = 3, 2, 2, 1
-"""A Hessian-vector product in gradients. One pass back through a computation costs twice that computation, so with a
-forward pass of 1 a gradient is 3; its own derivative 6 more, or 9 with the gradient evaluated anew; finite differences
-are two gradients; J'(Bv)J w is three passes through a linearised model."""
+from imaml.planning._solver import NO_SOLVE, Solve
 
 _FEW = (2, 3)
 """Steps of an inner solver that are measured: what the last one adds, every further one is taken to add."""
@@ -58,7 +54,7 @@ class Facts:
     """Whether the derivative of an inner step needs the gradient there."""
     is_vectorised: bool = True
     """Whether chunks run under `vmap`."""
-    solve: Solve | None = None
+    solve: Solve = NO_SOLVE
     """What a linear system takes, where the strategy solves any."""
     per_step: tuple[float, float] = (1, 0)
     """Gradients and products of an inner step."""
@@ -69,6 +65,12 @@ class Facts:
     def itemsize(self) -> int:
         """Bytes of an entry."""
         return self.dtype.itemsize
+
+    def product(self, graph: Graph) -> int:
+        """What a product with the Hessian costs, in gradients."""
+        # One pass back through a computation costs twice that computation. So with a forward pass of 1 a gradient is 3,
+        # and its own derivative 6 more, or 9 where the graph is rebuilt. Finite differences are two gradients.
+        return 3 if graph is Graph.REBUILT and self.mode != "finite-difference" else 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,9 +217,9 @@ class Costs(ABC):
             return most + chunk.theta
         return most + state + chunk.theta * chunk.facts.damped
 
-    def solve(self, theta: Tensor) -> Solve | None:
+    def solve(self, theta: Tensor) -> Solve:
         """What a linear system of the size of theta takes, if any is solved."""
-        return None
+        return NO_SOLVE
 
     def query_peak(self, chunk: Chunk) -> float:
         """The peak of the query gradient, with the parameters that it is taken at."""

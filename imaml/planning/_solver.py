@@ -29,6 +29,9 @@ class Solve:
     """Whether the solution comes with an estimate of the smallest eigenvalue."""
 
 
+NO_SOLVE = Solve(peak=0.0, at_product=0.0, products=0, has_eigenvalue=False)
+
+
 def solve(solver: LinearSolver, n: int, like: Tensor, *, starts: bool) -> Solve:
     """Let a solver solve small systems that are badly conditioned, and extrapolate to n entries.
 

@@ -158,6 +158,15 @@ def test_linearised_and_vectorised_settings_are_predicted_to_be_faster():
     assert kept.gradient_equivalents == TASKS * (5 + 2 * 4)
 
 
+def test_a_gauss_newton_product_costs_one_gradient_whatever_the_mode_of_the_mixed_one():
+    objective, tasks = problem("head")
+    products = 3
+    for mode, rebuilt in (("auto", 3), ("finite-difference", 2)):
+        engine = implicit(curvature="ggn", hvp=mode, error_bound=False, chunk_size=1)
+        setting = of_engine(engine.plan(objective, tasks))
+        assert setting.gradient_equivalents == setting.gradients + TASKS * (products + rebuilt)
+
+
 def test_a_model_that_cannot_be_vectorised_gains_nothing_from_it():
     objective, tasks = problem("lstm")
     best = FOMAML(inner=descent()).plan(objective, tasks).best

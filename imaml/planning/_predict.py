@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from imaml._engine.chunking import VECTORISED, Chunking
 from imaml._engine.strategy import Strategy
+from imaml._losses.replay import Role
 from imaml.planning._account import Use
 from imaml.planning._costs import Chunk, Costs
 from imaml.planning._probe import Probe
@@ -75,8 +76,8 @@ def predict(
         gradients += batch.tasks * work.gradients
         hvps += batch.tasks * work.hvps
         equivalents += batch.tasks * work.equivalents
-        rank += (work.equivalents - 1) * _time(batch, chunking.tasks, "support")
-        rank += batch.tasks * work.transfer + _time(batch, min(chunking.tasks, chunking.query_tasks), "query")
+        rank += (work.equivalents - 1) * _time(batch, chunking.tasks, Role.SUPPORT)
+        rank += batch.tasks * work.transfer + _time(batch, min(chunking.tasks, chunking.query_tasks), Role.QUERY)
     return Prediction(peak=stacked + max(peaks), gradients=gradients, hvps=hvps, equivalents=equivalents, rank=rank)
 
 
@@ -100,9 +101,9 @@ def _chunk(probe: Probe, tasks: int, query_tasks: int) -> Chunk:
     return replace(chunk, uses={**chunk.uses, "query": joined})
 
 
-def _time(batch: Batch, size: int, which: str) -> float:
+def _time(batch: Batch, size: int, role: Role) -> float:
     """The time of evaluating all tasks once in chunks of a size, in bytes of graphs: issuing it, and its arithmetic."""
-    facts, own = batch.probe.facts, batch.probe.saved[which]
+    facts, own = batch.probe.facts, batch.probe.saved[role]
     room = VECTORISED.get(facts.device.type)
     if size == 1 or not facts.is_vectorised:
         return (own + _CALL) * batch.tasks

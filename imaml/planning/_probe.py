@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from imaml._engine.chunking import ONE_BY_ONE, Chunking, saved_bytes
+from imaml._losses.replay import Role
 from imaml._objective.objective import Objective
 from imaml._sharding.runs import run_of
 from imaml._tasks import TaskBatch
@@ -23,8 +24,8 @@ class Probe:
     base: Use
     """What a call holds from the start: copies of the buffers, learned hyper-parameters."""
     uses: dict[int, dict[str, Use]]
-    saved: dict[str, int]
-    """Bytes that autograd saves for one task's gradient, of the "support" and of the "query" loss."""
+    saved: dict[Role, int]
+    """Bytes that autograd saves for one task's gradient, of the support and of the query loss."""
     facts: Facts
     gradients: int
     hvps: int
@@ -63,19 +64,18 @@ def probe(
     Returns:
         The stages of chunks of at least the first size. Random states are left as they were.
     """
-    engine = costs[0].engine
-    uses: dict[int, dict[str, Use]] = {}
-    facts, base, gradients, hvps = None, Use(0, 0), 0, 0
+    facts: Facts
+    engine, uses = costs[0].engine, dict[int, dict[str, Use]]()
+    base, gradients, hvps = Use(0, 0), 0, 0
     run = run_of(engine, objective, derivatives=True)
     solve = costs[0].solve(run.snapshot.theta)
     one = run.problem([0], batch[:1], ONE_BY_ONE)
     theta = one.theta
-    saved = {
-        name: saved_bytes(loss.slices[0][1], theta) for name, loss in (("support", one.support), ("query", one.query))
-    }
+    parts = (loss.slices[0][1] for loss in (one.support, one.query))
+    saved = {part.role: saved_bytes(part, theta) for part in parts}
     run.snapshot.replay.undo()
     for tasks in sizes:
-        if facts is not None and room is not None and tasks * _per_task(uses) > room:
+        if uses and room is not None and tasks * _per_task(uses) > room:
             break
         account = Account(run.snapshot.like.device)
         with account.recording():
@@ -91,7 +91,6 @@ def probe(
         gradients, hvps = gradients + run.record.gradients, hvps + run.record.products
         uses[tasks] = dict(account.uses)
         base = uses[tasks].pop(_SNAPSHOT)
-    assert facts is not None
     return Probe(base=base, uses=uses, saved=saved, facts=facts, gradients=gradients, hvps=hvps)
 
 

@@ -16,9 +16,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from imaml.cli._experiment import build_engine, build_experiment, given
 from imaml.cli._options import STRATEGIES, EngineOptions, MachineOptions, Strategy
 from imaml.cli._presets import PRESETS
-from imaml.cli._problem import build_engine, build_problem, given
 from imaml.measure import counted
 from imaml.training import Plan, Trainer
 
@@ -93,9 +93,9 @@ class Tuner:
 def train(strategy: Strategy, setting: Setting, seed: int, gigaflops: float) -> dict[str, float]:
     """As many meta-steps as the arithmetic allows, then a validation; accuracy 0 where the training diverged."""
     options, meta_lr, batch = setting
-    problem = build_problem(replace(PRESETS["glyphs"].episodes, seed=seed), MachineOptions(threads=1))
-    model, engine = problem.fresh_model(), build_engine(strategy, options)
-    objective, tasks = problem.objective(model, options.adapt), problem.episodes.batch("train", 0, batch)
+    experiment = build_experiment(replace(PRESETS["glyphs"].episodes, seed=seed), MachineOptions(threads=1))
+    model, engine = experiment.fresh_model(), build_engine(strategy, options)
+    objective, tasks = experiment.objective(model, options.adapt), experiment.episodes.batch("train", 0, batch)
     flops = counted(lambda: engine.value_and_grad(objective, tasks)).flops
     plan = Plan(
         steps=max(1, round(1e9 * gigaflops / flops)),
@@ -104,7 +104,7 @@ def train(strategy: Strategy, setting: Setting, seed: int, gigaflops: float) -> 
         eval_every=10**9,
         val_tasks=VAL_TASKS,
     )
-    trainer = Trainer(model=model, objective=objective, engine=engine, episodes=problem.episodes, plan=plan)
+    trainer = Trainer(model=model, objective=objective, engine=engine, episodes=experiment.episodes, plan=plan)
     try:
         *_, last = trainer
     except FloatingPointError:

@@ -94,6 +94,27 @@ def test_no_two_modules_of_the_core_have_one_name():
     assert sorted(n for n in set(names) if names.count(n) > 1) == []
 
 
+COMMANDS = {"train", "compare", "verify", "bench", "plan"}
+"""Modules of the program that are called like what the user types."""
+
+
+def test_no_module_of_the_program_has_the_name_of_one_of_the_core():
+    files = {name: path.stem.strip("_") for name, path in modules().items() if path.stem != "__init__"}
+    core = {stem for name, stem in files.items() if level(name) <= len(ROOMS)}
+    assert {stem for name, stem in files.items() if name.startswith("imaml.cli.")} & core <= COMMANDS
+
+
+def test_no_class_of_the_program_or_its_training_has_the_name_of_one_of_the_core():
+    found = {}
+    for name, path in modules().items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(name)
+    top = ("imaml.cli.", "imaml.training.")
+    twice = {c: where for c, where in found.items() if len(where) > 1 and any(w.startswith(top) for w in where)}
+    assert twice.keys() == {"Episodes"}, twice  # the protocol of a source of tasks, and the base class in `data`
+
+
 def test_no_module_imports_itself_in_a_circle():
     assert circle(graph()) is None
 

@@ -37,7 +37,7 @@ def main(args: Sequence[str] | None = None) -> int:
             return _verify.verify(options)
         if isinstance(options, _bench_options.Bench):
             return _bench.bench(options)
-        if isinstance(options, _plan_options.Forecast):
+        if isinstance(options, _plan_options.Predict):
             return _plan.plan(options)
         return _train.train(options) if isinstance(options, _options.Train) else _compare.compare(options)
     except USER_ERRORS as error:

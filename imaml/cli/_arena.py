@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from imaml import TaskBatch
 from imaml.cli._exact_gradient import exact_gradient, flat
+from imaml.cli._experiment import Experiment, build_engine
 from imaml.cli._options import EngineOptions, Strategy
-from imaml.cli._outcome import Outcome, Point
-from imaml.cli._problem import Problem, build_engine
 from imaml.cli._progress import progress
+from imaml.cli._result import Result, Validation
 from imaml.cli._time_left import TimeLeft
 from imaml.measure import peak_memory
 from imaml.training import Plan, Trainer
@@ -39,7 +39,7 @@ class Contender:
     strategy: Strategy
     options: EngineOptions
     trainer: Trainer
-    start: Point
+    start: Validation
     cosine: float
     peak_bytes: int
     step_seconds: float
@@ -68,12 +68,12 @@ class Arena:
     """What the strategies share.
 
     Args:
-        problem: Tasks and initial model.
+        experiment: Tasks and initial model.
         probe: Tasks that meta-gradients are compared on.
         console: Where progress is shown.
     """
 
-    problem: Problem
+    experiment: Experiment
     probe: TaskBatch
     console: Console
 
@@ -88,9 +88,9 @@ class Arena:
         Returns:
             What is to be trained.
         """
-        engine, model = build_engine(strategy, options), self.problem.fresh_model()
-        objective = self.problem.objective(model, options.adapt)
-        trainer = Trainer(model=model, objective=objective, engine=engine, episodes=self.problem.episodes, plan=plan)
+        engine, model = build_engine(strategy, options), self.experiment.fresh_model()
+        objective = self.experiment.objective(model, options.adapt)
+        trainer = Trainer(model=model, objective=objective, engine=engine, episodes=self.experiment.episodes, plan=plan)
         call = partial(engine.value_and_grad, objective, self.probe)
         cosine = self._cosine_to_exact(trainer)
         peak = peak_memory(call, device=trainer.device)
@@ -103,14 +103,14 @@ class Arena:
             strategy=strategy,
             options=options,
             trainer=trainer,
-            start=Point(step=0, seconds=0.0, value=validation),
+            start=Validation(step=0, seconds=0.0, value=validation),
             cosine=cosine,
             peak_bytes=peak,
             step_seconds=step_seconds * plan.meta_batch / len(self.probe),
             task_seconds=(monotonic() - began) / plan.val_tasks,
         )
 
-    def judge(self, contender: Contender, *, label: str, seconds: float | None, left: TimeLeft) -> Outcome:
+    def judge(self, contender: Contender, *, label: str, seconds: float | None, left: TimeLeft) -> Result:
         """Train and test one strategy.
 
         Args:
@@ -122,7 +122,7 @@ class Arena:
         Returns:
             What came of it.
         """
-        trainer, metric = contender.trainer, self.problem.metric
+        trainer, metric = contender.trainer, self.experiment.metric
         if seconds is not None:
             trainer.plan = replace(trainer.plan, minutes=max(seconds - contender.test_seconds, 1.0) / 60)
         milliseconds, curve, expected = [], [contender.start], contender.seconds
@@ -131,7 +131,7 @@ class Arena:
                 milliseconds.append(record.milliseconds)
                 done = contender.step_seconds
                 if record.val:
-                    curve.append(Point(step=record.step, seconds=sum(milliseconds) / 1000, value=record.val))
+                    curve.append(Validation(step=record.step, seconds=sum(milliseconds) / 1000, value=record.val))
                     done += contender.validation_seconds
                 left.did(done)
                 expected -= done
@@ -139,7 +139,7 @@ class Arena:
         with self.console.status(f"{label}: testing, {left} left"):
             test = trainer.evaluate("test", tasks=trainer.plan.eval_tasks)
         left.did(expected)  # the test, and steps that a budget of time left out
-        return Outcome(
+        return Result(
             strategy=contender.strategy,
             options=contender.options,
             plan=trainer.plan,

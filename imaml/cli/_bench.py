@@ -19,12 +19,12 @@ from imaml.cli._bench_figures import scatter
 from imaml.cli._bench_options import Bench
 from imaml.cli._engines import engines
 from imaml.cli._environment import environment
+from imaml.cli._experiment import given, set_up
 from imaml.cli._factory import Made, make
 from imaml.cli._options import MachineOptions
-from imaml.cli._outcome import NAMES
 from imaml.cli._page import Drawing, Section, save_figures, write_page
-from imaml.cli._problem import given, set_up
 from imaml.cli._progress import log_shown, say
+from imaml.cli._result import NAMES
 from imaml.training import make_folder, replace_file
 
 HEADINGS = ("setting", "ms", "spread", "gradients", "peak MB", "error")

@@ -9,7 +9,7 @@ import torch
 
 from imaml import MetaGradient
 from imaml.cli._options import Strategy
-from imaml.cli._outcome import NAMES
+from imaml.cli._result import NAMES
 from imaml.planning._predict import costs_of
 from imaml.planning._settings import few
 

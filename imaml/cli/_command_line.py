@@ -10,17 +10,17 @@ import tyro
 from imaml.cli import _presets
 from imaml.cli._bench_options import Bench
 from imaml.cli._options import Compare, Train, Verify
-from imaml.cli._plan_options import Forecast
+from imaml.cli._plan_options import Predict
 from imaml.training import RunFolder
 
-Options = Train | Compare | Verify | Bench | Forecast
+Options = Train | Compare | Verify | Bench | Predict
 T = TypeVar("T", bound=Options)
 _COMMANDS: dict[str, type[Options]] = {
     "train": Train,
     "compare": Compare,
     "verify": Verify,
     "bench": Bench,
-    "plan": Forecast,
+    "plan": Predict,
 }
 
 
@@ -42,14 +42,14 @@ def parse(args: Sequence[str]) -> Options:
             | Annotated[Compare, tyro.conf.subcommand("compare")]
             | Annotated[Verify, tyro.conf.subcommand("verify")]
             | Annotated[Bench, tyro.conf.subcommand("bench")]
-            | Annotated[Forecast, tyro.conf.subcommand("plan")],
+            | Annotated[Predict, tyro.conf.subcommand("plan")],
             args=args or ["--help"],
             prog="imaml",
             description="Meta-learning with exact, first-order and implicit meta-gradients.",
         )
     command, *flags = args
     first = _parse(command, [flag for flag in flags if flag not in ("-h", "--help")], _COMMANDS[command]())
-    if isinstance(first, Verify | Bench | Forecast):
+    if isinstance(first, Verify | Bench | Predict):
         return _parse(command, flags, type(first)())
     if isinstance(first, Compare):
         return _parse(command, flags, _presets.compare(first.episodes.dataset))

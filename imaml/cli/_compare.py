@@ -15,15 +15,15 @@ from rich.table import Table
 from rich.text import Text
 
 from imaml.cli._arena import Arena
+from imaml.cli._compare_report import write_report
 from imaml.cli._environment import environment
+from imaml.cli._experiment import applies, build_engine, build_experiment, check_given, given
 from imaml.cli._memory_curves import MemoryCurve, memory_curves, sentence
 from imaml.cli._metric import Metric
 from imaml.cli._options import Compare, EngineOptions, Strategy
-from imaml.cli._outcome import COLORS, FOOTNOTES, NAMES, Outcome, columns
 from imaml.cli._presets import PRESETS
-from imaml.cli._problem import applies, build_engine, build_problem, check_given, given
 from imaml.cli._progress import say
-from imaml.cli._report import write_report
+from imaml.cli._result import COLORS, FOOTNOTES, NAMES, Result, columns
 from imaml.cli._time_left import TimeLeft
 from imaml.training import Plan, make_folder, replace_file
 
@@ -40,7 +40,7 @@ def compare(options: Compare) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself on stderr
     deadline = None if options.plan.minutes is None else monotonic() + 60 * options.plan.minutes
     console = Console()
-    problem = build_problem(options.episodes, options.machine)
+    experiment = build_experiment(options.episodes, options.machine)
     engines, plans = _engines(options), _plans(options)
     settings = {
         "episodes": asdict(options.episodes),
@@ -54,27 +54,27 @@ def compare(options: Compare) -> int:
     _write(options, settings, [], [])
     say(console, _threads())
     with console.status("Preparing the tasks"):
-        probe = problem.episodes.batch("val", 0, max(plan.meta_batch for plan in plans.values()))
-    arena = Arena(problem=problem, probe=probe.to(device=options.machine.device), console=console)
+        probe = experiment.episodes.batch("val", 0, max(plan.meta_batch for plan in plans.values()))
+    arena = Arena(experiment=experiment, probe=probe.to(device=options.machine.device), console=console)
     with console.status("Memory by inner steps"):
-        curves = memory_curves(problem, engines, arena.probe)
+        curves = memory_curves(experiment, engines, arena.probe)
     contenders = []
     for strategy, engine in engines.items():
         with console.status(f"{NAMES[strategy]}: measuring"):
             contenders.append(arena.enter(strategy, engine, plans[strategy]))
     left = TimeLeft(sum(contender.seconds for contender in contenders), deadline)
     say(console, f"{left} left: {', '.join(f'{NAMES[s]} {plan.steps:,} meta-steps' for s, plan in plans.items())}.")
-    outcomes: list[Outcome] = []
+    results: list[Result] = []
     for number, contender in enumerate(contenders, start=1):
         seconds = None if deadline is None else (deadline - monotonic()) / (len(contenders) - number + 1)
         label = f"{number}/{len(contenders)} {NAMES[contender.strategy]}"
-        outcomes.append(arena.judge(contender, label=label, seconds=seconds, left=left))
-        _write(options, settings, outcomes, curves)
+        results.append(arena.judge(contender, label=label, seconds=seconds, left=left))
+        _write(options, settings, results, curves)
     say(console, f"\n{sentence(curves)}")
-    console.print(_table(outcomes, problem.metric))
+    console.print(_table(results, experiment.metric))
     for note in FOOTNOTES:
         console.print(Text(note, style="dim"))
-    report = write_report(options.folder, outcomes, curves, problem.metric, settings)
+    report = write_report(options.folder, results, curves, experiment.metric, settings)
     say(console, f"Report: {report.resolve().as_uri()}")
     return 0
 
@@ -107,23 +107,23 @@ def _threads() -> str:
     return f"{threads} threads. Where other programs run, --threads 1 is several times faster."
 
 
-def _write(options: Compare, settings: dict[str, Any], outcomes: list[Outcome], curves: list[MemoryCurve]) -> None:
-    results = {
+def _write(options: Compare, settings: dict[str, Any], results: list[Result], curves: list[MemoryCurve]) -> None:
+    content = {
         "settings": settings,
         "memory": [asdict(curve) for curve in curves],
-        "outcomes": [asdict(outcome) for outcome in outcomes],
+        "outcomes": [asdict(result) for result in results],
     }
-    text = json.dumps(results, indent=2, default=str) + "\n"
+    text = json.dumps(content, indent=2, default=str) + "\n"
     replace_file(options.folder / "results.json", lambda stream: stream.write(text.encode()))
 
 
-def _table(outcomes: list[Outcome], metric: Metric) -> Table:
+def _table(results: list[Result], metric: Metric) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("strategy", no_wrap=True)
     shown = columns(metric)
     for heading in shown:
         table.add_column(heading, justify="right", no_wrap=heading.startswith("test"))
-    for outcome in outcomes:
-        name = Text(NAMES[outcome.strategy], style=f"bold {COLORS[outcome.strategy]}")
-        table.add_row(name, *(text(outcome) for text in shown.values()))
+    for result in results:
+        name = Text(NAMES[result.strategy], style=f"bold {COLORS[result.strategy]}")
+        table.add_row(name, *(text(result) for text in shown.values()))
     return table

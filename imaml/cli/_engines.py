@@ -7,9 +7,9 @@ from dataclasses import fields, replace
 from typing import Any
 
 from imaml import ImplicitMAML, MetaGradient
+from imaml.cli._experiment import applies, build_engine, check_adapt, check_given, field_of, given
 from imaml.cli._factory import Made
 from imaml.cli._options import EngineOptions, Strategy
-from imaml.cli._problem import applies, build_engine, check_adapt, check_given, field_of, given
 from imaml.inner import InnerSolver
 from imaml.verify._claims import name_of
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from imaml.cli._memory_curves import INNER_STEPS, MemoryCurve
 from imaml.cli._metric import Metric
-from imaml.cli._outcome import COLORS, LOOP_COLOR, NAMES, Outcome, Point
+from imaml.cli._result import COLORS, LOOP_COLOR, NAMES, Result, Validation
 from imaml.training import replace_file
 
 _WINDOW = 25
@@ -50,16 +50,16 @@ def training_curve(metrics: Sequence[dict[str, Any]], metric: Metric) -> Figure:
     return figure
 
 
-def learning_curves(outcomes: Sequence[Outcome], metric: Metric, theme: Theme, *, by_seconds: bool) -> Figure:
+def learning_curves(results: Sequence[Result], metric: Metric, theme: Theme, *, by_seconds: bool) -> Figure:
     """Validation over meta-steps, or over the seconds they took (a larger figure), with 95 % bands."""
     figure, axes = empty_axes(theme, (10.4, 4.2) if by_seconds else (5.2, 3.6))
-    x: Callable[[Point], float] = (lambda point: point.seconds) if by_seconds else (lambda point: point.step)
-    for outcome in outcomes:
-        xs = [x(point) for point in outcome.curve]
-        means = [metric.scale * point.value.mean for point in outcome.curve]
-        widths = [metric.scale * point.value.interval for point in outcome.curve]
-        color = COLORS[outcome.strategy]
-        axes.plot(xs, means, color=color, linewidth=1.8, marker="o", markersize=3, label=NAMES[outcome.strategy])
+    x: Callable[[Validation], float] = (lambda point: point.seconds) if by_seconds else (lambda point: point.step)
+    for result in results:
+        xs = [x(point) for point in result.curve]
+        means = [metric.scale * point.value.mean for point in result.curve]
+        widths = [metric.scale * point.value.interval for point in result.curve]
+        color = COLORS[result.strategy]
+        axes.plot(xs, means, color=color, linewidth=1.8, marker="o", markersize=3, label=NAMES[result.strategy])
         lows, highs = ([m + sign * w for m, w in zip(means, widths, strict=True)] for sign in (-1, 1))
         axes.fill_between(xs, lows, highs, color=color, alpha=0.18, linewidth=0)
     axes.set(xlabel="seconds of meta-steps" if by_seconds else "meta-step", ylabel=f"validation {metric.label}")
@@ -95,11 +95,11 @@ def memory_figure(curves: Sequence[MemoryCurve], theme: Theme) -> Figure:
     return figure
 
 
-def bars(outcomes: Sequence[Outcome], values: Sequence[float], label: str, form: str, theme: Theme) -> Figure:
+def bars(results: Sequence[Result], values: Sequence[float], label: str, form: str, theme: Theme) -> Figure:
     """One horizontal bar for each strategy, with its number in the given format."""
-    figure, axes = empty_axes(theme, (5.2, 0.7 + 0.42 * len(outcomes)))
-    names = [NAMES[outcome.strategy] for outcome in outcomes]
-    drawn = axes.barh(names, values, color=[COLORS[outcome.strategy] for outcome in outcomes], height=0.62)
+    figure, axes = empty_axes(theme, (5.2, 0.7 + 0.42 * len(results)))
+    names = [NAMES[result.strategy] for result in results]
+    drawn = axes.barh(names, values, color=[COLORS[result.strategy] for result in results], height=0.62)
     axes.bar_label(drawn, fmt=form, padding=4, color=theme.ink)
     axes.set_xlabel(label)
     axes.margins(x=0.12)

@@ -8,9 +8,9 @@ from functools import partial
 from typing import Literal
 
 from imaml import TaskBatch
+from imaml.cli._experiment import Experiment, build_engine
 from imaml.cli._options import EngineOptions, Strategy
-from imaml.cli._outcome import NAMES
-from imaml.cli._problem import Problem, build_engine
+from imaml.cli._result import NAMES
 from imaml.cli._usual_loop import usual_loop
 from imaml.measure import peak_memory
 
@@ -37,29 +37,31 @@ class MemoryCurve:
         return f"{megabytes:.{0 if megabytes >= 10 else 1 if megabytes >= 1 else 2}f} MB"
 
 
-def memory_curves(problem: Problem, engines: Mapping[Strategy, EngineOptions], tasks: TaskBatch) -> list[MemoryCurve]:
+def memory_curves(
+    experiment: Experiment, engines: Mapping[Strategy, EngineOptions], tasks: TaskBatch
+) -> list[MemoryCurve]:
     """Measure the usual loop and every strategy on one task, by the allocator's own account.
 
     MAML keeps `CHECKPOINTS` inner states, unless told otherwise: left to itself it trades memory for time while there
     is plenty. Step sizes are divided by the number of steps, so that long inner loops stay where short ones do.
 
     Args:
-        problem: Whose initial model is used.
+        experiment: Whose initial model is used.
         engines: Options of each strategy; the loop has those of the first.
         tasks: The first is used.
 
     Returns:
         The loop's curve, then one for each strategy.
     """
-    model, task = problem.fresh_model(), tasks[0]
+    model, task = experiment.fresh_model(), tasks[0]
     device = next(model.parameters()).device
 
     def loop(options: EngineOptions, steps: int) -> object:
         return usual_loop(
             model,
-            problem.loss,
+            experiment.loss,
             task,
-            adapted=problem.objective(model, options.adapt).adapted,
+            adapted=experiment.objective(model, options.adapt).adapted,
             lr=(options.inner_lr or 0.0) / steps,
             steps=steps,
             regularization=options.regularization or 0.0,
@@ -69,7 +71,7 @@ def memory_curves(problem: Problem, engines: Mapping[Strategy, EngineOptions], t
         lean = replace(options, inner_lr=(options.inner_lr or 0.0) / steps, inner_steps=steps, compile=None)
         if strategy == "maml" and options.checkpoints is None:
             lean = replace(lean, checkpoints=CHECKPOINTS)
-        return build_engine(strategy, lean).value_and_grad(problem.objective(model, options.adapt), [task])
+        return build_engine(strategy, lean).value_and_grad(experiment.objective(model, options.adapt), [task])
 
     def peaks(call: Callable[[int], object]) -> tuple[int, ...]:
         call(1)  # what torch sets up once is not counted

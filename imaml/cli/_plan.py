@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from imaml.cli._engines import engines
+from imaml.cli._experiment import set_up
 from imaml.cli._factory import make
 from imaml.cli._options import MachineOptions, Strategy
-from imaml.cli._outcome import NAMES
-from imaml.cli._plan_options import Forecast as Options
-from imaml.cli._problem import set_up
+from imaml.cli._plan_options import Predict
 from imaml.cli._progress import say
+from imaml.cli._result import NAMES
 from imaml.planning import Forecast
 from imaml.planning._forecast import HEADINGS, cells
 from imaml.planning._memory import parse
@@ -25,7 +25,7 @@ _COST = (
 )
 
 
-def plan(options: Options) -> int:
+def plan(options: Predict) -> int:
     """Predict every setting, print the table and which to use.
 
     Args:

@@ -11,7 +11,7 @@ from imaml.cli._options import STRATEGIES, EngineOptions, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
-class Forecast:
+class Predict:
     """Predict what a meta-gradient of your own problem takes with every strategy and setting, before any of them runs.
 
     A problem is a function without arguments that returns (objective, tasks), or (objective, tasks, engine): that

@@ -11,12 +11,12 @@ from rich.console import Console
 from torch.distributed import ProcessGroup
 
 from imaml.cli._conclusion import conclude
+from imaml.cli._experiment import Experiment, build_engine, build_experiment
 from imaml.cli._figures import save_png, training_curve
 from imaml.cli._interrupt import Terminated, deferred_stop, sigterm_raised
 from imaml.cli._launch import process_group, restarted
 from imaml.cli._metric import Metric
 from imaml.cli._options import Train
-from imaml.cli._problem import Problem, build_engine, build_problem
 from imaml.cli._progress import log_shown, progress, say
 from imaml.training import RunFolder, Trainer
 
@@ -61,18 +61,18 @@ def _how_to_continue(options: Train) -> str:
 
 
 def _train(options: Train, group: ProcessGroup | None) -> int:
-    problem = build_problem(options.episodes, options.machine)
+    experiment = build_experiment(options.episodes, options.machine)
     engine = build_engine(options.strategy, options.engine)
-    model = problem.fresh_model()
+    model = experiment.fresh_model()
     trainer = Trainer(
         model=model,
-        objective=problem.objective(model, options.engine.adapt),
+        objective=experiment.objective(model, options.engine.adapt),
         engine=engine,
-        episodes=problem.episodes,
+        episodes=experiment.episodes,
         plan=options.plan,
         group=group,
     )
-    return _follow(options, trainer) if trainer.ranks.rank else _lead(options, trainer, problem)
+    return _follow(options, trainer) if trainer.ranks.rank else _lead(options, trainer, experiment)
 
 
 def _follow(options: Train, trainer: Trainer) -> int:
@@ -95,11 +95,11 @@ def _follow(options: Train, trainer: Trainer) -> int:
     return 0
 
 
-def _lead(options: Train, trainer: Trainer, problem: Problem) -> int:
+def _lead(options: Train, trainer: Trainer, experiment: Experiment) -> int:
     console = Console()
     resumes = _resumes(options, trainer)
     with trainer.ranks.together():
-        problem.episodes.batch("train", 0, 1)  # a missing data file shows before there is a folder
+        experiment.episodes.batch("train", 0, 1)  # a missing data file shows before there is a folder
     with trainer.ranks.together():
         if resumes:
             folder = RunFolder(options.folder)
@@ -111,12 +111,12 @@ def _lead(options: Train, trainer: Trainer, problem: Problem) -> int:
         pass  # the others read it
     if note is not None:
         say(Console(stderr=True), f"imaml: {note}")
-    stopped = _run(options, trainer, folder, problem.metric, console)
+    stopped = _run(options, trainer, folder, experiment.metric, console)
     if stopped is not None:
-        save_png(folder.path / "curve.png", training_curve(folder.metrics(), problem.metric))
+        save_png(folder.path / "curve.png", training_curve(folder.metrics(), experiment.metric))
         say(console, f"Stopped after step {trainer.step}. {_how_to_continue(options)}")
         return 130 if stopped is SIGINT else 0
-    conclude(options, trainer, folder, problem.metric, console)
+    conclude(options, trainer, folder, experiment.metric, console)
     return 0
 
 

@@ -15,11 +15,11 @@ from rich.text import Text
 import imaml.verify
 from imaml import MAML, GradientDescent, MetaGradient, Objective
 from imaml.cli._built_in import BUILT_IN, ENGINES, INNER, LOG_LR, problem
+from imaml.cli._experiment import applies, build_engine, check_adapt, flag, given
 from imaml.cli._factory import Made, make
 from imaml.cli._options import STRATEGIES, Strategy, Verify
-from imaml.cli._outcome import NAMES
-from imaml.cli._problem import applies, build_engine, check_adapt, flag, given
 from imaml.cli._progress import say
+from imaml.cli._result import NAMES
 from imaml.verify import Verification
 from imaml.verify._subject import Subject, Tasks
 

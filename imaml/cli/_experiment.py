@@ -31,7 +31,7 @@ _FIELD_OF = {"data": "path", "cg_steps": "solver"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem:
+class Experiment:
     """Tasks, a model to meta-train, and how it is judged."""
 
     episodes: Episodes
@@ -48,7 +48,7 @@ class Problem:
         return Objective(model, self.loss, adapt=adapt, metric=self.metric.function)
 
 
-def build_problem(options: EpisodeOptions, machine: MachineOptions) -> Problem:
+def build_experiment(options: EpisodeOptions, machine: MachineOptions) -> Experiment:
     """Make the episodes and the model.
 
     Args:
@@ -56,7 +56,7 @@ def build_problem(options: EpisodeOptions, machine: MachineOptions) -> Problem:
         machine: Where.
 
     Returns:
-        The problem; data files are read when the first tasks are drawn.
+        The experiment; data files are read when the first tasks are drawn.
 
     Raises:
         ValueError: An option is out of range, or does not apply to the dataset.
@@ -78,7 +78,7 @@ def build_problem(options: EpisodeOptions, machine: MachineOptions) -> Problem:
         channels = 32 if options.dataset == "glyphs" else 64  # a demo trains in a minute
         model = MLP() if name == "mlp" else Conv4(given["ways"], channels=channels)
     loss, metric = (F.mse_loss, MSE) if name == "mlp" else (F.cross_entropy, ACCURACY)
-    return Problem(episodes=kind(**given), model=model.to(machine.device), loss=loss, metric=metric)
+    return Experiment(episodes=kind(**given), model=model.to(machine.device), loss=loss, metric=metric)
 
 
 def set_up(machine: MachineOptions) -> None:

@@ -8,17 +8,17 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from imaml.cli._experiment import flag
 from imaml.cli._figures import DARK, LIGHT, Theme, bars, learning_curves, memory_figure, save_png
 from imaml.cli._memory_curves import CHECKPOINTS, MemoryCurve, sentence
 from imaml.cli._metric import Metric
-from imaml.cli._outcome import COLORS, FOOTNOTES, NAMES, Outcome, columns
 from imaml.cli._page import data_uri, write_page
-from imaml.cli._problem import flag
+from imaml.cli._result import COLORS, FOOTNOTES, NAMES, Result, columns
 
 
 def write_report(
     folder: Path,
-    outcomes: Sequence[Outcome],
+    results: Sequence[Result],
     curves: Sequence[MemoryCurve],
     metric: Metric,
     settings: dict[str, Any],
@@ -27,7 +27,7 @@ def write_report(
 
     Args:
         folder: Must exist.
-        outcomes: One for each strategy.
+        results: One for each strategy.
         curves: Memory by inner steps.
         metric: How the metric is written.
         settings: Episodes, engines, plans and environment.
@@ -35,14 +35,14 @@ def write_report(
     Returns:
         Path of the page.
     """
-    megabytes = [outcome.peak_bytes / 1e6 for outcome in outcomes]
-    milliseconds = [outcome.milliseconds for outcome in outcomes]
+    megabytes = [result.peak_bytes / 1e6 for result in results]
+    milliseconds = [result.milliseconds for result in results]
     draw: dict[str, Callable[[Theme], Figure]] = {
         "memory-by-inner-steps": lambda theme: memory_figure(curves, theme),
-        "by-seconds": lambda theme: learning_curves(outcomes, metric, theme, by_seconds=True),
-        "by-step": lambda theme: learning_curves(outcomes, metric, theme, by_seconds=False),
-        "memory": lambda theme: bars(outcomes, megabytes, "peak MB of a meta-gradient", "{:.1f}", theme),
-        "time": lambda theme: bars(outcomes, milliseconds, "milliseconds per meta-step", "{:.0f}", theme),
+        "by-seconds": lambda theme: learning_curves(results, metric, theme, by_seconds=True),
+        "by-step": lambda theme: learning_curves(results, metric, theme, by_seconds=False),
+        "memory": lambda theme: bars(results, megabytes, "peak MB of a meta-gradient", "{:.1f}", theme),
+        "time": lambda theme: bars(results, milliseconds, "milliseconds per meta-step", "{:.0f}", theme),
     }
     for name, plot in draw.items():
         save_png(folder / f"{name}.png", plot(LIGHT))
@@ -50,7 +50,7 @@ def write_report(
     write_page(
         path,
         "report.html.j2",
-        outcomes=outcomes,
+        results=results,
         metric=metric,
         settings=settings,
         figures={name: [data_uri(drawing(theme), "svg") for theme in (LIGHT, DARK)] for name, drawing in draw.items()},

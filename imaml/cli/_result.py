@@ -23,7 +23,7 @@ FOOTNOTES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class Validation:
     """A validation on the way; `seconds` are those of the meta-steps alone."""
 
     step: int
@@ -32,7 +32,7 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class Result:
     """One strategy: how good, how fast, how large, how exact."""
 
     strategy: Strategy
@@ -44,16 +44,16 @@ class Outcome:
     peak_bytes: int
     cosine_start: float
     cosine_end: float
-    curve: tuple[Point, ...]
+    curve: tuple[Validation, ...]
 
 
-def columns(metric: Metric) -> dict[str, Callable[[Outcome], str]]:
-    """The columns of the table, on the screen and in the report: heading, and text of an outcome."""
+def columns(metric: Metric) -> dict[str, Callable[[Result], str]]:
+    """The columns of the table, on the screen and in the report: heading, and text of a result."""
     return {
-        f"test {metric.name}": lambda outcome: metric.interval(outcome.test.mean, outcome.test.interval),
-        "steps": lambda outcome: str(outcome.steps),
-        "ms per step": lambda outcome: f"{outcome.milliseconds:.0f}",
-        "peak MB": lambda outcome: f"{outcome.peak_bytes / 1e6:.1f}",
-        "cosine at start": lambda outcome: f"{outcome.cosine_start:.4f}",
-        "cosine at end": lambda outcome: f"{outcome.cosine_end:.4f}",
+        f"test {metric.name}": lambda result: metric.interval(result.test.mean, result.test.interval),
+        "steps": lambda result: str(result.steps),
+        "ms per step": lambda result: f"{result.milliseconds:.0f}",
+        "peak MB": lambda result: f"{result.peak_bytes / 1e6:.1f}",
+        "cosine at start": lambda result: f"{result.cosine_start:.4f}",
+        "cosine at end": lambda result: f"{result.cosine_end:.4f}",
     }

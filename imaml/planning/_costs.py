@@ -119,10 +119,10 @@ class Stages:
         own = theta.clone() if steps else theta
         return cls(account, own if steps > 1 else theta, own)
 
-    def missing(self, *names: str) -> bool:
-        """Whether these have still to be measured; they are from now on taken to be."""
-        missing = not self.done.issuperset(names)
-        self.done.update(names)
+    def missing(self, name: str) -> bool:
+        """Whether this one has still to be measured; it is from now on taken to be."""
+        missing = name not in self.done
+        self.done.add(name)
         return missing
 
     def product(self, name: str, curvature: Curvature, w: Tensor, *, mixed: bool) -> None:

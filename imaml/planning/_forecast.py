@@ -96,7 +96,8 @@ class Forecast(Generic[Engine]):
         """The recommendation in a sentence, or what would help where nothing fits."""
         leanest, best = self.leanest, self.best
         if best is not None:
-            return f"Use {self._called(best)}: {written(best.peak_bytes)}, {_cost(best)}."
+            cost = f"{best.gradients} gradients and {best.hvps} Hessian-vector products"
+            return f"Use {self._called(best)}: {written(best.peak_bytes)}, {cost}."
         assert self.memory is not None
         return (
             f"Nothing fits into {written(self.memory)}. The leanest is {self._called(leanest)} with "
@@ -135,7 +136,3 @@ def cells(setting: Setting[Any]) -> tuple[str, ...]:
         f"{setting.gradient_equivalents:.0f}",
         "yes" if setting.fits else "no",
     )
-
-
-def _cost(setting: Setting[Any]) -> str:
-    return f"{setting.gradients} gradients and {setting.hvps} Hessian-vector products"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any
 
 import torch
 
@@ -34,23 +33,17 @@ def forecast(
     """See `MetaGradient.plan`."""
     limit = None if memory is None else parse(memory)
     groups = [batch for _, batch in by_shape(tasks)]
-    run = run_of(engine, objective, derivatives=True)
-    device = run.snapshot.like.device
+    device = device_of(objective)
     if limit is None and device.type != "cpu":
         limit = free(device)
-    variants = costs_of(engine).variants(device)
-    batches = [look(engine, variants, objective, batch, room_of(device)) for batch in groups]
+    batches = [look(engine, objective, batch, room_of(device)) for batch in groups]
     for key in set[str].intersection(*(set(batch.probe.facts.without_path) for batch in batches)):
         raise no_gradient(key, engine._without_path)
     count, stacked = max(map(len, groups)), 0 if isinstance(tasks, TaskBatch) else sum(map(size_of, groups))
     settings: list[Setting[Engine]] = []
-    for options in every(engine, variants, count):
+    for options in every(costs_of(engine), device, count):
         chosen = replace(engine, **options) if options else engine
-        size = engine.chunk_size if "chunk_size" not in options else options["chunk_size"]
-        chunkings = [
-            auto(chosen, batch, limit) if size == "auto" else batch.chunking(chosen, size) for batch in batches
-        ]
-        found = predict(chosen, batches, chunkings, stacked=stacked)
+        found = predict(chosen, batches, [chunking(chosen, batch, limit) for batch in batches], stacked=stacked)
         settings.append(
             Setting(
                 engine=chosen,
@@ -81,14 +74,9 @@ def size_of(batch: TaskBatch) -> int:
     return sum(t.numel() * t.element_size() for t in tree_leaves((batch.support, batch.query)))
 
 
-def look(
-    engine: Strategy,
-    variants: Sequence[dict[str, Any]],
-    objective: Objective,
-    batch: TaskBatch,
-    room: float | None,
-) -> Batch:
+def look(engine: Strategy, objective: Objective, batch: TaskBatch, room: float | None) -> Batch:
     """Measure the stages of a few tasks of equal shapes, as far as these stay within the room."""
+    variants = costs_of(engine).variants(device_of(objective))
     engines = [replace(engine, chunk_size=1, compile=False, **changes) for changes in variants]
     with torch.inference_mode(False), torch.no_grad():
         usual = {}
@@ -116,17 +104,29 @@ def automatic(engine: Strategy, objective: Objective, batch: TaskBatch, shapes: 
     """How tasks run with `chunk_size="auto"`; looked at once for these shapes, and again for more tasks up to three."""
     key = (shapes, min(len(batch), MOST_TASKS))
     if key not in engine._memory.looks:
-        device = objective.parameters()[objective.adapted[0]].device
-        room, variants = room_of(device), costs_of(engine).variants(device)
-        engine._memory.looks[key] = Look(batch=look(engine, variants, objective, batch, room), room=room)
+        room = room_of(device_of(objective))
+        engine._memory.looks[key] = Look(batch=look(engine, objective, batch, room), room=room)
     found = engine._memory.looks[key]
     return auto(engine, replace(found.batch, tasks=len(batch)), found.room)
+
+
+def device_of(objective: Objective) -> torch.device:
+    """Where the adapted parameters are."""
+    return objective.parameters()[objective.adapted[0]].device
 
 
 def room_of(device: torch.device) -> float | None:
     """What may be taken of the memory that is free now."""
     left = free(device)
     return None if left is None else SHARE * left
+
+
+def chunking(engine: Strategy, batch: Batch, room: float | None) -> Chunking:
+    """How tasks run in a setting."""
+    if engine.chunk_size == "auto":
+        return auto(engine, batch, room)
+    size = engine.chunk_size
+    return batch.usual[engine._states] if size is None else Chunking(size, size, keeps_graphs=False)
 
 
 def auto(engine: Strategy, batch: Batch, room: float | None) -> Chunking:
@@ -139,7 +139,7 @@ def auto(engine: Strategy, batch: Batch, room: float | None) -> Chunking:
         for size in dict.fromkeys(ceil(batch.tasks / count) for count in counts)
         for keeps in (True, False)
     ]
-    found = [(predict(engine, [batch], [chunking]), chunking) for chunking in chunkings]
+    found = [(predict(engine, [batch], [one]), one) for one in chunkings]
     fitting = [pair for pair in found if room is None or pair[0].peak <= room]
     if not fitting:
         return min(found, key=lambda pair: pair[0].peak)[1]

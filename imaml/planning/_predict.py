@@ -28,12 +28,6 @@ class Batch:
     usual: Mapping[int, Chunking]
     """What runs at once where `chunk_size` is None, by the vectors of inner states that a task holds."""
 
-    def chunking(self, engine: Strategy, chunk_size: int | None) -> Chunking:
-        """How they run."""
-        return (
-            self.usual[engine._states] if chunk_size is None else Chunking(chunk_size, chunk_size, keeps_graphs=False)
-        )
-
     def chunks(self, size: int) -> list[int]:
         """The tasks of each."""
         return [min(size, self.tasks - first) for first in range(0, self.tasks, size)]

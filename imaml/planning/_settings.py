@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import ceil
 from typing import Any
 
@@ -12,24 +11,24 @@ from imaml._engine.strategy import Strategy
 from imaml.planning._costs import Costs
 
 
-def every(engine: Strategy, variants: Sequence[dict[str, Any]], tasks: int) -> list[dict[str, Any]]:
+def every(costs: Costs, device: torch.device, tasks: int) -> list[dict[str, Any]]:
     """The engine as it is, and every setting of what it leaves open, to be predicted.
 
     Args:
-        engine: Its options that are not left open do not vary.
-        variants: See `Costs.variants`.
+        costs: Those of the engine, whose options that are not left open do not vary.
+        device: Where it computes.
         tasks: How many there are.
 
     Returns:
         What each setting changes.
     """
     chunks: list[dict[str, Any]] = [{}]
-    if engine.chunk_size in (None, "auto"):
+    if costs.engine.chunk_size in (None, "auto"):
         chunks += [{"chunk_size": size} for size in sizes(tasks)]
     found: list[dict[str, Any]] = [{}]
-    for variant in variants:
+    for variant in costs.variants(device):
         for chunk in chunks:
-            options = _changes(engine, variant) | chunk
+            options = _changes(costs.engine, variant) | chunk
             if options not in found:
                 found.append(options)
     return found
@@ -42,7 +41,7 @@ def few(costs: Costs, device: torch.device, tasks: int) -> list[dict[str, Any]]:
     chooses, and the first variant of each option in the smallest chunks.
 
     Args:
-        costs: Of the engine.
+        costs: Those of the engine.
         device: Where it computes.
         tasks: How many there are.
 

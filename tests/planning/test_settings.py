@@ -28,7 +28,7 @@ def measured(engine, tasks=TASKS):
 
 
 def predicted(engine):
-    return every(engine, costs_of(engine).variants(CPU), TASKS)
+    return every(costs_of(engine), CPU, TASKS)
 
 
 def test_few_settings_of_maml_are_measured():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -52,7 +51,6 @@ def bench(options: Bench) -> int:
     Raises:
         ValueError: Bad input, said in one sentence.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself on stderr
     console = Console()
     if options.memory is not None and not options.memory > 0:
         raise ValueError(f"--memory must be more than 0 MB. Got {options.memory:g}.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, replace
 from time import monotonic
 from typing import Any
@@ -37,7 +36,6 @@ def compare(options: Compare) -> int:
     Returns:
         The exit code, 0.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself on stderr
     deadline = None if options.plan.minutes is None else monotonic() + 60 * options.plan.minutes
     console = Console()
     experiment = build_experiment(options.episodes, options.machine)

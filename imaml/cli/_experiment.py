@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields
@@ -65,24 +66,26 @@ def build_experiment(options: EpisodeOptions, machine: MachineOptions) -> Experi
     kind, name = _EPISODES[options.dataset], _MODELS[options.dataset]
     if options.model not in (None, name):
         raise ValueError(f"--model must be {name} for --dataset {options.dataset}. Got {options.model}.")
-    given = _applicable(options, kind, f"--dataset {options.dataset}", aside=("dataset", "model"))
-    given.pop("model", None)
+    chosen = _applicable(options, kind, f"--dataset {options.dataset}", aside=("dataset", "model"))
+    del chosen["dataset"]
+    chosen.pop("model", None)
     torch.manual_seed(options.seed)
     model: nn.Module
     if name == "minilm":
         if options.data is not None:
             existing(options.data)  # before the model is loaded
-        encoder, model = text.load_minilm(given["ways"])
-        given["encoder"] = encoder.to(machine.device)
+        encoder, model = text.load_minilm(chosen["ways"])
+        chosen["encoder"] = encoder.to(machine.device)
     else:
         channels = 32 if options.dataset == "glyphs" else 64  # a demo trains in a minute
-        model = MLP() if name == "mlp" else Conv4(given["ways"], channels=channels)
+        model = MLP() if name == "mlp" else Conv4(chosen["ways"], channels=channels)
     loss, metric = (F.mse_loss, MSE) if name == "mlp" else (F.cross_entropy, ACCURACY)
-    return Experiment(episodes=kind(**given), model=model.to(machine.device), loss=loss, metric=metric)
+    return Experiment(episodes=kind(**chosen), model=model.to(machine.device), loss=loss, metric=metric)
 
 
 def set_up(machine: MachineOptions) -> None:
     """Set torch's threads; raises ValueError for a number below 1 or a device that cannot be used."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself on stderr
     if machine.threads is not None:
         if machine.threads < 1:
             raise ValueError(f"--threads must be at least 1. Got {machine.threads}.")
@@ -107,18 +110,18 @@ def build_engine(strategy: Strategy, options: EngineOptions) -> MetaGradient:
         ValueError: An option is out of range, or does not apply to the strategy.
     """
     kind = _ENGINES[strategy]
-    given = _applicable(options, kind, f"--strategy {strategy}", aside=_OF_ALL)
-    given.pop("adapt", None)
-    given["inner"] = GradientDescent(lr=given.pop("inner_lr"), steps=given.pop("inner_steps"))
+    chosen = _applicable(options, kind, f"--strategy {strategy}", aside=_OF_ALL)
+    chosen.pop("adapt", None)
+    chosen["inner"] = GradientDescent(lr=chosen.pop("inner_lr"), steps=chosen.pop("inner_steps"))
     if strategy == "imaml":
-        given["on_failure"] = "ignore"
-        given["error_bound"] = False  # no run shows it
-    if "solver" in given:
-        given["solver"] = CG(max_steps=given["solver"], rtol=0.0, atol=0.0)
-    return kind(**given)
+        chosen["on_failure"] = "ignore"
+        chosen["error_bound"] = False  # no run shows it
+    if "solver" in chosen:
+        chosen["solver"] = CG(max_steps=chosen["solver"], rtol=0.0, atol=0.0)
+    return kind(**chosen)
 
 
-def given(options: EngineOptions | PlanOptions) -> dict[str, Any]:
+def given(options: EngineOptions | EpisodeOptions | PlanOptions) -> dict[str, Any]:
     """The options that are not left open."""
     return {name: value for name, value in vars(options).items() if value is not None}
 
@@ -161,14 +164,12 @@ def _names(kind: type) -> set[str]:
     return {field.name for field in fields(kind)}
 
 
-def _applicable(options: Any, kind: type, chosen: str, *, aside: tuple[str, ...]) -> dict[str, Any]:
+def _applicable(
+    options: EngineOptions | EpisodeOptions, kind: type, chosen: str, *, aside: tuple[str, ...]
+) -> dict[str, Any]:
     """The given options as fields of `kind`; those of `aside` are kept as they are."""
-    known, given = _names(kind), {}
-    for name, value in vars(options).items():
-        key = field_of(name)
-        if value is None or name == "dataset":
-            continue
-        if key not in known and name not in aside:
+    known = _names(kind)
+    for name, value in given(options).items():
+        if field_of(name) not in known and name not in aside:
             raise ValueError(f"{flag(name)} does not apply to {chosen}. Got {value}: leave it out.")
-        given[key] = value
-    return given
+    return {field_of(name): value for name, value in given(options).items()}

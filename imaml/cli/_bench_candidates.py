@@ -29,7 +29,7 @@ def candidates(
     """The engine as it is, and the settings of it that are worth measuring.
 
     Args:
-        strategy: Of the engine.
+        strategy: The engine's strategy.
         engine: Its inner loop, regularization and solver are kept.
         device: Where it computes.
         tasks: How many there are.

@@ -37,7 +37,7 @@ def every(costs: Costs, device: torch.device, tasks: int) -> list[dict[str, Any]
 def few(costs: Costs, device: torch.device, tasks: int) -> list[dict[str, Any]]:
     """The engine as it is, and the settings to be measured, which takes longer than a prediction.
 
-    These are the smallest and the largest chunks, what the strategy wants measured in the chunks that an engine
+    These are the smallest and the largest chunks, what the strategy wants measured in the chunks that the engine
     chooses, and the first variant of each option in the smallest chunks.
 
     Args:
@@ -58,7 +58,7 @@ def few(costs: Costs, device: torch.device, tasks: int) -> list[dict[str, Any]]:
 
 
 def sizes(tasks: int) -> list[int]:
-    """Of chunks that are worth looking at, descending: the smallest for each number of chunks 1, 2, 4, 8, ..."""
+    """Sizes of chunks worth looking at, descending: the smallest for each number of chunks 1, 2, 4, 8, ..."""
     found, chunks = [tasks], 2
     while found[-1] > 1:
         found.append(ceil(tasks / chunks))

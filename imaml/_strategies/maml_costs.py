@@ -135,22 +135,13 @@ class MAMLCosts(Costs):
     def work(self, facts: Facts) -> Work:
         """K + 1 gradients, those of recomputed steps, and K products."""
         tape, steps = self._tape, self._tape.steps
-        gradients, graph = tape.first + 1, Graph.ONCE
-        if tape.keeps_graphs:
-            gradients += steps
-        else:
-            gradients += sweep(steps, tape.checkpoints).steps
-            if facts.needs_gradient:
-                gradients += steps
-            else:
-                graph = Graph.REBUILT
+        with_gradient = tape.keeps_graphs or facts.needs_gradient
+        advances = 0 if tape.keeps_graphs else sweep(steps, tape.checkpoints).steps
+        gradients = tape.first + advances + steps * with_gradient + 1
+        equivalents = gradients + steps * facts.product(Graph.ONCE if with_gradient else Graph.REBUILT)
         state = facts.adapted * facts.itemsize * (1 + self._buffers)
-        return Work(
-            gradients=gradients,
-            hvps=steps,
-            equivalents=gradients + facts.product(graph) * steps,
-            transfer=_MOVED[tape.storage] * tape.most_states * state,
-        )
+        transfer = _MOVED[tape.storage] * tape.most_states * state
+        return Work(gradients=gradients, hvps=steps, equivalents=equivalents, transfer=transfer)
 
 
 def _pull_back(point: Point, stages: Stages, name: str) -> None:

@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from imaml import ImplicitMAML
-from imaml.cli._bench_candidates import Candidate, candidates
-from imaml.cli._bench_costs import Cost, measure
+from imaml.cli._bench_costs import Candidate, Cost, measure
 from imaml.cli._bench_figures import scatter
 from imaml.cli._bench_options import Bench
 from imaml.cli._engines import engines
@@ -24,6 +23,8 @@ from imaml.cli._options import MachineOptions
 from imaml.cli._page import Drawing, Section, save_figures, write_page
 from imaml.cli._progress import log_shown, say
 from imaml.cli._result import NAMES
+from imaml.planning._predict import costs_of
+from imaml.planning._settings import few
 from imaml.training import make_folder, replace_file
 
 HEADINGS = ("setting", "ms", "spread", "gradients", "peak MB", "error")
@@ -92,15 +93,19 @@ def bench(options: Bench) -> int:
 
 
 def _candidates(made: Made, options: Bench, console: Console) -> Iterator[Candidate]:
+    """The engine of each strategy as it is, and those settings of it that change none of the given options."""
+    fixed = given(options.engine).keys()
     for strategy, engine in engines(made, options.strategies, options.engine):
         if isinstance(engine, str):
             say(console, f"{NAMES[strategy]} is left out: {engine}")
-        else:
-            if isinstance(engine, ImplicitMAML):  # the same tasks are solved over and over
-                engine = replace(engine, warm_start=False, on_failure="ignore")
-            yield from candidates(
-                strategy, engine, device=made.device, tasks=len(made.tasks), given=given(options.engine)
-            )
+            continue
+        if isinstance(engine, ImplicitMAML):  # the same tasks are solved over and over
+            engine = replace(engine, warm_start=False, on_failure="ignore")
+        for changes in few(costs_of(engine), made.device, len(made.tasks)):
+            changed = replace(engine, **changes)
+            if not changes or changed != engine and not changes.keys() & fixed:
+                setting = ", ".join([NAMES[strategy], *(f"{option}={value!r}" for option, value in changes.items())])
+                yield Candidate(strategy=strategy, setting=setting, engine=changed)
 
 
 def _advice(costs: list[Cost], limit: float | None) -> Iterator[str]:

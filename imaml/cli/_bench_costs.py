@@ -11,7 +11,6 @@ from rich.console import Console
 from torch import Tensor
 
 from imaml import MetaGradient
-from imaml.cli._bench_candidates import Candidate
 from imaml.cli._exact_gradient import exact_gradient, flat
 from imaml.cli._factory import Made
 from imaml.cli._options import Strategy
@@ -20,6 +19,15 @@ from imaml.measure import peak_memory, timed_in_turn
 
 _RAISED = (TypeError, ValueError, RuntimeError, FloatingPointError)
 """By a problem that a strategy is not for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One way to compute a meta-gradient: an engine, and the name of its setting."""
+
+    strategy: Strategy
+    setting: str
+    engine: MetaGradient
 
 
 @dataclass(frozen=True, kw_only=True)

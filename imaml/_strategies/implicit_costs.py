@@ -34,7 +34,7 @@ class ImplicitCosts(Costs):
             return [{}]
         return [{"linearize": True}, {"linearize": False}]
 
-    def measured(self, device: torch.device) -> list[dict[str, Any]]:
+    def trials(self, device: torch.device) -> list[dict[str, Any]]:
         """See `Costs`."""
         return self.variants(device)[1:]
 

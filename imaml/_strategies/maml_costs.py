@@ -38,7 +38,7 @@ class MAMLCosts(Costs):
         elsewhere = ("disk",) if device.type == "cpu" else ("cpu", "disk")
         return found + [{"storage": where} for where in elsewhere if tape.steps > 1]
 
-    def measured(self, device: torch.device) -> list[dict[str, Any]]:
+    def trials(self, device: torch.device) -> list[dict[str, Any]]:
         """Another exact mode of products, which the stages of a forecast do not tell apart."""
         return [{"hvp": "forward-over-reverse"}]
 

@@ -147,7 +147,7 @@ class Costs(ABC):
         """Settings of what the user left open, besides the size of chunks; the first holds the most and is fastest."""
         return [{}]
 
-    def measured(self, device: torch.device) -> list[dict[str, Any]]:
+    def trials(self, device: torch.device) -> list[dict[str, Any]]:
         """Settings that `imaml bench` measures in the chunks that the engine chooses, besides the engine as it is."""
         return []
 

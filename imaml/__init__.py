@@ -15,6 +15,7 @@ from imaml._errors import SolverError as SolverError
 from imaml._errors import SolverWarning as SolverWarning
 from imaml._objective.bilevel import bilevel as bilevel
 from imaml._objective.objective import Objective as Objective
+from imaml._objective.recompute import recompute as recompute
 from imaml._strategies.fomaml import FOMAML as FOMAML
 from imaml._strategies.implicit import ImplicitMAML as ImplicitMAML
 from imaml._strategies.maml import MAML as MAML

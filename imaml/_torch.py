@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, NoReturn
 
 import torch
@@ -123,6 +123,12 @@ def of_all_tasks(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def requires_grad(tensor: Tensor) -> bool:
+    """Whether that of all tasks requires grad, without a mode that takes this for a question of the model's."""
+    with torch._C.DisableTorchFunction():
+        return of_all_tasks(tensor).requires_grad
+
+
 def is_transformed() -> bool:
     """Whether a transform of torch.func other than `vmap` is active; True where torch does not say."""
     functorch = torch._C._functorch
@@ -138,7 +144,7 @@ def inside_transform() -> bool:
 
 
 def vectorised(function: Callable[[list[Tensor]], Sequence[Tensor]], rows: Sequence[Tensor], size: int) -> list[Tensor]:
-    """What `torch.func.vmap` makes of a function of tensors, for a tenth of its time; random draws differ by row.
+    """What `torch.func.vmap` makes of a function of tensors, without the trees that it walks; draws differ by row.
 
     There is no warning of an operation that runs row by row, which the user cannot change.
 
@@ -234,23 +240,58 @@ def load_forward_ad() -> None:
         torch.func.jvp(torch.sin, (torch.ones(()),), (torch.ones(()),))
 
 
-def hide_checkpoints() -> dict[str, Any]:
-    """Let `torch.utils.checkpoint` call its function and keep what that saves.
+def take_checkpoints(recompute: Callable[..., Any]) -> dict[str, Any]:
+    """Let `torch.utils.checkpoint.checkpoint`, however it was imported, recompute by a function of its arguments.
 
-    One that recomputes all the same, by a way that is not known, raises RuntimeError.
+    Where torch has no hook for that it calls its function and keeps what that saves. What recomputes all the same, by
+    a way that is not known, raises RuntimeError.
+
+    Args:
+        recompute: Takes the function and its arguments.
 
     Returns:
-        What `show_checkpoints` puts back.
+        What `give_checkpoints_back` puts back.
     """
     members = vars(_checkpoint)
     before = {name: members[name] for name in _INSTEAD}
     members.update(_INSTEAD)
+    if _INNER is not None:
+        before[_HOOK] = vars(_INNER).get(_HOOK)
+        setattr(_INNER, _HOOK, partial(_checkpointed, recompute))
     return before
 
 
-def show_checkpoints(before: dict[str, Any]) -> None:
-    """Take back what `hide_checkpoints` has done."""
+def give_checkpoints_back(before: dict[str, Any]) -> None:
+    """Take back what `take_checkpoints` has done."""
+    if _INNER is not None:
+        setattr(_INNER, _HOOK, before.pop(_HOOK))
     vars(_checkpoint).update(before)
+
+
+_HOOK = "__dynamo_disable"
+_INNER = getattr(torch.utils.checkpoint.checkpoint, "__wrapped__", None)
+"""The undecorated function, of which the decorated one looks up at every call what to call in its place."""
+
+
+def _checkpointed(
+    recompute: Callable[..., Any],
+    function: Callable[..., Any],
+    *args: Any,
+    use_reentrant: bool | None = None,
+    preserve_rng_state: bool = True,
+    context_fn: Callable[..., Any] = torch.utils.checkpoint.noop_context_fn,
+    determinism_check: str = "default",
+    debug: bool = False,
+    early_stop: bool = True,
+    **kwargs: Any,
+) -> Any:
+    """`torch.utils.checkpoint.checkpoint`; all that its options say of how to recompute holds here anyway."""
+    if context_fn is not torch.utils.checkpoint.noop_context_fn:
+        raise ValueError(
+            "A checkpoint of the model has a `context_fn`, whose contexts derivatives of higher order cannot have. "
+            "Expected none: leave it out, or call the function without a checkpoint."
+        )
+    return recompute(function, *args, **kwargs)
 
 
 class _Plain:

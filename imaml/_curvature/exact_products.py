@@ -11,18 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import Any, Protocol
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from imaml._losses.gradient import Gradient
 from imaml._losses.replay import Role
 from imaml._losses.slice import Slice
-from imaml._objective.exact import MathAttention
-from imaml._torch import load_forward_ad, may_drop_second_derivative, sequence_number, tree_flatten
+from imaml._objective.exact import MathAttention, check_twice_differentiable
+from imaml._torch import load_forward_ad, sequence_number, tree_flatten
 
-_Graph = tuple[list[Tensor], list[Tensor], tuple[Tensor | None, ...]]
+_Graph = tuple[list[Tensor], list[Tensor], list[GradientEdge | None]]
+"""The adapted and the shared leaves, and where the graph of the gradient by each adapted one ends."""
 
 
 class Graph(Enum):
@@ -70,25 +73,34 @@ class ReverseOverReverse:
         self.gradient: Gradient | None = None
         self._kept: _Graph | None = None
         if graph is not Graph.REBUILT:
-            losses, self._kept = self._graph()
-            values = [None if g is None else g.detach() for g in self._kept[2]]
+            losses, values, self._kept = self._graph(with_values=True)
             self.gradient = Gradient(losses, *part.collect(values, phi))
 
-    def _graph(self) -> tuple[Tensor, _Graph]:
+    def _graph(self, *, with_values: bool = False) -> tuple[Tensor, list[Tensor | None], _Graph]:
+        """The losses, the gradient's values where they are wanted, and its graph, which needs none of them."""
         part, before = self._part, sequence_number()
         with torch.enable_grad(), MathAttention():
             adapted, shared, losses, _ = part.at_leaves(self._phi, self._step, shared=True)
+            edges: list[GradientEdge | None] = [None] * len(adapted)
+            hooks = [
+                leaf.register_hook(partial(_dropped, edges, i)) for i, leaf in enumerate(adapted) if not with_values
+            ]
             grads = differentiate(part, losses, adapted, create_graph=True)
+            for hook in hooks:  # they would drop the product too
+                hook.remove()
+            if with_values:
+                edges = [None if g is None or not g.requires_grad else get_gradient_edge(g) for g in grads]
         graph = (part.role, part.start, *part.part, sequence_number() - before)
         if graph not in part.record.twice:
-            check_twice_differentiable([losses, *(g for g in grads if g is not None)])
+            check_twice_differentiable([losses.grad_fn, *(edge.node for edge in edges if edge is not None)])
             part.record.twice.add(graph)
-        return losses.detach(), (adapted, shared, grads)
+        values = [None if g is None else g.detach() for g in grads] if with_values else []
+        return losses.detach(), values, (adapted, shared, edges)
 
     def __call__(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
-        adapted, shared, grads = self._kept or self._graph()[1]
+        adapted, shared, edges = self._kept or self._graph()[2]
         views = self._part.snapshot.layout.views(w)
-        pairs = [(g, v) for g, v in zip(grads, views, strict=True) if g is not None and g.requires_grad]
+        pairs = [(edge, v) for edge, v in zip(edges, views, strict=True) if edge is not None]
         wanted = adapted + shared if mixed else adapted
         found: tuple[Tensor | None, ...] = (None,) * len(wanted)
         if pairs:
@@ -97,26 +109,11 @@ class ReverseOverReverse:
         return self._part.collect(found, self._phi)
 
 
-def check_twice_differentiable(outputs: Sequence[Tensor]) -> None:
-    """Raise RuntimeError where a graph passes an operation without second derivative.
-
-    Autograd itself is silent about it: such an operation leads to no leaf, and counts as unused. A custom
-    `autograd.Function` that `vmap` has rewritten drops its second derivative without a trace if it has none, so none of
-    them is trusted; they are exact with `chunk_size=1`.
-
-    Raises:
-        RuntimeError: There is one.
-    """
-    seen: set[Any] = set()
-    pending = [t.grad_fn for t in outputs if t.grad_fn is not None]
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if may_drop_second_derivative(node):
-            raise RuntimeError(f"{node.name()} does not support double backward")
-        pending += [following for following, _ in node.next_functions if following is not None]
+def _dropped(edges: list[GradientEdge | None], i: int, gradient: Tensor) -> Tensor:
+    """Note, as a hook of a leaf, where the graph of its gradient ends; let its numbers go, which no product reads."""
+    if gradient.requires_grad:
+        edges[i] = get_gradient_edge(gradient)
+    return gradient.detach().new_zeros(()).expand(gradient.shape)
 
 
 class ForwardOverReverse:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from imaml._curvature.exact_products import Graph, check_twice_differentiable
+from imaml._curvature.exact_products import Graph
 from imaml._losses.gradient import Gradient
 from imaml._losses.slice import Slice
-from imaml._objective.exact import MathAttention
+from imaml._objective.exact import MathAttention, check_twice_differentiable
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -59,7 +59,7 @@ class GaussNewton:
 
 def _check_linearised(pulled: Sequence[Tensor | None]) -> None:
     try:
-        check_twice_differentiable([g for g in pulled if g is not None])
+        check_twice_differentiable([g.grad_fn for g in pulled if g is not None])
     except RuntimeError as error:
         raise RuntimeError(
             f"curvature='ggn' differentiates the model's backward pass, and met an operation that has no second "

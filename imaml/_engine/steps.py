@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imaml._losses.foreign import described, foreign_leaves
 from imaml._losses.replay import Role
 from imaml._losses.snapshot import Snapshot
+from imaml._objective.foreign import described, foreign_leaves
 from imaml._torch import is_write_to_shared
 from imaml.inner import InnerOptimizer
 from imaml.inner._hyper import Hyperparameters

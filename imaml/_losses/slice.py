@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from imaml._losses.attempts import Attempts, Writes
-from imaml._losses.foreign import check_loss
 from imaml._losses.record import Record
 from imaml._losses.replay import Role
 from imaml._losses.snapshot import Snapshot
 from imaml._objective.exact import MathAttention, denied
+from imaml._objective.foreign import check_loss
 from imaml._tasks import Batch
 from imaml._torch import (
     TreeSpec,

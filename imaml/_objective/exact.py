@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from imaml._torch import of_all_tasks, weight_norm
+from imaml._torch import may_drop_second_derivative, of_all_tasks, weight_norm
 
 
 class ExactDerivatives(TorchFunctionMode):
@@ -61,6 +61,28 @@ class MathAttention:
         MathAttention._inside -= 1
         if self._kernels is not None:
             self._kernels.__exit__(*error)
+
+
+def check_twice_differentiable(nodes: Sequence[Any]) -> None:
+    """Raise RuntimeError where a graph passes an operation without second derivative.
+
+    Autograd itself is silent about it: such an operation leads to no leaf, and counts as unused. A custom
+    `autograd.Function` that `vmap` has rewritten drops its second derivative without a trace if it has none, so none of
+    them is trusted; they are exact with `chunk_size=1`.
+
+    Raises:
+        RuntimeError: There is one.
+    """
+    seen: set[Any] = set()
+    pending = [node for node in nodes if node is not None]
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if may_drop_second_derivative(node):
+            raise RuntimeError(f"{node.name()} does not support double backward")
+        pending += [following for following, _ in node.next_functions if following is not None]
 
 
 def _embedding(

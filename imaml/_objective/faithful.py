@@ -5,8 +5,10 @@ A model is looked through once a call, so that an evaluation pays for what it ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 
 from imaml._objective.buffers import BufferPolicy, Statistics, power_iterations
 from imaml._objective.exact import ExactDerivatives
-from imaml._torch import hide_checkpoints, is_compiled, show_checkpoints
+from imaml._objective.recompute import Blocks, begin, blocks_of, end, recompute
+from imaml._torch import give_checkpoints_back, is_compiled, take_checkpoints
 
 # The guards are classes: a generator as a context manager takes three times the calls, in every evaluation.
 
@@ -25,21 +28,29 @@ class faithful:  # noqa: N801
     """Within it a loss of any kind has its true derivatives, of the parameters that it is given.
 
     - Operations whose derivatives torch gets wrong are replaced: `ExactDerivatives`.
-    - `torch.utils.checkpoint` calls its function and keeps what it saves. A checkpointed function is recomputed in the
+    - `torch.utils.checkpoint` recomputes with the parameters of the evaluation. Torch's own recomputation comes in the
       backward pass, when the model has its own parameters again: without a word, the derivatives would be those of a
       mixture of two models.
     """
+
+    is_active = False
 
     def __init__(self) -> None:
         self._mode: Any = ExactDerivatives()
 
     def __enter__(self) -> None:
         self._mode.__enter__()
-        self._before = hide_checkpoints()
+        self._before = take_checkpoints(recompute)
+        begin(self)
 
     def __exit__(self, *error: Any) -> None:
-        show_checkpoints(self._before)
+        end(self)
+        give_checkpoints_back(self._before)
         self._mode.__exit__(*error)
+
+    def again(self) -> faithful:
+        """For a block that is recomputed."""
+        return faithful()
 
 
 @dataclass(frozen=True)
@@ -59,9 +70,11 @@ class Survey:
     """Every spectral_norm that iterates; its vectors are kept, or each evaluation would see others."""
     attributes: list[tuple[dict[str, Any], dict[str, Any]]]
     """Attributes of every module, and how they were."""
+    blocks: list[nn.Module]
+    """Modules whose calls are recomputed."""
 
     @classmethod
-    def of(cls, model: nn.Module) -> Survey:
+    def of(cls, model: nn.Module, recomputed: Blocks = ()) -> Survey:
         """Look a model through."""
         if isinstance(model, torch.jit.ScriptModule):
             raise TypeError("The parameters of a scripted module cannot be swapped. Expected the original nn.Module.")
@@ -80,6 +93,7 @@ class Survey:
             attributes=[
                 (m.__dict__, {n: m.__dict__[n] for n in m.__dict__.keys() - _OF_EVERY_MODULE}) for m in modules
             ],
+            blocks=blocks_of(model, recomputed),
         )
 
     def running(self, values: Mapping[str, Tensor], policy: BufferPolicy | None) -> Running:
@@ -105,8 +119,10 @@ class Running:
     - Normalisation layers follow the objective's policy for buffers.
     """
 
+    is_active = False
+
     def __init__(self, survey: Survey, values: Mapping[str, Tensor], policy: BufferPolicy | None) -> None:
-        self._survey = survey
+        self._survey, self._policy, self._named = survey, policy, values
         self._values = [(place, value) for name, value in values.items() for place in survey.places[name]]
         self._modes: list[Any] = [Statistics(policy)] if policy is not None else []
 
@@ -122,11 +138,29 @@ class Running:
         self._own = [members[name] for (members, name), _ in self._values]
         for (members, name), value in self._values:
             members[name] = value
+        self._forwards = [(block, block.__dict__.get("forward")) for block in survey.blocks]
+        for block, _ in self._forwards:
+            block.__dict__["forward"] = partial(recompute, block.forward)
+        begin(self)
 
     def __exit__(self, *error: Any) -> None:
+        end(self)
+        for block, before in self._forwards:
+            del block.__dict__["forward"]
+            if before is not None:
+                block.__dict__["forward"] = before
         for ((members, name), _), own in zip(self._values, self._own, strict=True):
             members[name] = own
         for mode in reversed(self._modes):
             mode.__exit__(*error)
         for norm, before in zip(self._survey.norms, self._iterations, strict=True):
             norm.n_power_iterations = before
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """For a block that is recomputed, when the model has its own parameters again."""
+        try:
+            with faithful(), Running(self._survey, self._named, self._policy):
+                yield
+        finally:
+            self._survey.restore()

@@ -16,6 +16,7 @@ from imaml._objective.faithful import Survey, faithful
 from imaml._objective.meta import Given, MetaParameters
 from imaml._objective.program import FunctionProgram, ModelProgram, Parameters, Program
 from imaml._objective.reach import modules_of
+from imaml._objective.recompute import Blocks
 from imaml._objective.select import select
 from imaml._tasks import Batch
 
@@ -78,6 +79,7 @@ class Objective:
         meta: Given | None = None,
         metric: Callable[[Any, Any], Tensor] | None = None,
         buffers: BufferPolicy | None = None,
+        recompute: Blocks = (),
     ) -> None:
         check_policy(buffers)
         criteria = Criteria(loss, outer_loss, metric)
@@ -86,7 +88,7 @@ class Objective:
                 f"Expected an nn.Module. Got {type(model).__name__}: for a function of parameters and a batch use "
                 "Objective.from_function(loss, params)."
             )
-        self._initialise(ModelProgram(model, buffers), criteria, adapt, meta)
+        self._initialise(ModelProgram(model, buffers, recompute), criteria, adapt, meta)
 
     @classmethod
     def from_function(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from imaml._objective.buffers import BufferPolicy, check_buffers, statistics
 from imaml._objective.faithful import Survey
+from imaml._objective.recompute import Blocks, blocks_of
 from imaml._tasks import Batch
 
 Parameters = Mapping[str, Tensor]
@@ -71,8 +72,9 @@ class ModelProgram(Program):
 
     model: nn.Module
 
-    def __init__(self, model: nn.Module, buffers: BufferPolicy | None) -> None:
-        self.model, self.buffers = model, buffers
+    def __init__(self, model: nn.Module, buffers: BufferPolicy | None, recompute: Blocks) -> None:
+        self.model, self.buffers, self.recompute = model, buffers, recompute
+        blocks_of(model, recompute)
 
     def parameters(self) -> dict[str, Tensor]:
         """See `Program`."""
@@ -114,7 +116,7 @@ class ModelProgram(Program):
         for module in (model, *losses):
             if isinstance(module, nn.Module):
                 module.double()
-        return ModelProgram(model, self.buffers), losses
+        return ModelProgram(model, self.buffers, self.recompute), losses
 
     def first_names(self) -> dict[str, str]:
         """See `Program`."""
@@ -140,7 +142,7 @@ class ModelProgram(Program):
 
     def survey(self) -> Survey:
         """See `Program`."""
-        return Survey.of(self.model)
+        return Survey.of(self.model, self.recompute)
 
 
 def _reshard(model: nn.Module) -> None:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from imaml._curvature.derivatives import Derivatives, Want
 from imaml._curvature.exact_products import Graph
-from imaml._losses.foreign import leaves_of
 from imaml._losses.gradient import Gradient
 from imaml._losses.replay import Role
 from imaml._losses.slice import Slice
 from imaml._losses.snapshot import Snapshot
+from imaml._objective.foreign import leaves_of
 from imaml._sharding.sharded_layout import ShardedLayout, local, whole
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imaml._losses.foreign import leaves_of
 from imaml._losses.layout import Layout
 from imaml._numbers import check_number
+from imaml._objective.foreign import leaves_of
 from imaml._objective.meta import MetaParameters
 
 Hyper = float | Sequence[float] | Mapping[str, Any] | Callable[[dict[str, Any]], Any]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from imaml._errors import SolverWarning
-from imaml._losses.foreign import check_loss
 from imaml._objective.buffers import HeldBuffers
+from imaml._objective.foreign import check_loss
 from imaml._objective.objective import Objective
 from imaml._strategies.meta_gradient import MetaGradient
 from imaml._tasks import Task, TaskBatch

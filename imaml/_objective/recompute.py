@@ -1,0 +1,308 @@
+"""Blocks of a forward pass that keep their inputs alone, and are computed again in derivatives of every order."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from imaml._objective.exact import MathAttention, check_twice_differentiable
+from imaml._objective.foreign import described, foreign_leaves
+from imaml._objective.reach import modules_of
+from imaml._torch import TreeSpec, inside_transform, requires_grad, tree_flatten, vectorised
+
+Place = tuple[dict[str, Any], str]
+"""Where a module has a tensor: in its parameters or buffers, under a name."""
+Outputs = tuple[Tensor | None, ...]
+
+
+def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function whose activations are not kept: derivatives of every order compute them again from its inputs.
+
+    Inside the model or the loss of an `Objective` the modules that the function holds have the parameters of the
+    evaluation, as they do in `torch.utils.checkpoint.checkpoint`, which is honoured likewise. Elsewhere they have
+    their own.
+
+    Memory: the inputs, and the graph of one block at a time, of whatever order.
+
+    Cost: a gradient evaluates the block once more. A Hessian-vector product takes about 16 forward passes of it, where
+    a graph that is kept takes 9.
+
+    Args:
+        function: A function of its arguments and of the modules that it holds. Called again in the same random state
+            and under the same autocast it must do the same.
+        args: Tensors in any nesting, and anything else.
+        kwargs: Further arguments by name.
+
+    Returns:
+        What the function returns: tensors in any nesting, and anything else.
+
+    Raises:
+        ValueError: The function changes an argument in place; or, in a derivative, it reads a tensor that requires
+            grad and is neither an argument nor a parameter of a module that it holds.
+    """
+    if not torch.is_grad_enabled() or inside_transform():
+        return function(*args, **kwargs)
+    leaves, structure = tree_flatten((args, kwargs))
+    mine = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    held = _held(function)
+
+    def run(tensors: Sequence[Tensor]) -> Any:
+        found = list(leaves)
+        for i, tensor in zip(mine, tensors, strict=False):
+            found[i] = tensor
+        own, named = structure.unflatten(found)
+        with _swapped([places for _, places in held], tensors[len(mine) :]):
+            return function(*own, **named)
+
+    inputs = [*(leaves[i] for i in mine), *(tensor for tensor, _ in held)]
+    leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # a block keeps them once
+    block = _Block(run, getattr(function, "__qualname__", type(function).__name__), inputs)
+    return block.placed(_Recompute.apply(block, *inputs))  # type: ignore[no-untyped-call]
+
+
+Blocks = Iterable[str | type[nn.Module]]
+"""Modules whose calls are recomputed: names, shell patterns of names, or types."""
+
+
+def blocks_of(model: nn.Module, blocks: Blocks) -> list[nn.Module]:
+    """The modules of a model that are to be recomputed, each once.
+
+    Args:
+        model: Any module.
+        blocks: Which of its modules.
+
+    Returns:
+        The modules, in the model's order.
+
+    Raises:
+        TypeError: `blocks` is a single string or type, or holds something else.
+        ValueError: An entry matches no module.
+    """
+    if isinstance(blocks, (str, type)):
+        raise TypeError(f"`recompute` must be a list of module names or types. Got {blocks!r}: write [{blocks!r}].")
+    named, chosen = dict(model.named_modules()), set[nn.Module]()
+    for block in blocks:
+        if isinstance(block, str):
+            found = [module for name, module in named.items() if name and fnmatchcase(name, block)]
+            close = get_close_matches(block, named, n=3, cutoff=0.4) or [name for name in named if name][:5]
+        elif isinstance(block, type) and issubclass(block, nn.Module):
+            found = [module for module in named.values() if isinstance(module, block)]
+            close = sorted({type(module).__name__ for module in named.values()})
+        else:
+            raise TypeError(f"`recompute` must be a list of module names or types. Got {block!r} in it.")
+        if not found:
+            raise ValueError(f"`recompute` names no module by {block!r}. Close to it: {', '.join(close) or 'none'}.")
+        chosen.update(found)
+    return [module for module in named.values() if module in chosen]
+
+
+class Conditions(Protocol):
+    """An evaluation of a loss, under whose guards a block is computed: the first time, and again."""
+
+    is_active: bool
+
+    def again(self) -> AbstractContextManager[None]:
+        """Within it the evaluation is as it was."""
+        ...
+
+
+class _Open(threading.local):
+    def __init__(self) -> None:
+        self.open: list[Conditions] = []
+
+
+_conditions = _Open()
+
+
+def begin(evaluation: Conditions) -> None:
+    """Blocks that are met from here on belong to this evaluation."""
+    evaluation.is_active = True
+    _conditions.open.append(evaluation)
+
+
+def end(evaluation: Conditions) -> None:
+    """Blocks belong to the evaluation before it again."""
+    evaluation.is_active = False
+    _conditions.open.remove(evaluation)
+
+
+def _held(function: Callable[..., Any]) -> list[tuple[Tensor, list[Place]]]:
+    """The tensors to differentiate by of the modules that a function holds, each with the places where it stands."""
+    found: dict[int, tuple[Tensor, list[Place]]] = {}
+    for module in modules_of([function]):
+        for members in (module._parameters, module._buffers):
+            for name, tensor in members.items():
+                if tensor is not None and requires_grad(tensor):
+                    found.setdefault(id(tensor), (tensor, []))[1].append((members, name))
+    return list(found.values())
+
+
+@contextmanager
+def _swapped(places: Sequence[Sequence[Place]], tensors: Sequence[Tensor]) -> Iterator[None]:
+    before = [members[name] for group in places for members, name in group]
+    for group, tensor in zip(places, tensors, strict=True):
+        for members, name in group:
+            members[name] = tensor
+    try:
+        yield
+    finally:
+        own = iter(before)
+        for group in places:
+            for members, name in group:
+                members[name] = next(own)
+
+
+class _Block:
+    """A function of tensors, in the state of the world in which it was met."""
+
+    def __init__(self, run: Callable[[Sequence[Tensor]], Any], name: str, inputs: Sequence[Tensor]) -> None:
+        self._run, self.name = run, name
+        self._evaluation = _conditions.open[-1] if _conditions.open else None
+        self._random = torch.get_rng_state(), *get_device_states(*inputs)
+        self._autocast = [
+            torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+            for kind in {"cpu", *(t.device.type for t in inputs)}
+        ]
+        self._outline: tuple[TreeSpec, list[Any]] | None = None
+
+    def __call__(self, *tensors: Tensor) -> Outputs:
+        versions = [t._version for t in tensors]
+        with ExitStack() as stack:
+            if self._outline is not None:
+                self._return(stack)
+            output = self._run(tensors)
+        if versions != [t._version for t in tensors]:
+            raise ValueError(
+                f"{self.name} is recomputed, and changes a tensor in place that it is given. Expected a function of "
+                "its arguments: use e.g. x = x + 1 for x.add_(1)."
+            )
+        leaves, structure = tree_flatten(output)
+        self._outline = structure, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+    def placed(self, outputs: Outputs) -> Any:
+        """The outputs as the function returned them."""
+        assert self._outline is not None
+        structure, leaves = self._outline
+        found = list(leaves)
+        for i, output in zip(self._tensors, outputs, strict=True):
+            found[i] = output
+        return structure.unflatten(found)
+
+    def _return(self, stack: ExitStack) -> None:
+        """To the state of the world."""
+        cpu, devices, states = self._random
+        stack.enter_context(torch.random.fork_rng(devices))
+        torch.set_rng_state(cpu)
+        set_device_states(devices, states)
+        for autocast in self._autocast:
+            stack.enter_context(autocast)
+        if self._evaluation is not None and not self._evaluation.is_active:
+            stack.enter_context(self._evaluation.again())
+
+
+class _Pullback:
+    """The cotangents of a block's inputs, for those of its outputs: a function of both, to be recomputed itself."""
+
+    def __init__(self, block: Any, inputs: int, wanted: Sequence[int], given: Sequence[int]) -> None:
+        self._block, self._inputs, self._wanted, self._given = block, inputs, wanted, given
+        self.name: str = block.name
+
+    def __call__(self, *tensors: Tensor) -> Outputs:
+        again = torch.is_grad_enabled()  # whether the pullback is differentiated itself
+        xs, cotangents = list(tensors[: self._inputs]), tensors[self._inputs :]
+        with torch.enable_grad(), MathAttention() if again else nullcontext():
+            for i in self._wanted:
+                if not (again and xs[i].requires_grad):
+                    xs[i] = xs[i].detach().requires_grad_()
+            ys = self._block(*xs)
+            at = [ys[i] for i in self._given]
+            pairs = [(y, c) for y, c in zip(at, cotangents, strict=True) if y is not None and y.requires_grad]
+            if not pairs:
+                return (None,) * len(self._wanted)
+            outputs, weights = zip(*pairs, strict=True)
+            if not again:
+                self._check_own(outputs, xs)
+            wanted = [xs[i] for i in self._wanted]
+            found = torch.autograd.grad(outputs, wanted, weights, create_graph=again, allow_unused=True)
+            if again:  # nobody sees the graph of a block from outside
+                check_twice_differentiable([g.grad_fn for g in found if g is not None])
+            return found
+
+    def _check_own(self, outputs: Sequence[Tensor], xs: Sequence[Tensor]) -> None:
+        def evaluated() -> list[Tensor]:
+            return [y for y in self._block(*xs) if y is not None]
+
+        if foreign := foreign_leaves(outputs, xs, evaluated):
+            raise ValueError(
+                f"{self.name} is recomputed, and uses what requires grad and would get no gradient: "
+                f"{described(foreign, {})}. Expected a function of its arguments and of modules that it holds: pass "
+                "the tensor as an argument."
+            )
+
+
+class _Batched:
+    """A block of every row, by `vmap`."""
+
+    def __init__(self, block: Any, dims: Sequence[int | None], size: int) -> None:
+        self._block, self._dims, self._size = block, dims, size
+        self.name: str = block.name
+
+    def __call__(self, *tensors: Tensor) -> Outputs:
+        rows = [t.movedim(d, 0) for t, d in zip(tensors, self._dims, strict=True) if d is not None]
+        missing: list[bool] = []
+
+        def one(rows: list[Tensor]) -> list[Tensor]:
+            own = iter(rows)
+            found = self._block(*(t if d is None else next(own) for t, d in zip(tensors, self._dims, strict=True)))
+            missing[:] = [y is None for y in found]
+            return [y for y in found if y is not None]
+
+        outputs = iter(vectorised(one, rows, self._size))
+        return tuple(None if is_missing else next(outputs) for is_missing in missing)
+
+
+class _Recompute(torch.autograd.Function):
+    """A block, of which autograd keeps the inputs. Its backward is a block too, so that every order recomputes."""
+
+    @staticmethod
+    def forward(block: Any, *tensors: Tensor) -> Outputs:
+        found: Outputs = block(*tensors)
+        return found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+        ctx.block, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(y for y in output if y is not None and not y.is_floating_point()))
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        grads: list[Tensor | None] = [None] * (1 + len(tensors))
+        given = [i for i, c in enumerate(cotangents) if c is not None]
+        wanted = [i for i, needs in enumerate(ctx.needs_input_grad[1:]) if needs]
+        if given and wanted:
+            pullback = _Pullback(ctx.block, len(tensors), wanted, given)
+            found = _Recompute.apply(pullback, *tensors, *(cotangents[i] for i in given))  # type: ignore[no-untyped-call]
+            for i, grad in zip(wanted, found, strict=True):
+                grads[1 + i] = grad
+        return tuple(grads)
+
+    @staticmethod
+    def vmap(
+        info: Any, dims: tuple[int | None, ...], block: Any, *tensors: Tensor
+    ) -> tuple[Outputs, tuple[int | None, ...]]:
+        batched = _Batched(block, dims[1:], info.batch_size)
+        found = _Recompute.apply(batched, *tensors)  # type: ignore[no-untyped-call]
+        return found, tuple(None if y is None else 0 for y in found)

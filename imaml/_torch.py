@@ -29,6 +29,7 @@ What is wrong in silence without a name is an ImportError. `Tensor._version`, `M
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
@@ -240,34 +241,46 @@ def load_forward_ad() -> None:
         torch.func.jvp(torch.sin, (torch.ones(()),), (torch.ones(()),))
 
 
-def take_checkpoints(recompute: Callable[..., Any]) -> dict[str, Any]:
+def take_checkpoints(recompute: Callable[..., Any]) -> None:
     """Let `torch.utils.checkpoint.checkpoint`, however it was imported, recompute by a function of its arguments.
 
     Where torch has no hook for that it calls its function and keeps what that saves. What recomputes all the same, by
-    a way that is not known, raises RuntimeError.
+    a way that is not known, raises RuntimeError. All threads share torch's module: the last one gives it back.
 
     Args:
-        recompute: Takes the function and its arguments.
-
-    Returns:
-        What `give_checkpoints_back` puts back.
+        recompute: Takes the function and its arguments; the same in every call.
     """
-    members = vars(_checkpoint)
-    before = {name: members[name] for name in _INSTEAD}
-    members.update(_INSTEAD)
-    if _INNER is not None:
-        before[_HOOK] = vars(_INNER).get(_HOOK)
-        setattr(_INNER, _HOOK, partial(_checkpointed, recompute))
-    return before
+    with _taken.lock:
+        if _taken.times == 0:
+            members = vars(_checkpoint)
+            _taken.before = {name: members[name] for name in _INSTEAD}
+            members.update(_INSTEAD)
+            if _INNER is not None:
+                _taken.hook = vars(_INNER).get(_HOOK)
+                setattr(_INNER, _HOOK, partial(_checkpointed, recompute))
+        _taken.times += 1
 
 
-def give_checkpoints_back(before: dict[str, Any]) -> None:
+def give_checkpoints_back() -> None:
     """Take back what `take_checkpoints` has done."""
-    if _INNER is not None:
-        setattr(_INNER, _HOOK, before.pop(_HOOK))
-    vars(_checkpoint).update(before)
+    with _taken.lock:
+        _taken.times -= 1
+        if _taken.times == 0:
+            vars(_checkpoint).update(_taken.before)
+            if _INNER is not None:
+                setattr(_INNER, _HOOK, _taken.hook)
 
 
+class _Taken:
+    """How often torch's checkpoints are taken, and what they were."""
+
+    def __init__(self) -> None:
+        self.lock, self.times = threading.Lock(), 0
+        self.before: dict[str, Any] = {}
+        self.hook: Any = None
+
+
+_taken = _Taken()
 _HOOK = "__dynamo_disable"
 _INNER = getattr(torch.utils.checkpoint.checkpoint, "__wrapped__", None)
 """The undecorated function, of which the decorated one looks up at every call what to call in its place."""

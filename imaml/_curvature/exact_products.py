@@ -82,9 +82,9 @@ class ReverseOverReverse:
         with torch.enable_grad(), MathAttention():
             adapted, shared, losses, _ = part.at_leaves(self._phi, self._step, shared=True)
             edges: list[GradientEdge | None] = [None] * len(adapted)
-            hooks = [
-                leaf.register_hook(partial(_dropped, edges, i)) for i, leaf in enumerate(adapted) if not with_values
-            ]
+            hooks, zero = [], losses.new_zeros(())
+            if not with_values:
+                hooks = [leaf.register_hook(partial(_dropped, edges, i, zero)) for i, leaf in enumerate(adapted)]
             grads = differentiate(part, losses, adapted, create_graph=True)
             for hook in hooks:  # they would drop the product too
                 hook.remove()
@@ -109,11 +109,11 @@ class ReverseOverReverse:
         return self._part.collect(found, self._phi)
 
 
-def _dropped(edges: list[GradientEdge | None], i: int, gradient: Tensor) -> Tensor:
+def _dropped(edges: list[GradientEdge | None], i: int, zero: Tensor, gradient: Tensor) -> Tensor:
     """Note, as a hook of a leaf, where the graph of its gradient ends; let its numbers go, which no product reads."""
     if gradient.requires_grad:
         edges[i] = get_gradient_edge(gradient)
-    return gradient.detach().new_zeros(()).expand(gradient.shape)
+    return zero.to(gradient.dtype).expand(gradient.shape)
 
 
 class ForwardOverReverse:

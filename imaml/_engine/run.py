@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from inspect import ismethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 from weakref import ref
 
 import torch
@@ -25,7 +25,7 @@ from imaml._errors import NonFiniteError
 from imaml._losses.layout import Layout
 from imaml._losses.loss import Loss
 from imaml._losses.record import Record
-from imaml._losses.replay import Role
+from imaml._losses.replay import Replay, Role
 from imaml._losses.slice import Slice, outside_inference
 from imaml._losses.snapshot import Snapshot
 from imaml._objective.meta import no_gradient
@@ -196,13 +196,20 @@ class Run:
         if size == "auto":
             return self.engine._choose(snapshot.objective, batch, key)
         if key not in known:
-            trial = Run.of(self.engine, snapshot.objective, derivatives=bool(self.layouts))
+            trial = self._trial(differentiates=bool(self.layouts))
             one = trial.problem([0], batch[:1], ONE_BY_ONE)
             known[key] = choose_chunking(
                 one.support, one.query, one.theta, self.engine.inner.steps, self.engine._states
             )
             trial.snapshot.replay.undo()
         return known[key]
+
+    def _trial(self, *, differentiates: bool) -> Self:
+        """The same run, for a look at a task that counts nowhere and leaves the random state alone."""
+        replay = Replay(self.snapshot.like.device)
+        return replace(
+            self, snapshot=replace(self.snapshot, replay=replay, differentiates=differentiates), record=Record()
+        )
 
     def check(self, batch: TaskBatch, *, query: bool = True) -> None:
         """Raise unless the losses can be taken slice by slice, if they are; looked at once per objective and shapes."""
@@ -213,7 +220,7 @@ class Run:
         key = (*map(id, parts), modes, signature(batch), query)
         if key in checked and all(alive() is part for alive, part in zip(checked[key], parts, strict=True)):
             return
-        trial = Run.of(self.engine, objective, derivatives=False)
+        trial = self._trial(differentiates=False)
         one = trial.problem([0], batch[:1], ONE_BY_ONE)
         for loss in (one.support, one.query) if query else (one.support,):
             loss.check(lambda loss: trial.derivatives.value(loss, one.theta, 0)[0])

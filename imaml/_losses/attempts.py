@@ -63,9 +63,9 @@ class Attempts:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         """End an attempt; True where an error is to be forgotten."""
-        self.snapshot.replay.end(self.key, self._start, failed=error is not None)
         if self._copies is not None:
             self.snapshot.held.put_back(self._copies, failed=error is not None)
+        self.snapshot.replay.end(self.key, self._start, failed=error is not None)
         changed = [i for i, t in enumerate(self.data) if t._version != self._versions[i]]
         before, self._before = self._before, []
         for i in changed if before else ():

@@ -207,7 +207,8 @@ class Slice:
                 "The model writes to its parameters in place while several tasks are evaluated one by one. Expected a "
                 f"forward pass that leaves them alone. Got a write, to {self.tasks} tasks: use chunk_size=1."
             ) from error
-        return tuple(torch.stack(each) if self.tasks > 1 else each[0].unsqueeze(0) for each in zip(*found, strict=True))
+        # Copies: a loss may be a view of what it is given, and gradients are added up in place.
+        return tuple(torch.stack(each) for each in zip(*found, strict=True))
 
     def _named(self, adapted: Sequence[Tensor], shared: Sequence[Tensor]) -> dict[str, Tensor]:
         """What one task is evaluated with, by name; the model's own where none are given."""

@@ -45,22 +45,23 @@ class MathAttention:
     First derivatives of a single task keep them.
     """
 
+    _lock: ClassVar[threading.Lock] = threading.Lock()
     _inside: ClassVar[int] = 0
-    """How many are open: they nest in every product, and switching the kernels off is dear for a small model."""
-
-    def __init__(self) -> None:
-        self._kernels: Any = None
+    """How many are open, in all threads, which share the switch. They nest in every product, and it is dear to set."""
+    _switch: ClassVar[Any] = None
 
     def __enter__(self) -> None:
-        MathAttention._inside += 1
-        if MathAttention._inside == 1:
-            self._kernels = sdpa_kernel(SDPBackend.MATH)
-            self._kernels.__enter__()
+        with self._lock:
+            if MathAttention._inside == 0:
+                MathAttention._switch = sdpa_kernel(SDPBackend.MATH)
+                MathAttention._switch.__enter__()
+            MathAttention._inside += 1
 
     def __exit__(self, *error: object) -> None:
-        MathAttention._inside -= 1
-        if self._kernels is not None:
-            self._kernels.__exit__(*error)
+        with self._lock:
+            MathAttention._inside -= 1
+            if MathAttention._inside == 0:
+                MathAttention._switch.__exit__(None, None, None)
 
 
 def check_twice_differentiable(nodes: Sequence[Any]) -> None:

@@ -22,6 +22,7 @@ from imaml._torch import give_checkpoints_back, is_compiled, take_checkpoints
 # The guards are classes: a generator as a context manager takes three times the calls, in every evaluation.
 
 _OF_EVERY_MODULE = nn.Module().__dict__.keys()
+_MISSING = object()
 
 
 class faithful:  # noqa: N801
@@ -40,12 +41,12 @@ class faithful:  # noqa: N801
 
     def __enter__(self) -> None:
         self._mode.__enter__()
-        self._before = take_checkpoints(recompute)
+        take_checkpoints(recompute)
         begin(self)
 
     def __exit__(self, *error: Any) -> None:
         end(self)
-        give_checkpoints_back(self._before)
+        give_checkpoints_back()
         self._mode.__exit__(*error)
 
     def again(self) -> faithful:
@@ -122,45 +123,39 @@ class Running:
     is_active = False
 
     def __init__(self, survey: Survey, values: Mapping[str, Tensor], policy: BufferPolicy | None) -> None:
-        self._survey, self._policy, self._named = survey, policy, values
-        self._values = [(place, value) for name, value in values.items() for place in survey.places[name]]
+        self._survey, self._values, self._policy = survey, values, policy
+        self._put: list[tuple[dict[str, Any], str, Any]] = [
+            *((members, key, value) for name, value in values.items() for members, key in survey.places[name]),
+            *((norm.__dict__, "n_power_iterations", 0) for norm in survey.norms),
+            *((block.__dict__, "forward", partial(recompute, block.forward)) for block in survey.blocks),
+        ]
         self._modes: list[Any] = [Statistics(policy)] if policy is not None else []
 
     def __enter__(self) -> None:
-        survey = self._survey
-        self._iterations = [norm.n_power_iterations for norm in survey.norms]
-        for norm in survey.norms:
-            norm.n_power_iterations = 0
-        if survey.is_compiled:
+        if self._survey.is_compiled:
             self._modes.append(torch.compiler.set_stance("force_eager"))
         for mode in self._modes:
             mode.__enter__()
-        self._own = [members[name] for (members, name), _ in self._values]
-        for (members, name), value in self._values:
+        self._before = [members.get(name, _MISSING) for members, name, _ in self._put]
+        for members, name, value in self._put:
             members[name] = value
-        self._forwards = [(block, block.__dict__.get("forward")) for block in survey.blocks]
-        for block, _ in self._forwards:
-            block.__dict__["forward"] = partial(recompute, block.forward)
         begin(self)
 
     def __exit__(self, *error: Any) -> None:
         end(self)
-        for block, before in self._forwards:
-            del block.__dict__["forward"]
-            if before is not None:
-                block.__dict__["forward"] = before
-        for ((members, name), _), own in zip(self._values, self._own, strict=True):
-            members[name] = own
+        for (members, name, _), before in zip(self._put, self._before, strict=True):
+            if before is _MISSING:
+                del members[name]
+            else:
+                members[name] = before
         for mode in reversed(self._modes):
             mode.__exit__(*error)
-        for norm, before in zip(self._survey.norms, self._iterations, strict=True):
-            norm.n_power_iterations = before
 
     @contextmanager
     def again(self) -> Iterator[None]:
         """For a block that is recomputed, when the model has its own parameters again."""
         try:
-            with faithful(), Running(self._survey, self._named, self._policy):
+            with faithful(), Running(self._survey, self._values, self._policy):
                 yield
         finally:
             self._survey.restore()

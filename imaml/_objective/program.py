@@ -147,10 +147,11 @@ class ModelProgram(Program):
 
 def _reshard(model: nn.Module) -> None:
     """Let FSDP forget the parameters that it has gathered, and show its shards."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None:
+    # Another thread may be importing it, and have got half way.
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    if kind is not None:
         for module in model.modules():
-            if isinstance(module, fsdp.FSDPModule):
+            if isinstance(module, kind):
                 module.reshard()
 
 

@@ -98,11 +98,11 @@ class MAML(MetaGradient):
             raise ValueError(f"`storage` must be one of {', '.join(get_args(Storage))}. Got {self.storage!r}.")
         if self.checkpoints is not None:
             check_integer("`checkpoints`, unless None,", self.checkpoints, least=0)
-        for name, only in _WITH_GRAPHS.items() if self.linearize else ():
+        for name, (only, reason) in _WITH_GRAPHS.items() if self.linearize else ():
             if getattr(self, name) != only:
                 raise ValueError(
-                    "linearize=True keeps the graphs of all inner steps on the device, each of its whole support set. "
-                    f"Expected {name}={only!r}. Got {getattr(self, name)!r}: use one of the two."
+                    f"linearize=True keeps the graphs of all inner steps, {reason}. Expected {name}={only!r}. Got "
+                    f"{getattr(self, name)!r}: use one of the two."
                 )
 
     def tape(self, *, keeps_graphs: bool) -> Tape:
@@ -115,7 +115,7 @@ class MAML(MetaGradient):
             The tape.
         """
         steps = self.inner.steps if self.truncate is None else min(self.truncate, self.inner.steps)
-        is_open = all(getattr(self, name) == only for name, only in _WITH_GRAPHS.items())
+        is_open = all(getattr(self, name) == only for name, (only, _) in _WITH_GRAPHS.items())
         return Tape(
             first=self.inner.steps - steps,
             steps=steps,
@@ -156,5 +156,9 @@ class MAML(MetaGradient):
         return Pullback(cotangent + pulled_by_theta, shared, outcome)
 
 
-_WITH_GRAPHS = {"storage": "device", "checkpoints": None, "microbatch_size": None}
-"""What goes with kept graphs: the choices of a tape that exclude one another, in one place."""
+_WITH_GRAPHS = {
+    "storage": ("device", "which stay where they are"),
+    "checkpoints": (None, "which leave no step to take again"),
+    "microbatch_size": (None, "each of the whole support set"),
+}
+"""What goes with kept graphs, and why: the choices of a tape that exclude one another, in one place."""

@@ -1,5 +1,8 @@
 """Attention: the fast kernel where first derivatives suffice, models of transformers as they are."""
 
+import copy
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,3 +71,23 @@ def test_a_transformers_model_as_it_is(checkpointing, chunk_size) -> None:
         enable()
     got = engine.value_and_grad(Objective(model, F.cross_entropy), tasks)[1]
     assert relative_error(got, expected) <= 1e-10
+
+
+def test_threads_that_differentiate_attention_at_once_all_do_it_exactly():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    batch = TaskBatch(support=(torch.randn(1, 4, 6, 8),) * 2, query=(torch.randn(1, 4, 6, 8),) * 2)
+    engine = MAML(inner=GradientDescent(lr=0.01, steps=2), chunk_size=1, linearize=False)
+    found = []
+
+    def run():
+        model = copy.deepcopy(layer)
+        found.extend(engine(Objective(model, F.mse_loss), batch).report.hvp_mode for _ in range(5))
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == ["reverse-over-reverse"] * 15
+    assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()

@@ -173,3 +173,19 @@ def test_a_vectorised_pass_that_fails_spends_no_random_numbers():
     assert len(masks) == 9
     for one, again in zip(gradient, product, strict=True):
         assert torch.equal(one, again)
+
+
+@pytest.mark.parametrize("options", [{"chunk_size": 1, "microbatch_size": 2}, {"chunk_size": 1}], ids=str)
+def test_a_loss_that_is_what_it_is_given_stays_as_it_is(options):
+    """Gradients are added up in place, slice by slice: not in a parameter, nor in what the user has kept."""
+    w, seen = torch.tensor(0.9, dtype=torch.float64), []
+
+    def loss(params, batch):
+        seen.append(params["w"].detach())
+        return params["w"]
+
+    x = torch.zeros(1, 4, 1, dtype=torch.float64)
+    engine = FOMAML(inner=GradientDescent(lr=0.1, steps=1), **options)
+    value, gradients = engine.value_and_grad(Objective.from_function(loss, {"w": w}), TaskBatch(support=x, query=x))
+    assert value.item() == pytest.approx(0.8) and gradients["w"].item() == 1.0 and w.item() == 0.9
+    assert {round(s.item(), 12) for s in seen} <= {0.9, 0.8}

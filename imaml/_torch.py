@@ -29,6 +29,7 @@ What is wrong in silence without a name is an ImportError. `Tensor._version`, `M
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -214,6 +215,12 @@ def may_drop_second_derivative(node: Any) -> bool:
 def is_spectral_norm(module: Any) -> bool:
     """Whether a module, or a hook, is a spectral_norm that updates vectors of its own; by their number if need be."""
     return hasattr(module, "n_power_iterations") and isinstance(module, _SPECTRAL_NORMS)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model has parameters that are spread over processes."""
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return kind is not None and any(isinstance(parameter, kind) for parameter in model.parameters())
 
 
 def is_compiled(module: nn.Module) -> bool:

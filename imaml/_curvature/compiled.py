@@ -58,10 +58,7 @@ class Compiled(Derivatives):
         """See `Derivatives`; a compiled product evaluates the gradient anew, fused with it."""
         if not self._session.compiler.is_on:
             return super().product_of(part, phi, step, graph)
-        gradient = None
-        if graph is not Graph.REBUILT:
-            part.record.gradients += part.tasks
-            gradient = self.gradient_of(part, phi, step, Want())
+        gradient = None if graph is Graph.REBUILT else self.gradient_of(part, phi, step, Want())
         return _Product(self, part, phi, step, gradient)
 
     def product(self, part: Slice, phi: Tensor, step: int, w: Tensor, *, mixed: bool) -> tuple[Tensor, Tensor | None]:

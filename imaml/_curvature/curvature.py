@@ -57,12 +57,13 @@ class Curvature(LinearOperator):
     ) -> None:
         self._derivatives, self._loss, self._phi, self._step, self._record = derivatives, loss, phi, step, loss.record
         self._asked, self._gauss_newton = mode, gauss_newton
-        self._mode = (self._record.mode or "reverse-over-reverse") if mode == "auto" else mode
-        if gauss_newton:
-            self._record.gauss_newton = True
+        best = "reverse-over-reverse" if derivatives.has_second else "finite-difference"
+        self._mode: str = (self._record.mode or best) if mode == "auto" else mode
+        self._record.gauss_newton |= gauss_newton
         self._all = self._product_of_all(graph)
-        if self._all is not None and self._all.gradient is not None and not gauss_newton:
-            self._record.mode = self._record.mode or self._mode
+        if self._all is not None and self._all.gradient is not None:
+            self._record.gradients += loss.tasks
+            self._note_mode()
 
     def take_gradient(self) -> Gradient | None:
         """The support loss and its gradient at phi, where they come at no cost; kept no longer."""
@@ -82,13 +83,16 @@ class Curvature(LinearOperator):
             at = (self._derivatives, self._loss, self._phi, self._step)
             return Curvature(*at, mode=self._asked, graph=Graph.REBUILT).product(w, mixed=True)
         self._record.products += self._loss.tasks
-        if not self._gauss_newton:
-            self._record.mode = self._record.mode or self._mode
+        self._note_mode()
         try:
             return self._all(w, mixed=mixed) if self._all is not None else self._sum(w, mixed=mixed)
         except RuntimeError as error:
             self._all = self._instead(error)
         return self._all(w, mixed=mixed)  # after the except block, which holds the graphs of what has failed
+
+    def _note_mode(self) -> None:
+        if not self._gauss_newton:
+            self._record.mode = self._record.mode or self._mode
 
     def _product_of_all(self, graph: Graph) -> Product | None:
         """One product for all of the loss; None where it is a sum over slices."""

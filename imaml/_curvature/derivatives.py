@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,9 @@ class Derivatives:
 
     This class takes them by autograd. What computes them otherwise overrides what is said of one slice.
     """
+
+    has_second: ClassVar[bool] = True
+    """Whether there are exact products."""
 
     def value(self, loss: Loss, phi: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
         """Losses and metric `(tasks,)` at phi `(tasks, n)`, without derivatives; both are averaged over the slices."""
@@ -65,6 +69,4 @@ class Derivatives:
 
     def product_of(self, part: Slice, phi: Tensor, step: int, graph: Graph) -> Product:
         """The exact Hessian of one slice at phi, by reverse-over-reverse, with the gradient unless it is rebuilt."""
-        if graph is not Graph.REBUILT:
-            part.record.gradients += part.tasks
         return ReverseOverReverse(part, phi, step, graph)

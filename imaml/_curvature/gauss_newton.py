@@ -40,7 +40,6 @@ class GaussNewton:
         _check_linearised(self._pulled)
         self.gradient: Gradient | None = None
         if graph is not Graph.REBUILT:
-            part.record.gradients += part.tasks
             self.gradient = Gradient(losses.detach(), self._collect(self._pull_back(self._slopes)), None)
 
     def __call__(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:

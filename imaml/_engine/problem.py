@@ -15,7 +15,7 @@ from imaml._curvature.exact_products import Graph
 from imaml._engine.chunking import Chunking
 from imaml._engine.nonfinite import check_history, check_query
 from imaml._engine.report import Outcome
-from imaml._engine.steps import Steps
+from imaml._engine.stepper import Stepper
 from imaml._losses.gradient import Gradient
 from imaml._losses.layout import Layout
 from imaml._losses.loss import Loss
@@ -143,16 +143,16 @@ class Problem:
 
     def step(self, state: State, step: int) -> State:
         """One inner step of an optimiser, from state s_step to s_{step+1}."""
-        return self.steps.take(state, self.gradient(state[0], step), step)
+        return self.update(state, self.gradient(state[0], step), step)
 
     def update(self, state: State, gradient: Tensor, step: int) -> State:
         """The step for a gradient that is known."""
-        return self.steps.take(state, gradient, step)
+        return self.stepper.take(state, gradient, step)
 
     @property
-    def steps(self) -> Steps:
+    def stepper(self) -> Stepper:
         """The steps of the inner loop, where it can be differentiated."""
-        return Steps(self.optimizer, self.hyper, self.snapshot, self.positions[0])
+        return Stepper(self.optimizer, self.hyper, self.snapshot, self.positions[0])
 
     @property
     def optimizer(self) -> InnerOptimizer:

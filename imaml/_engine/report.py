@@ -70,6 +70,9 @@ class Report(Outcome):
     buffers: dict[str, Tensor]
     """With `Objective(..., buffers="update")` the mean over the tasks of the running statistics after the inner loop,
     for `model.load_state_dict(report.buffers, strict=False)`; else empty."""
+    recomputed: tuple[str, ...] = ()
+    """Names of the blocks that derivatives computed again, of `Objective(recompute=...)`, `imaml.recompute` and
+    `torch.utils.checkpoint`; empty where nothing was."""
     skipped: tuple[int, ...] = ()
     """Positions of the tasks that `on_nonfinite="skip"` left out of the mean, in ascending order."""
 
@@ -96,6 +99,7 @@ class Report(Outcome):
             hvp_error=record.difference_error,
             unused=tuple(n for n in snapshot.layout.names if record.used and n not in record.used),
             buffers=record.mean_statistics(),
+            recomputed=tuple(sorted(snapshot.survey.recomputed)),
             skipped=tuple(skipped),
         )
 
@@ -123,6 +127,8 @@ class Report(Outcome):
         cost = f"{self.gradients} gradients, {self.hvps} Hessian-vector products"
         error = "" if self.hvp_error is None else f", relative error about {self.hvp_error:.1g}"
         lines.append(cost + (f" ({self.hvp_mode}{error})" if self.hvp_mode else ""))
+        if self.recomputed:
+            lines.append(f"recomputed: {', '.join(self.recomputed)}")
         if self.unused:
             lines.append(f"not used by the support loss: {', '.join(self.unused)}")
         return "\n".join(lines)

@@ -17,7 +17,7 @@ from imaml._losses.record import Record
 from imaml._losses.replay import Role
 from imaml._losses.snapshot import Snapshot
 from imaml._objective.exact import MathAttention, denied
-from imaml._objective.foreign import check_loss
+from imaml._objective.foreign import check_reached
 from imaml._tasks import Batch
 from imaml._torch import (
     TreeSpec,
@@ -98,7 +98,7 @@ class Slice:
         outlines: list[tuple[TreeSpec, list[Any]]] = []
 
         def predict(values: Sequence[Tensor], batch: Batch) -> tuple[Tensor, ...]:
-            output = given.objective.predict(self._named(values, shared), batch, given.model_survey)
+            output = given.objective.predict(self._named(values, shared), batch, given.survey)
             leaves, spec = tree_flatten(output)
             _check_leaves(leaves)
             outlines.append((spec, [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]))
@@ -108,7 +108,11 @@ class Slice:
             own = iter([leaf.clone() for leaf in leaves])  # a loss may write to the output
             spec, outline = outlines.pop(0)
             output = spec.unflatten([next(own) if leaf is Tensor else leaf for leaf in outline])
-            return (given.objective.judge(output, dict(zip(given.shared_layout.names, shared, strict=True)), batch),)
+            return (
+                given.objective.judge(
+                    output, dict(zip(given.shared_layout.names, shared, strict=True)), batch, given.survey
+                ),
+            )
 
         outputs: tuple[Tensor, ...] = ()
         losses: tuple[Tensor, ...] = ()
@@ -128,7 +132,7 @@ class Slice:
             def one(values: Sequence[Tensor], batch: Batch) -> tuple[Tensor, ...]:
                 updated = dict(zip(before, (v.clone() for v in values[count:]), strict=True))
                 named = self._named(values[:count], shared) | updated
-                given.objective.predict(named, batch, given.model_survey, recording=True)
+                given.objective.predict(named, batch, given.survey, recording=True)
                 return tuple(updated.values())
 
             found: tuple[Tensor, ...] = ()
@@ -259,7 +263,7 @@ class Slice:
     def check_own(self, losses: Tensor, leaves: Sequence[Tensor], again: Callable[[], Tensor]) -> None:
         """Raise ValueError where losses depend on a tensor that requires grad and is not among the leaves."""
         if self.snapshot.differentiates:
-            check_loss(str(self.role), [losses], leaves, lambda: [again()], self.snapshot.objective.names)
+            check_reached(str(self.role), [losses], leaves, lambda: [again()], self.snapshot.objective.names)
 
     def check_depends(self, losses: Tensor) -> None:
         """Raise unless a gradient can flow from the losses."""

@@ -29,19 +29,13 @@ class Snapshot:
     """Values of the shared parameters."""
     constants: Constants
     """Copies of the model's buffers."""
-    survey: Survey | None
-    """What the model needs in a forward pass; None without a model."""
+    survey: Survey
+    """What the model needs in a forward pass."""
     held: HeldBuffers
     """Buffers of the modules that the losses and the metric hold."""
     replay: Replay
     differentiates: bool = True
     """Whether the call is asked for derivatives, and does not only evaluate."""
-
-    @property
-    def model_survey(self) -> Survey:
-        """The survey of the model, where there is one."""
-        assert self.survey is not None
-        return self.survey
 
     @property
     def theta(self) -> Tensor:

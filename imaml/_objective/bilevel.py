@@ -11,12 +11,12 @@ from imaml._objective.meta import Given
 from imaml._objective.objective import Objective
 from imaml._tasks import Batch
 
-Loss = Callable[[dict[str, Tensor], dict[str, Any], Any], Tensor]
+LossFunction = Callable[[dict[str, Tensor], dict[str, Any], Any], Tensor]
 
 
 def bilevel(
-    inner_loss: Loss,
-    outer_loss: Loss,
+    inner_loss: LossFunction,
+    outer_loss: LossFunction,
     *,
     inner: Mapping[str, Tensor],
     meta: Given,

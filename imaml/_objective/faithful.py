@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from imaml._objective.buffers import BufferPolicy, Statistics, power_iterations
 from imaml._objective.exact import ExactDerivatives
 from imaml._objective.recompute import Blocks, begin, blocks_of, end, recompute
-from imaml._torch import give_checkpoints_back, is_compiled, take_checkpoints
+from imaml._torch import give_checkpoints_back, is_compiled, is_sharded, take_checkpoints
 
 # The guards are classes: a generator as a context manager takes three times the calls, in every evaluation.
 
@@ -36,7 +36,8 @@ class faithful:  # noqa: N801
 
     is_active = False
 
-    def __init__(self) -> None:
+    def __init__(self, survey: Survey) -> None:
+        self._survey = survey
         self._mode: Any = ExactDerivatives()
 
     def __enter__(self) -> None:
@@ -49,9 +50,13 @@ class faithful:  # noqa: N801
         give_checkpoints_back()
         self._mode.__exit__(*error)
 
+    def recomputes(self, name: str) -> bool:
+        """See `Conditions`."""
+        return self._survey.recomputes(name)
+
     def again(self) -> faithful:
         """For a block that is recomputed."""
-        return faithful()
+        return faithful(self._survey)
 
 
 @dataclass(frozen=True)
@@ -73,10 +78,16 @@ class Survey:
     """Attributes of every module, and how they were."""
     blocks: list[nn.Module]
     """Modules whose calls are recomputed."""
+    is_sharded: bool
+    """Whether parameters are spread over processes: a block's are then gathered by hooks, and cannot be its inputs."""
+    recomputed: set[str] = field(default_factory=set)
+    """Names of what was recomputed so far, checkpoints of the model and the loss among them."""
 
     @classmethod
-    def of(cls, model: nn.Module, recomputed: Blocks = ()) -> Survey:
-        """Look a model through."""
+    def of(cls, model: nn.Module | None, recomputed: Blocks = ()) -> Survey:
+        """Look a model through, if there is one."""
+        if model is None:
+            return cls({}, False, [], [], [], False)
         if isinstance(model, torch.jit.ScriptModule):
             raise TypeError("The parameters of a scripted module cannot be swapped. Expected the original nn.Module.")
         modules = list(model.modules())
@@ -95,7 +106,14 @@ class Survey:
                 (m.__dict__, {n: m.__dict__[n] for n in m.__dict__.keys() - _OF_EVERY_MODULE}) for m in modules
             ],
             blocks=blocks_of(model, recomputed),
+            is_sharded=is_sharded(model),
         )
+
+    def recomputes(self, name: str) -> bool:
+        """See `Conditions`."""
+        if not self.is_sharded:
+            self.recomputed.add(name)
+        return not self.is_sharded
 
     def running(self, values: Mapping[str, Tensor], policy: BufferPolicy | None) -> Running:
         """Within it the model has these parameters and buffers by name, and runs as written."""
@@ -151,11 +169,15 @@ class Running:
         for mode in reversed(self._modes):
             mode.__exit__(*error)
 
+    def recomputes(self, name: str) -> bool:
+        """See `Conditions`."""
+        return self._survey.recomputes(name)
+
     @contextmanager
     def again(self) -> Iterator[None]:
         """For a block that is recomputed, when the model has its own parameters again."""
         try:
-            with faithful(), Running(self._survey, self._values, self._policy):
+            with faithful(self._survey), Running(self._survey, self._values, self._policy):
                 yield
         finally:
             self._survey.restore()

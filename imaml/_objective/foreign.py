@@ -55,7 +55,7 @@ def described(leaves: Sequence[Tensor], names: Mapping[int, str]) -> str:
     return ", ".join(words[:3]) + (f" and {len(words) - 3} more" if len(words) > 3 else "")
 
 
-def check_loss(
+def check_reached(
     kind: str,
     values: Sequence[Tensor],
     known: Iterable[Tensor],

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from imaml._leaves import opened
-from imaml._objective.buffers import BufferPolicy, check_policy
+from imaml._objective.buffers import BufferPolicy, Constants, check_policy
 from imaml._objective.criteria import Criteria, check_loss, check_scalar
 from imaml._objective.faithful import Survey, faithful
 from imaml._objective.meta import Given, MetaParameters
@@ -128,7 +128,7 @@ class Objective:
         named = program.parameters()
         self.meta = MetaParameters(meta or {})
         """The meta-parameters, as the user holds them."""
-        self.meta.check([*named, *program.constants()])
+        self.meta.check([*named, *(() if program.model is None else dict(program.model.named_buffers()))])
         if adapt is None:
             chosen = {n for n, p in named.items() if program.trainable(p)}
         else:
@@ -183,12 +183,12 @@ class Objective:
     def parameters(self) -> dict[str, Tensor]:
         """What receives meta-gradients, as the user holds it: adapted parameters, shared ones, and those of `meta`."""
         named = self._program.parameters()
-        fixed = {
+        shared = {
             n: p
             for n, p in named.items()
             if n not in self.adapted and self._program.trainable(p) and _is_learnable(n, p)
         }
-        return {n: named[n] for n in self.adapted} | fixed | self.meta.learned()
+        return {n: named[n] for n in self.adapted} | shared | self.meta.learned()
 
     def check(self) -> None:
         """Raise where the model's present state cannot be adapted without changing it."""
@@ -196,7 +196,7 @@ class Objective:
 
     def constants(self) -> dict[str, Tensor]:
         """Copies of the model's buffers, so that a forward pass cannot change the model."""
-        return self._program.constants()
+        return Constants.of(self.model).fresh()
 
     def others(self, learned: Collection[str]) -> dict[str, Tensor]:
         """What a loss uses by name besides what is `learned` and the buffers: as the user holds it."""
@@ -224,8 +224,8 @@ class Objective:
         """Names of the buffers that follow each task's inner loop; none unless `buffers="update"`."""
         return self._program.statistics()
 
-    def survey(self) -> Survey | None:
-        """What the model needs in a forward pass, for the evaluations of one call; None without a model."""
+    def survey(self) -> Survey:
+        """What the model needs in a forward pass, for the evaluations of one call."""
         return self._program.survey()
 
     def evaluate(
@@ -251,13 +251,12 @@ class Objective:
         """
         survey = survey or self.survey()
         try:
-            with faithful():
+            with faithful(survey):
                 subject, target = self._program.subject(self._others(values), opened(batch), survey)
                 figure = self.metric(subject, target) if metric and self.metric else None
                 loss = self._criteria.judge(subject, target, self.meta.like_given(values), outer=outer)
         finally:
-            if survey is not None:  # not before: a loss may read what the forward pass has set on the model
-                survey.restore()
+            survey.restore()  # not before: a loss may read what the forward pass has set on the model
         return check_loss(loss), None if figure is None else check_scalar("metric", figure)
 
     def predict(self, values: Parameters, batch: Batch, survey: Survey, *, recording: bool = False) -> Any:
@@ -273,14 +272,14 @@ class Objective:
             The output, for `judge`.
         """
         try:
-            with faithful():
+            with faithful(survey):
                 return self._program.subject(self._others(values), opened(batch), survey, recording=recording)[0]
         finally:
             survey.restore()
 
-    def judge(self, output: Any, values: Parameters, batch: Batch) -> Tensor:
+    def judge(self, output: Any, values: Parameters, batch: Batch, survey: Survey) -> Tensor:
         """The support loss of an output of `predict` with the same arguments."""
-        with faithful():
+        with faithful(survey):
             target = self._program.target(opened(batch))
             loss = self._criteria.judge(output, target, self.meta.like_given(values), outer=False)
         return check_loss(loss)

@@ -30,9 +30,7 @@ class Program(ABC):
         """All parameters by name, as the user holds them."""
 
     @abstractmethod
-    def subject(
-        self, values: Parameters, batch: Batch, survey: Survey | None, *, recording: bool = False
-    ) -> tuple[Any, Any]:
+    def subject(self, values: Parameters, batch: Batch, survey: Survey, *, recording: bool = False) -> tuple[Any, Any]:
         """What is judged, and what by, at these parameters; `recording`: running statistics among them are updated."""
 
     @abstractmethod
@@ -51,10 +49,6 @@ class Program(ABC):
         """Whether a parameter that nobody has chosen is to be learned."""
         return True
 
-    def constants(self) -> dict[str, Tensor]:
-        """Copies of buffers."""
-        return {}
-
     def check(self) -> None:  # noqa: B027
         """Raise ValueError where a forward pass in the present state would change it."""
 
@@ -62,9 +56,9 @@ class Program(ABC):
         """Names of the buffers that follow each task's inner loop."""
         return []
 
-    def survey(self) -> Survey | None:
-        """What a forward pass needs; None without a model."""
-        return None
+    def survey(self) -> Survey:
+        """What a forward pass needs."""
+        return Survey.of(None)
 
 
 class ModelProgram(Program):
@@ -81,9 +75,7 @@ class ModelProgram(Program):
         _reshard(self.model)
         return dict(self.model.named_parameters())
 
-    def subject(
-        self, values: Parameters, batch: Batch, survey: Survey | None, *, recording: bool = False
-    ) -> tuple[Any, Any]:
+    def subject(self, values: Parameters, batch: Batch, survey: Survey, *, recording: bool = False) -> tuple[Any, Any]:
         """See `Program`: the output."""
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise ValueError(
@@ -95,7 +87,7 @@ class ModelProgram(Program):
         is_many = isinstance(inputs, (tuple, list)) and not hasattr(inputs, "_fields")  # a named tuple is one thing
         args = () if isinstance(inputs, dict) else tuple(inputs) if is_many else (inputs,)
         kwargs = inputs if isinstance(inputs, dict) else {}
-        with (survey or self.survey()).running(values, None if recording else self.buffers):
+        with survey.running(values, None if recording else self.buffers):
             return self.model(*args, **kwargs), batch[1]
 
     def target(self, batch: Batch) -> Any:
@@ -126,10 +118,6 @@ class ModelProgram(Program):
     def trainable(self, parameter: Tensor) -> bool:
         """See `Program`."""
         return parameter.requires_grad
-
-    def constants(self) -> dict[str, Tensor]:
-        """See `Program`."""
-        return {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
 
     def check(self) -> None:
         """See `Program`."""
@@ -165,9 +153,7 @@ class FunctionProgram(Program):
         """See `Program`."""
         return self.params
 
-    def subject(
-        self, values: Parameters, batch: Batch, survey: Survey | None, *, recording: bool = False
-    ) -> tuple[Any, Any]:
+    def subject(self, values: Parameters, batch: Batch, survey: Survey, *, recording: bool = False) -> tuple[Any, Any]:
         """See `Program`: the parameters."""
         return {name: values.get(name, tensor) for name, tensor in self.params.items()}, batch
 

@@ -48,7 +48,9 @@ def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         ValueError: The function changes an argument in place; or, in a derivative, it reads a tensor that requires
             grad and is neither an argument nor a parameter of a module that it holds.
     """
-    if not torch.is_grad_enabled() or inside_transform():
+    name = getattr(function, "__qualname__", type(function).__name__)
+    conditions = _conditions.open[-1] if _conditions.open else None
+    if not torch.is_grad_enabled() or inside_transform() or conditions and not conditions.recomputes(name):
         return function(*args, **kwargs)
     leaves, structure = tree_flatten((args, kwargs))
     mine = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -64,7 +66,7 @@ def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
     inputs = [*(leaves[i] for i in mine), *(tensor for tensor, _ in held)]
     leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # a block keeps them once
-    block = _Block(run, getattr(function, "__qualname__", type(function).__name__), inputs)
+    block = _Block(run, name, inputs, conditions)
     return block.placed(_Recompute.apply(block, *inputs))  # type: ignore[no-untyped-call]
 
 
@@ -108,6 +110,10 @@ class Conditions(Protocol):
     """An evaluation of a loss, under whose guards a block is computed: the first time, and again."""
 
     is_active: bool
+
+    def recomputes(self, name: str) -> bool:
+        """Whether a block of this name is recomputed; remembers that it is."""
+        ...
 
     def again(self) -> AbstractContextManager[None]:
         """Within it the evaluation is as it was."""
@@ -163,9 +169,15 @@ def _swapped(places: Sequence[Sequence[Place]], tensors: Sequence[Tensor]) -> It
 class _Block:
     """A function of tensors, in the state of the world in which it was met."""
 
-    def __init__(self, run: Callable[[Sequence[Tensor]], Any], name: str, inputs: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        run: Callable[[Sequence[Tensor]], Any],
+        name: str,
+        inputs: Sequence[Tensor],
+        conditions: Conditions | None,
+    ) -> None:
         self._run, self.name = run, name
-        self._evaluation = _conditions.open[-1] if _conditions.open else None
+        self._conditions = conditions
         self._random = torch.get_rng_state(), *get_device_states(*inputs)
         self._autocast = [
             torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
@@ -206,8 +218,8 @@ class _Block:
         set_device_states(devices, states)
         for autocast in self._autocast:
             stack.enter_context(autocast)
-        if self._evaluation is not None and not self._evaluation.is_active:
-            stack.enter_context(self._evaluation.again())
+        if self._conditions is not None and not self._conditions.is_active:
+            stack.enter_context(self._conditions.again())
 
 
 class _Pullback:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from imaml._curvature.derivatives import Derivatives, Want
-from imaml._curvature.exact_products import Graph
 from imaml._losses.gradient import Gradient
 from imaml._losses.replay import Role
 from imaml._losses.slice import Slice
@@ -25,6 +24,8 @@ class Sharded(Derivatives):
     FSDP gathers and frees parameters in hooks that know of none but the model's, and reduces gradients on their way to
     `.grad`. Parameters and `.grad` are put back afterwards, bit for bit. The hooks have no second derivatives.
     """
+
+    has_second: ClassVar[bool] = False
 
     def gradient_of(self, part: Slice, phi: Tensor, step: int, want: Want) -> Gradient:
         """See `Derivatives`; phi is `(1, n)`."""
@@ -54,10 +55,6 @@ class Sharded(Derivatives):
         """See `Derivatives`."""
         with torch.no_grad(), _at(part.snapshot, phi):
             return _losses(part, step, metric=True)
-
-    def product_of(self, part: Slice, phi: Tensor, step: int, graph: Graph) -> NoReturn:
-        """There is none."""
-        raise RuntimeError("a model sharded over processes does not support double backward")
 
 
 def _losses(part: Slice, step: int, *, metric: bool = False) -> tuple[Tensor, Tensor | None]:

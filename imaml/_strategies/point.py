@@ -30,12 +30,12 @@ class Point:
         """One that keeps the graph of the gradient, with the gradient: the graph serves the product at the step too."""
         curvature = problem.curvature(state[0], step, mode, Graph.ONCE)
         gradient = problem.gradient(state[0], step, curvature.take_gradient())
-        return cls(problem, state, step, curvature, gradient if problem.steps.needs_gradient else None), gradient
+        return cls(problem, state, step, curvature, gradient if problem.stepper.needs_gradient else None), gradient
 
     @classmethod
     def at(cls, problem: Problem, state: State, step: int, mode: HvpMode) -> Point:
         """One that builds the graph in its product, unless it needs the gradient before."""
-        if problem.steps.needs_gradient:
+        if problem.stepper.needs_gradient:
             return cls.with_gradient(problem, state, step, mode)[0]
         return cls(problem, state, step, problem.curvature(state[0], step, mode, Graph.REBUILT), None)
 
@@ -45,7 +45,7 @@ class Point:
         if gradient is None:  # a linear step: its derivative is the same anywhere
             gradient = cotangents[0].new_zeros(()).expand_as(cotangents[0])
             state = (gradient,) * len(cotangents)
-        before, w, rates = problem.steps.pull_back(state, gradient, cotangents, self.step)
+        before, w, rates = problem.stepper.pull_back(state, gradient, cotangents, self.step)
         if "regularization" in problem.hyper.learned:
             rates["regularization"] = w * (self.state[0] - problem.theta)
         problem.hyper.add(rates, self.step)

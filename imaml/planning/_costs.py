@@ -179,7 +179,7 @@ class Costs(ABC):
             mode="reverse-over-reverse",
             damped=problem.damping is not None,
             scaled=problem.damping is not None and problem.damping.ndim > 0,
-            needs_gradient=isinstance(inner, InnerOptimizer) and problem.steps.needs_gradient,
+            needs_gradient=isinstance(inner, InnerOptimizer) and problem.stepper.needs_gradient,
         )
         if inner.steps == 0:
             return facts

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from imaml._errors import SolverWarning
 from imaml._objective.buffers import HeldBuffers
-from imaml._objective.foreign import check_loss
+from imaml._objective.foreign import check_reached
 from imaml._objective.objective import Objective
 from imaml._strategies.meta_gradient import MetaGradient
 from imaml._tasks import Task, TaskBatch
@@ -144,7 +144,7 @@ def check_own(reference: Reference, seed: int) -> None:
             with draws(seed):
                 return [reference.loss(leaves, batch, outer=outer)]
 
-        check_loss(kind, evaluate(), leaves.values(), evaluate, reference.objective.names)
+        check_reached(kind, evaluate(), leaves.values(), evaluate, reference.objective.names)
 
 
 def is_random(reference: Reference, seed: int, as_given: Callable[[], object]) -> bool:

@@ -202,6 +202,19 @@ def test_spectral_and_weight_norm_are_those_of_the_evaluation():
     agree(meta_gradient(engine, Objective(model, F.mse_loss, buffers="batch", recompute=["0", "1"])), expected)
 
 
+def test_the_report_says_what_was_recomputed():
+    engine = MAML(inner=INNER)
+    assert engine(Objective(network(), F.mse_loss), tasks()).report.recomputed == ()
+    report = engine(Objective(network(), F.mse_loss, recompute=[Block, "enter"]), tasks()).report
+    assert report.recomputed == ("Block.forward", "Linear.forward") and "recomputed: Block" in str(report)
+    report = engine(Objective(network(CALLS["use_reentrant=False"]), F.mse_loss), tasks()).report
+    assert report.recomputed == ("Block",)
+    loss = lambda params, batch: imaml.recompute(F.mse_loss, params["w"] * batch, batch)  # noqa: E731
+    objective = Objective.from_function(loss, {"w": torch.ones(3)})
+    x = torch.randn(2, 4, 3)
+    assert engine(objective, TaskBatch(support=x, query=x)).report.recomputed == ("mse_loss",)
+
+
 def test_a_block_keeps_its_inputs_alone():
     torch.manual_seed(0)
     wide = [nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 64), nn.Tanh()) for _ in range(24)]

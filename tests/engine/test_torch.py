@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations
 import imaml._torch
 from imaml import MAML, CompileWarning, GradientDescent, Objective
 from imaml._objective.exact import check_twice_differentiable
-from imaml._objective.faithful import faithful
+from imaml._objective.faithful import Survey, faithful
 from tests.engine.cases import classification
 from tests.oracles import relative_error
 
@@ -90,7 +90,7 @@ def test_a_recomputation_that_gets_by_is_refused(monkeypatch):
             makes_a_frame = lambda *args, **kwargs: torch.utils.checkpoint._CheckpointFrame()  # noqa: E731
             monkeypatch.setitem(imaml._torch._INSTEAD, name, makes_a_frame)
     monkeypatch.setattr(imaml._torch, "_INNER", None)
-    with faithful(), pytest.raises(RuntimeError, match="in a way that is not known"):
+    with faithful(Survey.of(None)), pytest.raises(RuntimeError, match="in a way that is not known"):
         torch.utils.checkpoint.checkpoint(torch.tanh, torch.ones(2), use_reentrant=False)
 
 

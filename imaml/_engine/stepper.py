@@ -18,7 +18,7 @@ from imaml.inner._inner_problem import State
 
 
 @dataclass(frozen=True)
-class Steps:
+class Stepper:
     """s_{k+1} = U(s_k, g_k) for the tasks of a chunk, and the cotangents of s_k and g_k."""
 
     optimizer: InnerOptimizer

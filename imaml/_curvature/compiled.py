@@ -11,7 +11,7 @@ from torch import Tensor
 
 from imaml._curvature.compiler import CompiledFunction, Session, agree
 from imaml._curvature.derivatives import Derivatives, Want
-from imaml._curvature.exact_products import Graph, Product, ReverseOverReverse
+from imaml._curvature.exact_products import Graph, Product, ReverseOverReverse, placed
 from imaml._curvature.inductor import Function, Outputs, run
 from imaml._leaves import objects
 from imaml._losses.gradient import Gradient
@@ -172,6 +172,9 @@ class _Product:
     step: int
     gradient: Gradient | None
 
-    def __call__(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
+    def __call__(
+        self, w: Tensor, *, mixed: bool = False, into: Tensor | None = None, weight: float = 1.0
+    ) -> tuple[Tensor, Tensor | None]:
         """See `Product`."""
-        return self.derivatives.product(self.part, self.phi, self.step, w, mixed=mixed)
+        product, by_shared = self.derivatives.product(self.part, self.phi, self.step, w, mixed=mixed)
+        return placed(product, into, weight), by_shared

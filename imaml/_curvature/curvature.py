@@ -117,8 +117,7 @@ class Curvature(LinearOperator):
         """Slice by slice, each built and released before the next."""
         total, total_mixed = torch.zeros_like(w), None
         for weight, part in self._loss.slices:
-            found, its_mixed = self._product_of(part, Graph.REBUILT)(w, mixed=mixed)
-            total.add_(found, alpha=weight)
+            _, its_mixed = self._product_of(part, Graph.REBUILT)(w, mixed=mixed, into=total, weight=weight)
             if its_mixed is not None:
                 its_mixed.mul_(weight)
                 total_mixed = its_mixed if total_mixed is None else total_mixed.add_(its_mixed)

@@ -28,6 +28,10 @@ _Graph = tuple[list[Tensor], list[Tensor], list[GradientEdge | None]]
 """The adapted and the shared leaves, and where the graph of the gradient by each adapted one ends."""
 
 
+LONG = 2**18
+"""Entries of a vector that is worth saving."""
+
+
 class Graph(Enum):
     """What is kept of the graph of a gradient, for the products at the same point."""
 
@@ -44,9 +48,16 @@ class Product(Protocol):
 
     gradient: Gradient | None
 
-    def __call__(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
-        """H w and the mixed product."""
+    def __call__(
+        self, w: Tensor, *, mixed: bool = False, into: Tensor | None = None, weight: float = 1.0
+    ) -> tuple[Tensor, Tensor | None]:
+        """H w as a new tensor, or `into` with `weight` times H w added to it; and the mixed product."""
         ...
+
+
+def placed(product: Tensor, into: Tensor | None, weight: float) -> Tensor:
+    """What a `Product` returns that has the whole of H w at once."""
+    return product if into is None else into.add_(product, alpha=weight)
 
 
 def differentiate(
@@ -83,12 +94,12 @@ class ReverseOverReverse:
             adapted, shared, losses, _ = part.at_leaves(self._phi, self._step, shared=True)
             edges: list[GradientEdge | None] = [None] * len(adapted)
             hooks, zero = [], losses.new_zeros(())
-            if not with_values:
+            if not with_values and self._is_long:
                 hooks = [leaf.register_hook(partial(_dropped, edges, i, zero)) for i, leaf in enumerate(adapted)]
             grads = differentiate(part, losses, adapted, create_graph=True)
             for hook in hooks:  # they would drop the product too
                 hook.remove()
-            if with_values:
+            if not hooks:
                 edges = [None if g is None or not g.requires_grad else get_gradient_edge(g) for g in grads]
         graph = (part.role, part.start, *part.part, sequence_number() - before)
         if graph not in part.record.twice:
@@ -97,16 +108,35 @@ class ReverseOverReverse:
         values = [None if g is None else g.detach() for g in grads] if with_values else []
         return losses.detach(), values, (adapted, shared, edges)
 
-    def __call__(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
+    @property
+    def _is_long(self) -> bool:
+        """Whether a vector matters beside a graph; else hooks would cost more time than they save memory."""
+        layout = self._part.snapshot.layout
+        return self._phi.numel() >= LONG and all(dtype == layout.dtype for dtype in layout.dtypes)
+
+    def __call__(
+        self, w: Tensor, *, mixed: bool = False, into: Tensor | None = None, weight: float = 1.0
+    ) -> tuple[Tensor, Tensor | None]:
         adapted, shared, edges = self._kept or self._graph()[2]
-        views = self._part.snapshot.layout.views(w)
-        pairs = [(edge, v) for edge, v in zip(edges, views, strict=True) if edge is not None]
+        layout, hooks = self._part.snapshot.layout, []
+        if self._is_long and into is not None:
+            hooks = [
+                leaf.register_hook(partial(_added, v, weight))
+                for leaf, v in zip(adapted, layout.views(into), strict=True)
+            ]
+        pairs = [(edge, v) for edge, v in zip(edges, layout.views(w), strict=True) if edge is not None]
         wanted = adapted + shared if mixed else adapted
         found: tuple[Tensor | None, ...] = (None,) * len(wanted)
         if pairs:
             outputs, cotangents = zip(*pairs, strict=True)
             found = torch.autograd.grad(outputs, wanted, cotangents, retain_graph=not self._once, allow_unused=True)
-        return self._part.collect(found, self._phi)
+        if not hooks:
+            product, by_shared = self._part.collect(found, self._phi)
+            return placed(product, into, weight), by_shared
+        for hook in hooks:
+            hook.remove()
+        assert into is not None
+        return into, self._part.collect_shared(found[len(adapted) :])
 
 
 def _dropped(edges: list[GradientEdge | None], i: int, zero: Tensor, gradient: Tensor) -> Tensor:
@@ -114,6 +144,12 @@ def _dropped(edges: list[GradientEdge | None], i: int, zero: Tensor, gradient: T
     if gradient.requires_grad:
         edges[i] = get_gradient_edge(gradient)
     return zero.to(gradient.dtype).expand(gradient.shape)
+
+
+def _added(total: Tensor, weight: float, product: Tensor) -> Tensor:
+    """Add a leaf's product to its part of a flat vector, as a hook: no vector of all of them stands beside that one."""
+    total.add_(product, alpha=weight)
+    return product.new_zeros(()).expand(product.shape)
 
 
 class ForwardOverReverse:
@@ -137,11 +173,14 @@ class ForwardOverReverse:
         if part.snapshot.replay.draws:
             self._check_draws()
 
-    def __call__(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
+    def __call__(
+        self, w: Tensor, *, mixed: bool = False, into: Tensor | None = None, weight: float = 1.0
+    ) -> tuple[Tensor, Tensor | None]:
         tangents = self._jvp(w, mixed)[1]
         n = len(self._part.snapshot.layout.names)  # what the loss does not use has zeros, as if it were used
         used = [t if bool(t.any()) else None for t in tangents[n:]] if mixed else []
-        return self._part.collect([*tangents[:n], *used], self._phi)
+        product, by_shared = self._part.collect([*tangents[:n], *used], self._phi)
+        return placed(product, into, weight), by_shared
 
     def _jvp(self, w: Tensor, mixed: bool) -> tuple[list[Tensor], list[Tensor]]:
         """The gradient and its derivative along w, by the adapted and if `mixed` the shared parameters."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from imaml._curvature.exact_products import Graph
+from imaml._curvature.exact_products import Graph, placed
 from imaml._losses.gradient import Gradient
 from imaml._losses.slice import Slice
 from imaml._objective.exact import MathAttention, check_twice_differentiable
@@ -42,11 +42,13 @@ class GaussNewton:
         if graph is not Graph.REBUILT:
             self.gradient = Gradient(losses.detach(), self._collect(self._pull_back(self._slopes)), None)
 
-    def __call__(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
+    def __call__(
+        self, w: Tensor, *, mixed: bool = False, into: Tensor | None = None, weight: float = 1.0
+    ) -> tuple[Tensor, Tensor | None]:
         """G w; there is no mixed product."""
         moved = _along(self._pulled, self._dummies, self._part.snapshot.layout.views(w))
         curved = _along(self._slopes, self._outputs, moved)
-        return self._collect(self._pull_back(curved)), None
+        return placed(self._collect(self._pull_back(curved)), into, weight), None
 
     def _pull_back(self, u: Sequence[Tensor | None], *, create_graph: bool = False) -> Gradients:
         """J' u per parameter; None where no output depends on it."""

@@ -277,12 +277,15 @@ class Slice:
     def collect(self, grads: Sequence[Tensor | None], phi: Tensor) -> tuple[Tensor, Tensor | None]:
         """Flatten gradients of the adapted, then any shared parameters; None becomes zeros in its own place."""
         given, count = self.snapshot, len(self.snapshot.layout.names)
-        adapted, shared = grads[:count], grads[count:]
-        if not shared:
-            return given.layout.gather(adapted, phi), None
-        names = zip(given.shared_layout.names, shared, strict=False)
-        self.record.used_shared |= {n for n, g in names if g is not None}
-        return given.layout.gather(adapted, phi), given.shared_layout.gather(shared, phi[0])
+        return given.layout.gather(grads[:count], phi), self.collect_shared(grads[count:])
+
+    def collect_shared(self, grads: Sequence[Tensor | None]) -> Tensor | None:
+        """Flatten gradients of the shared parameters, if there are any; remembers which ones have a path."""
+        if not grads:
+            return None
+        layout = self.snapshot.shared_layout
+        self.record.used_shared |= {n for n, g in zip(layout.names, grads, strict=False) if g is not None}
+        return layout.gather(grads, self.snapshot.like)
 
 
 def _given(batch: Batch, writes: bool | None) -> Batch:

@@ -105,15 +105,8 @@ class MAML(MetaGradient):
                     f"{getattr(self, name)!r}: use one of the two."
                 )
 
-    def tape(self, *, keeps_graphs: bool) -> Tape:
-        """What the sweep keeps.
-
-        Args:
-            keeps_graphs: Whether to keep graphs where that is left open.
-
-        Returns:
-            The tape.
-        """
+    def _tape(self, *, keeps_graphs: bool) -> Tape:
+        """What the sweep keeps; `keeps_graphs` says whether graphs, where that is left open."""
         steps = self.inner.steps if self.truncate is None else min(self.truncate, self.inner.steps)
         is_open = all(getattr(self, name) == only for name, (only, _) in _WITH_GRAPHS.items())
         return Tape(
@@ -129,10 +122,10 @@ class MAML(MetaGradient):
         if self.storage != "device":
             return 0
         assert isinstance(self.inner, InnerOptimizer)
-        return self.tape(keeps_graphs=False).most_states * (1 + self.inner.buffers)
+        return self._tape(keeps_graphs=False).most_states * (1 + self.inner.buffers)
 
     def pull_back(self, problem: Problem) -> Pullback:
-        tape = self.tape(keeps_graphs=problem.chunking.keeps_graphs)
+        tape = self._tape(keeps_graphs=problem.chunking.keeps_graphs)
         with tape.recorded(problem, self.hvp) as (phi, points):
             query = problem.judge(phi)
             cotangent, shared, damping, outcome = query.adapted, query.shared, problem.damping, problem.outcome(query)

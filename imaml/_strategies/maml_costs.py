@@ -29,7 +29,7 @@ class MAMLCosts(Costs):
 
     def variants(self, device: torch.device) -> list[dict[str, Any]]:
         """Kept graphs, or states: all of them, few or none on the device, or all elsewhere."""
-        tape: Tape = self.engine.tape(keeps_graphs=True)
+        tape: Tape = self.engine._tape(keeps_graphs=True)
         if self.engine.linearize is not None or tape.checkpoints is not None or tape.storage != "device":
             return [{}]
         found: list[dict[str, Any]] = [{"linearize": True}, {"linearize": False}] if tape.keeps_graphs else [{}]
@@ -44,7 +44,7 @@ class MAMLCosts(Costs):
 
     @property
     def _tape(self) -> Tape:
-        tape: Tape = self.engine.tape(keeps_graphs=self.keeps_graphs)
+        tape: Tape = self.engine._tape(keeps_graphs=self.keeps_graphs)
         return tape
 
     def _measure(self, problem: Problem, stages: Stages) -> None:

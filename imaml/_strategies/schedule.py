@@ -26,12 +26,6 @@ class Do(Enum):
     """Hand it out: the step is differentiated."""
 
 
-def most_states(steps: int, checkpoints: int | None) -> int:
-    """How many states are kept at a time for a reverse sweep over `steps` steps, besides the first."""
-    most = max(steps - 1, 0)
-    return most if checkpoints is None else min(checkpoints, most)
-
-
 def moves(steps: int, checkpoints: int | None) -> Iterator[tuple[Do, int]]:
     """What to do in order, each with the step that it is about.
 
@@ -48,7 +42,7 @@ def moves(steps: int, checkpoints: int | None) -> Iterator[tuple[Do, int]]:
     if steps == 0:
         return
     is_at_the_end = False
-    for action in MultistageCheckpointSchedule(steps, most_states(steps, checkpoints) + 1, 0):
+    for action in MultistageCheckpointSchedule(steps, steps if checkpoints is None else checkpoints + 1, 0):
         match action:
             case Forward(n0=first, n1=last, write_ics=keep, write_adj_deps=to_reverse):
                 if keep and first > 0:

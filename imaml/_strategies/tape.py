@@ -12,7 +12,7 @@ from imaml._curvature.curvature import HvpMode
 from imaml._engine.problem import Problem
 from imaml._objective.exact import MathAttention
 from imaml._strategies.point import Point
-from imaml._strategies.schedule import Do, most_states, moves
+from imaml._strategies.schedule import Do, moves
 from imaml._strategies.storage import Storage, Store, store
 from imaml.inner._inner_problem import State
 
@@ -37,8 +37,9 @@ class Tape:
 
     @property
     def most_states(self) -> int:
-        """How many states are put away at a time."""
-        return most_states(self.steps, self.checkpoints)
+        """How many states are put away at a time, at most."""
+        most = max(self.steps - 1, 0)
+        return most if self.checkpoints is None else min(self.checkpoints, most)
 
     @contextmanager
     def recorded(self, problem: Problem, mode: HvpMode) -> Iterator[tuple[Tensor, Iterator[Point]]]:
@@ -56,7 +57,7 @@ class Tape:
             yield self._with_graphs(problem, before, mode)
             return
         with store(self.storage, problem.snapshot.like.device, self.most_states) as kept:
-            states = self.states_backwards(problem, before, kept)
+            states = self._states_backwards(problem, before, kept)
             # phi has no name here, which would keep it through the sweep.
             yield (
                 next(states)[0],
@@ -78,17 +79,8 @@ class Tape:
                 state = problem.update(state, gradient, step)
         return state[0], (points.pop() for _ in self._backwards)
 
-    def states_backwards(self, problem: Problem, before: Callable[[], State], kept: Store) -> Iterator[State]:
-        """Yield the state after the last step, then those before each step, the last first.
-
-        Args:
-            problem: A chunk.
-            before: Gives the state before the first step, which is never put away.
-            kept: Where others are.
-
-        Yields:
-            The states.
-        """
+    def _states_backwards(self, problem: Problem, before: Callable[[], State], kept: Store) -> Iterator[State]:
+        """Yield the state after the last step, then those before each step, the last first; `before` gives the first."""
         state = before()
         if self.steps == 0:
             yield state

@@ -183,6 +183,12 @@ class ImplicitMAML(MetaGradient):
             self._solutions.keep(problem.support.batch, pullback.solution)
 
     @property
+    def _may_rebuild(self) -> bool:
+        """Whether a solve keeps a graph that it could do without."""
+        keeps = self.hvp in ("auto", "reverse-over-reverse") and self.microbatch_size is None  # the others never do
+        return keeps and self.linearize and self.curvature == "hessian"
+
+    @property
     def _graph(self) -> Graph:
         """What a solve keeps of the graph of the gradient."""
         return Graph.KEPT if self.linearize or self.curvature == "ggn" else Graph.REBUILT

@@ -26,17 +26,10 @@ class ImplicitCosts(Costs):
 
     acts_through: ClassVar[tuple[str, ...]] = ("regularization",)
 
-    def variants(self, device: torch.device) -> list[dict[str, Any]]:
-        """A graph that is kept during the solve, or none."""
-        engine = self.engine
-        rebuilds = engine.hvp not in ("auto", "reverse-over-reverse") or engine.microbatch_size is not None
-        if rebuilds or engine.curvature == "ggn" or not engine.linearize:
-            return [{}]
-        return [{"linearize": True}, {"linearize": False}]
-
-    def trials(self, device: torch.device) -> list[dict[str, Any]]:
-        """See `Costs`."""
-        return self.variants(device)[1:]
+    @property
+    def trials(self) -> list[dict[str, Any]]:
+        """No graph that is kept during the solve, where there is one."""
+        return [{"linearize": False}] if self.engine._may_rebuild else []
 
     def _measure(self, problem: Problem, stages: Stages) -> None:
         graph: Graph = self.engine._graph

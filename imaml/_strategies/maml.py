@@ -98,21 +98,24 @@ class MAML(MetaGradient):
             raise ValueError(f"`storage` must be one of {', '.join(get_args(Storage))}. Got {self.storage!r}.")
         if self.checkpoints is not None:
             check_integer("`checkpoints`, unless None,", self.checkpoints, least=0)
-        for name, (only, reason) in _WITH_GRAPHS.items() if self.linearize else ():
-            if getattr(self, name) != only:
-                raise ValueError(
-                    f"linearize=True keeps the graphs of all inner steps, {reason}. Expected {name}={only!r}. Got "
-                    f"{getattr(self, name)!r}: use one of the two."
-                )
+        for name, (only, reason) in self._without_graphs.items() if self.linearize else ():
+            raise ValueError(
+                f"linearize=True keeps the graphs of all inner steps, {reason}. Expected {name}={only!r}. Got "
+                f"{getattr(self, name)!r}: use one of the two."
+            )
+
+    @property
+    def _without_graphs(self) -> dict[str, tuple[object, str]]:
+        """Options that exclude kept graphs as they are set; see `_WITH_GRAPHS`."""
+        return {name: rule for name, rule in _WITH_GRAPHS.items() if getattr(self, name) != rule[0]}
 
     def _tape(self, *, keeps_graphs: bool) -> Tape:
         """What the sweep keeps; `keeps_graphs` says whether graphs, where that is left open."""
         steps = self.inner.steps if self.truncate is None else min(self.truncate, self.inner.steps)
-        is_open = all(getattr(self, name) == only for name, (only, _) in _WITH_GRAPHS.items())
         return Tape(
             first=self.inner.steps - steps,
             steps=steps,
-            keeps_graphs=keeps_graphs and is_open if self.linearize is None else self.linearize,
+            keeps_graphs=keeps_graphs and not self._without_graphs if self.linearize is None else self.linearize,
             checkpoints=self.checkpoints,
             storage=self.storage,
         )
@@ -149,7 +152,7 @@ class MAML(MetaGradient):
         return Pullback(cotangent + pulled_by_theta, shared, outcome)
 
 
-_WITH_GRAPHS = {
+_WITH_GRAPHS: dict[str, tuple[object, str]] = {
     "storage": ("device", "which stay where they are"),
     "checkpoints": (None, "which leave no step to take again"),
     "microbatch_size": (None, "each of the whole support set"),

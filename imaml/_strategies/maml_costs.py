@@ -30,7 +30,7 @@ class MAMLCosts(Costs):
     def variants(self, device: torch.device) -> list[dict[str, Any]]:
         """Kept graphs, or states: all of them, few or none on the device, or all elsewhere."""
         tape: Tape = self.engine._tape(keeps_graphs=True)
-        if self.engine.linearize is not None or tape.checkpoints is not None or tape.storage != "device":
+        if self.engine.linearize is not None or self.engine._without_graphs.keys() & {"checkpoints", "storage"}:
             return [{}]
         found: list[dict[str, Any]] = [{"linearize": True}, {"linearize": False}] if tape.keeps_graphs else [{}]
         fewer = [m for m in (isqrt(tape.steps), 1, 0) if m < tape.steps - 1]
@@ -38,7 +38,8 @@ class MAMLCosts(Costs):
         elsewhere = ("disk",) if device.type == "cpu" else ("cpu", "disk")
         return found + [{"storage": where} for where in elsewhere if tape.steps > 1]
 
-    def trials(self, device: torch.device) -> list[dict[str, Any]]:
+    @property
+    def trials(self) -> list[dict[str, Any]]:
         """Another exact mode of products, which the stages of a forecast do not tell apart."""
         return [{"hvp": "forward-over-reverse"}]
 

@@ -80,7 +80,7 @@ class Tape:
         return state[0], (points.pop() for _ in self._backwards)
 
     def _states_backwards(self, problem: Problem, before: Callable[[], State], kept: Store) -> Iterator[State]:
-        """Yield the state after the last step, then those before each step, the last first; `before` gives the first."""
+        """Yield the state after the last step, then that before each step, the last first; `before` gives the first."""
         state = before()
         if self.steps == 0:
             yield state

@@ -145,9 +145,10 @@ class Costs(ABC):
 
     def variants(self, device: torch.device) -> list[dict[str, Any]]:
         """Settings of what the user left open, besides the size of chunks; the first holds the most and is fastest."""
-        return [{}]
+        return [{}, *self.trials]
 
-    def trials(self, device: torch.device) -> list[dict[str, Any]]:
+    @property
+    def trials(self) -> list[dict[str, Any]]:
         """Settings that `imaml bench` measures in the chunks that the engine chooses, besides the engine as it is."""
         return []
 

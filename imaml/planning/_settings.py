@@ -23,7 +23,7 @@ def few(costs: Costs, device: torch.device, tasks: int) -> list[dict[str, Any]]:
     # In the smallest chunks, which take the least memory, the first variant of each option stands for all of them.
     first = {tuple(variant): {"chunk_size": 1} | variant for variant in reversed(_variants(costs, device)) if variant}
     chunks = [{"chunk_size": size} for size in (1, tasks) if tasks > 1]
-    return [{}, *chunks, *costs.trials(device), *reversed(first.values())]
+    return [{}, *chunks, *costs.trials, *reversed(first.values())]
 
 
 def sizes(tasks: int) -> list[int]:

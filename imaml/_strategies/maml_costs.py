@@ -140,7 +140,7 @@ class MAMLCosts(Costs):
         advances = 0 if tape.keeps_graphs else sweep(steps, tape.checkpoints).steps
         gradients = tape.first + advances + steps * with_gradient + 1
         equivalents = gradients + steps * facts.product(Graph.ONCE if with_gradient else Graph.REBUILT)
-        state = facts.adapted * facts.itemsize * (1 + self._buffers)
+        state = facts.adapted * facts.dtype.itemsize * (1 + self._buffers)
         transfer = _MOVED[tape.storage] * tape.most_states * state
         return Work(gradients=gradients, hvps=steps, equivalents=equivalents, transfer=transfer)
 

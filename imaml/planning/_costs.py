@@ -61,11 +61,6 @@ class Facts:
     without_path: Collection[str] = ()
     """Meta-parameters that no derivative leads to."""
 
-    @property
-    def itemsize(self) -> int:
-        """Bytes of an entry."""
-        return self.dtype.itemsize
-
     def product(self, graph: Graph) -> int:
         """What a product with the Hessian costs, in gradients."""
         # One pass back through a computation costs twice that computation. So with a forward pass of 1 a gradient is 3,
@@ -89,7 +84,7 @@ class Chunk:
     @property
     def theta(self) -> float:
         """Bytes of `(n,)`, which all tasks share before the first step."""
-        return self.facts.adapted * self.facts.itemsize
+        return self.facts.adapted * self.facts.dtype.itemsize
 
     def __getitem__(self, stage: str) -> Use:
         return self.uses[stage]

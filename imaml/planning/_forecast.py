@@ -13,16 +13,9 @@ Engine = TypeVar("Engine", bound=Strategy)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting(Generic[Engine]):
-    """Describes one way to compute the meta-gradient, and what a call of it takes.
+class Prediction:
+    """What one call takes."""
 
-    All settings of a forecast give the same numbers.
-    """
-
-    engine: Engine
-    """To use it."""
-    options: Mapping[str, object]
-    """How it differs from the engine that was asked; empty for that engine itself."""
     peak_bytes: int
     """Predicted: the most bytes that a call of `value_and_grad` holds at once, above what it finds. The model, the
     tasks and, after `loss.backward()`, the gradients of the parameters are not among them."""
@@ -35,6 +28,19 @@ class Setting(Generic[Engine]):
     gradient is kept or by finite differences, or 1 with a Gauss-Newton matrix."""
     rank: float
     """What settings are ordered by, ascending: the arithmetic with what vectorising saves; no unit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting(Prediction, Generic[Engine]):
+    """Describes one way to compute the meta-gradient, and what a call of it takes.
+
+    All settings of a forecast give the same numbers.
+    """
+
+    engine: Engine
+    """To use it."""
+    options: Mapping[str, object]
+    """How it differs from the engine that was asked; empty for that engine itself."""
     fits: bool
     """Whether it stays within the limit."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import ceil
 
 import torch
@@ -24,7 +24,6 @@ from imaml.planning._settings import every
 
 SHARE = 0.8
 """The share of the free memory that `chunk_size="auto"` takes: the rest is for what a prediction may miss."""
-_STORAGES = (None, "device", "cpu", "disk")
 
 
 def forecast(
@@ -39,39 +38,21 @@ def forecast(
     batches = [look(engine, objective, batch, room_of(device)) for batch in groups]
     for key in set[str].intersection(*(set(batch.probe.facts.without_path) for batch in batches)):
         raise no_gradient(key, engine._without_path)
-    count, stacked = max(map(len, groups)), 0 if isinstance(tasks, TaskBatch) else sum(map(size_of, groups))
+    tensors = [] if isinstance(tasks, TaskBatch) else tree_leaves([(batch.support, batch.query) for batch in groups])
+    stacked = sum(t.numel() * t.element_size() for t in tensors)
     settings: list[Setting[Engine]] = []
-    for options in every(costs_of(engine), device, count):
+    for options in every(costs_of(engine), device, max(map(len, groups))):
         chosen = replace(engine, **options) if options else engine
         found = predict(chosen, batches, [chunking(chosen, batch, limit) for batch in batches], stacked=stacked)
-        settings.append(
-            Setting(
-                engine=chosen,
-                options=options,
-                peak_bytes=round(found.peak),
-                gradients=found.gradients,
-                hvps=found.hvps,
-                gradient_equivalents=found.equivalents,
-                rank=found.rank,
-                fits=limit is None or found.peak <= limit,
-            )
-        )
-
-    def order(setting: Setting[Engine]) -> tuple[float, int, float]:
-        return setting.rank, _STORAGES.index(getattr(setting.engine, "storage", None)), setting.peak_bytes
-
+        fits = limit is None or found.peak_bytes <= limit
+        settings.append(Setting(engine=chosen, options=options, fits=fits, **vars(found)))
     return Forecast(
-        settings=tuple(sorted(settings, key=order)),
+        settings=tuple(sorted(settings, key=lambda setting: (setting.rank, setting.peak_bytes))),
         memory=limit,
         tasks=sum(map(len, groups)),
         gradients=sum(batch.probe.gradients for batch in batches),
         hvps=sum(batch.probe.hvps for batch in batches),
     )
-
-
-def size_of(batch: TaskBatch) -> int:
-    """Bytes of its tensors."""
-    return sum(t.numel() * t.element_size() for t in tree_leaves((batch.support, batch.query)))
 
 
 def look(engine: Strategy, objective: Objective, batch: TaskBatch, room: float | None) -> Batch:
@@ -91,23 +72,14 @@ def look(engine: Strategy, objective: Objective, batch: TaskBatch, room: float |
     return Batch(tasks=len(batch), probe=found, usual=usual)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Look:
-    """What an engine with `chunk_size="auto"` remembers of some shapes."""
-
-    batch: Batch
-    room: float | None
-    """Bytes that were to be had."""
-
-
 def automatic(engine: Strategy, objective: Objective, batch: TaskBatch, shapes: Hashable) -> Chunking:
     """How tasks run with `chunk_size="auto"`; looked at once for these shapes, and again for more tasks up to three."""
     key = (shapes, min(len(batch), MOST_TASKS))
     if key not in engine._memory.looks:
         room = room_of(device_of(objective))
-        engine._memory.looks[key] = Look(batch=look(engine, objective, batch, room), room=room)
-    found = engine._memory.looks[key]
-    return auto(engine, replace(found.batch, tasks=len(batch)), found.room)
+        engine._memory.looks[key] = look(engine, objective, batch, room), room
+    found, room = engine._memory.looks[key]
+    return auto(engine, replace(found, tasks=len(batch)), room)
 
 
 def device_of(objective: Objective) -> torch.device:
@@ -140,7 +112,7 @@ def auto(engine: Strategy, batch: Batch, room: float | None) -> Chunking:
         for keeps in (True, False)
     ]
     found = [(predict(engine, [batch], [one]), one) for one in chunkings]
-    fitting = [pair for pair in found if room is None or pair[0].peak <= room]
+    fitting = [pair for pair in found if room is None or pair[0].peak_bytes <= room]
     if not fitting:
-        return min(found, key=lambda pair: pair[0].peak)[1]
-    return min(fitting, key=lambda pair: (pair[0].rank, pair[0].peak))[1]
+        return min(found, key=lambda pair: pair[0].peak_bytes)[1]
+    return min(fitting, key=lambda pair: (pair[0].rank, pair[0].peak_bytes))[1]

@@ -10,6 +10,7 @@ from imaml._engine.strategy import Strategy
 from imaml._losses.replay import Role
 from imaml.planning._account import Use
 from imaml.planning._costs import Chunk, Costs
+from imaml.planning._forecast import Prediction
 from imaml.planning._probe import Probe
 
 _CALL = 2**19
@@ -33,18 +34,6 @@ class Batch:
         return [min(size, self.tasks - first) for first in range(0, self.tasks, size)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """What one call takes."""
-
-    peak: float
-    gradients: int
-    hvps: int
-    equivalents: float
-    rank: float
-    """What settings are ordered by, ascending: counts and a rule, not time, so that equal shapes give equal advice."""
-
-
 def predict(
     engine: Strategy, batches: Sequence[Batch], chunkings: Sequence[Chunking], *, stacked: int = 0
 ) -> Prediction:
@@ -65,14 +54,21 @@ def predict(
         costs, facts = costs_of(engine, chunking.keeps_graphs), batch.probe.facts
         work = costs.work(facts)
         for tasks in batch.chunks(chunking.tasks):
-            sums = min(len(peaks), 2) * (facts.adapted + facts.shared) * facts.itemsize  # and those of the chunk before
+            # The sums over tasks so far, and from the third chunk on those of the chunk before.
+            sums = min(len(peaks), 2) * (facts.adapted + facts.shared) * facts.dtype.itemsize
             peaks.append(batch.probe.base.held + sums + costs.peak(_chunk(batch.probe, tasks, chunking.query_tasks)))
         gradients += batch.tasks * work.gradients
         hvps += batch.tasks * work.hvps
         equivalents += batch.tasks * work.equivalents
         rank += (work.equivalents - 1) * _time(batch, chunking.tasks, Role.SUPPORT)
         rank += batch.tasks * work.transfer + _time(batch, min(chunking.tasks, chunking.query_tasks), Role.QUERY)
-    return Prediction(peak=stacked + max(peaks), gradients=gradients, hvps=hvps, equivalents=equivalents, rank=rank)
+    return Prediction(
+        peak_bytes=round(stacked + max(peaks)),
+        gradients=gradients,
+        hvps=hvps,
+        gradient_equivalents=equivalents,
+        rank=rank,  # of counts and a rule, not of time: equal shapes give equal advice
+    )
 
 
 def costs_of(engine: Strategy, keeps_graphs: bool = False) -> Costs:

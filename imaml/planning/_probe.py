@@ -66,7 +66,7 @@ def probe(
     """
     facts: Facts
     engine, uses = costs[0].engine, dict[int, dict[str, Use]]()
-    base, gradients, hvps = Use(0, 0), 0, 0
+    base, gradients, hvps, per_task = Use(0, 0), 0, 0, 0.0
     run = run_of(engine, objective, derivatives=True)
     solve = costs[0].solve(run.snapshot.theta)
     one = run.problem([0], batch[:1], ONE_BY_ONE)
@@ -75,7 +75,7 @@ def probe(
     saved = {part.role: saved_bytes(part, theta) for part in parts}
     run.snapshot.replay.undo()
     for tasks in sizes:
-        if uses and room is not None and tasks * _per_task(uses) > room:
+        if room is not None and tasks * per_task > room:
             break
         account = Account(run.snapshot.like.device)
         with account.recording():
@@ -91,10 +91,5 @@ def probe(
         gradients, hvps = gradients + run.record.gradients, hvps + run.record.products
         uses[tasks] = dict(account.uses)
         base = uses[tasks].pop(_SNAPSHOT)
+        per_task = max(use.peak for use in uses[tasks].values()) / tasks
     return Probe(base=base, uses=uses, saved=saved, facts=facts, gradients=gradients, hvps=hvps)
-
-
-def _per_task(uses: dict[int, dict[str, Use]]) -> float:
-    """The most that a stage took for a task."""
-    tasks = max(uses)
-    return max(use.peak for use in uses[tasks].values()) / tasks

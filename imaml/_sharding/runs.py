@@ -13,10 +13,9 @@ def run_of(engine: Strategy, objective: Objective, *, derivatives: bool) -> Run:
     """What an engine does with one objective: takes the snapshot, and evaluates the hyper-parameters."""
     # There are no sharded parameters before torch's module of them is imported.
     if "torch.distributed.tensor" in sys.modules and isinstance(objective, Objective):
-        from imaml._sharding.sharded_run import sharded  # noqa: PLC0415
+        from imaml._sharding.sharded_run import ShardedRun, layout_for  # noqa: PLC0415
 
-        found = sharded(engine, objective)
-        if found is not None:
-            kind, layout_of = found
-            return kind.of(engine, objective, derivatives=derivatives, layout_of=layout_of)
+        layout_of = layout_for(engine, objective)
+        if layout_of is not None:
+            return ShardedRun.of(engine, objective, derivatives=derivatives, layout_of=layout_of)
     return Run.of(engine, objective, derivatives=derivatives)

@@ -81,17 +81,15 @@ def _checksum(tensor: Tensor) -> int:
     return crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def sharded(
-    engine: Strategy, objective: Objective
-) -> tuple[type[ShardedRun], Callable[[Mapping[str, Tensor]], Layout]] | None:
-    """How to run an objective with parameters sharded over processes.
+def layout_for(engine: Strategy, objective: Objective) -> Callable[[Mapping[str, Tensor]], Layout] | None:
+    """How parameters that are sharded over processes become flat vectors, if they are.
 
     Args:
         engine: The strategy.
         objective: Model and loss.
 
     Returns:
-        What runs it, and how parameters become flat vectors; None where they are whole.
+        The layout of tensors by name; None where the parameters are whole.
 
     Raises:
         ValueError: Something is asked for that a sharded model cannot have.
@@ -106,7 +104,7 @@ def sharded(
     for holds, expected, got in _rules(engine, objective, tensors, meshes):
         if not holds:
             raise ValueError(f"The model's parameters are sharded over processes. Expected {expected}. Got {got}.")
-    return ShardedRun, partial(ShardedLayout.on, meshes[0])
+    return partial(ShardedLayout.on, meshes[0])
 
 
 def _rules(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from imaml._curvature.exact_products import Graph
-from imaml.planning._costs import Chunk, Costs, Facts, Work
+from imaml.planning._costs import ChunkUse, Costs, Facts, Work
 
 
 class FOMAMLCosts(Costs):
@@ -13,7 +13,7 @@ class FOMAMLCosts(Costs):
 
     acts_through: ClassVar[tuple[str, ...]] = ()
 
-    def peak(self, chunk: Chunk) -> float:
+    def peak(self, chunk: ChunkUse) -> float:
         """See the class."""
         return max(self.inner_peak(chunk), self.query_peak(chunk))
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from imaml._curvature.exact_products import Graph
 from imaml._engine.problem import Problem
 from imaml._strategies.error_bound import LANCZOS_STEPS, LANCZOS_VECTORS
-from imaml.planning._costs import Chunk, Costs, Facts, Stages, Work
-from imaml.planning._solver import Solve, solve
+from imaml.planning._costs import ChunkUse, Costs, Facts, Stages, Work
+from imaml.planning._solve import Solve, solve
 
 _GAUSS_NEWTON = 1
 """What a product with J'BJ costs, in gradients: three passes through a model that is kept as a linear map."""
@@ -47,7 +47,7 @@ class ImplicitCosts(Costs):
         like = theta.new_empty(0, dtype=self.engine.solver_dtype or theta.dtype)
         return solve(self.engine.solver, len(theta), like, starts=self.engine.warm_start)
 
-    def peak(self, chunk: Chunk) -> float:
+    def peak(self, chunk: ChunkUse) -> float:
         """See the class."""
         kind, with_bound, vector = self.engine._graph.value, self.engine._has_bound, chunk.vector
         curvature, product = chunk[kind], chunk[f"{kind} product"]

@@ -14,7 +14,7 @@ from imaml._strategies.schedule import sweep
 from imaml._strategies.storage import most_on_device
 from imaml._strategies.tape import Tape
 from imaml.inner._inner_problem import State
-from imaml.planning._costs import Chunk, Costs, Facts, Stages, Work
+from imaml.planning._costs import ChunkUse, Costs, Facts, Stages, Work
 
 _MOVED = {"device": 0.0, "cpu": 0.1, "disk": 1.0}
 """What storing a byte of a state and reading it back costs, in bytes of a graph."""
@@ -67,7 +67,7 @@ class MAMLCosts(Costs):
             _pull_back(point, stages, "rebuilt product")
             del point
 
-    def peak(self, chunk: Chunk) -> float:
+    def peak(self, chunk: ChunkUse) -> float:
         """See the class."""
         if self._tape.steps == 0:
             return max(self.inner_peak(chunk), self.query_peak(chunk))
@@ -75,7 +75,7 @@ class MAMLCosts(Costs):
         peaks = self._with_graphs if self._tape.keeps_graphs else self._with_states
         return max(peaks(chunk, cotangents))
 
-    def _with_graphs(self, chunk: Chunk, cotangents: float) -> list[float]:
+    def _with_graphs(self, chunk: ChunkUse, cotangents: float) -> list[float]:
         """On the way to the end and at the last step, then at the one before; the first graph holds the first state."""
         steps, graph, product = self._tape.steps, chunk["kept"], chunk["kept product"]
         given, (zeros, buffers) = self._given(chunk), self._of_buffers(chunk)
@@ -87,7 +87,7 @@ class MAMLCosts(Costs):
             left - graph.held + cotangents + buffers + chunk.vector + product.peak if steps > 1 else 0,
         ]
 
-    def _with_states(self, chunk: Chunk, cotangents: float) -> list[float]:
+    def _with_states(self, chunk: ChunkUse, cotangents: float) -> list[float]:
         """As `_with_graphs`, without graphs: before a step is differentiated, the one before still has its state."""
         step, point, product = chunk["step"], chunk["rebuilt"], chunk["rebuilt product"]
         tape, (zeros, buffers) = self._tape, self._of_buffers(chunk)
@@ -117,14 +117,14 @@ class MAMLCosts(Costs):
         peaks.append(given + cotangents + buffers + gradient + point.held + product.peak)
         return peaks
 
-    def _state(self, chunk: Chunk) -> float:
+    def _state(self, chunk: ChunkUse) -> float:
         return chunk.vector * (1 + self._buffers)
 
-    def _given(self, chunk: Chunk) -> float:
+    def _given(self, chunk: ChunkUse) -> float:
         """The state before the first step that is differentiated."""
         return self._state(chunk) if self._tape.first else chunk.theta + chunk.vector * self._buffers
 
-    def _of_buffers(self, chunk: Chunk) -> tuple[float, float]:
+    def _of_buffers(self, chunk: ChunkUse) -> tuple[float, float]:
         """Cotangents of the optimiser's buffers: one vector of zeros for all of them, and later one for each."""
         return chunk.vector * (self._buffers > 0), chunk.vector * self._buffers
 

@@ -210,12 +210,12 @@ class MetaGradient(Strategy):
             TypeError: See a call; or `memory` is neither an integer nor text.
             ValueError: See a call; or `memory` is no amount, or the strategy does not say what it costs.
         """
-        from imaml.planning._plan import forecast  # noqa: PLC0415
+        from imaml.planning._planner import forecast  # noqa: PLC0415
 
         return forecast(self, objective, tasks, memory)
 
     def _choose(self, objective: Objective, batch: TaskBatch, shapes: Hashable) -> Chunking:
-        from imaml.planning._plan import automatic  # noqa: PLC0415
+        from imaml.planning._planner import automatic  # noqa: PLC0415
 
         return automatic(self, objective, batch, shapes)
 

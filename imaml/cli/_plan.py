@@ -16,8 +16,8 @@ from imaml.cli._plan_options import Predict
 from imaml.cli._progress import say
 from imaml.cli._result import NAMES
 from imaml.planning import Forecast
+from imaml.planning._bytes import parse
 from imaml.planning._forecast import HEADINGS, cells
-from imaml.planning._memory import parse
 
 _COST = (
     "Cost: gradients of one task, with a Hessian-vector product as 3, or 2 where the graph of the gradient is kept. "

@@ -15,7 +15,7 @@ from imaml._curvature.exact_products import Graph
 from imaml._engine.problem import Problem
 from imaml.inner import InnerOptimizer, InnerSolver
 from imaml.planning._account import Account, Use
-from imaml.planning._solver import NO_SOLVE, Solve
+from imaml.planning._solve import NO_SOLVE, Solve
 
 _FEW = (2, 3)
 """Steps of an inner solver that are measured: what the last one adds, every further one is taken to add."""
@@ -69,8 +69,8 @@ class Facts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chunk:
-    """A chunk of tasks."""
+class ChunkUse:
+    """What the stages of a chunk of tasks take."""
 
     tasks: int
     uses: Mapping[str, Use]
@@ -196,7 +196,7 @@ class Costs(ABC):
                 stages.per_step = gradients / problem.tasks / steps, hvps / problem.tasks / steps
         return replace(facts, per_step=stages.per_step)
 
-    def inner_peak(self, chunk: Chunk) -> float:
+    def inner_peak(self, chunk: ChunkUse) -> float:
         """The peak of the inner loop, where nothing but its result is kept, and theta for a proximal term."""
         inner: InnerSolver = self.engine.inner
         if inner.steps == 0:
@@ -217,7 +217,7 @@ class Costs(ABC):
         """What a linear system of the size of theta takes, if any is solved."""
         return NO_SOLVE
 
-    def query_peak(self, chunk: Chunk) -> float:
+    def query_peak(self, chunk: ChunkUse) -> float:
         """The peak of the query gradient, with the parameters that it is taken at."""
         return chunk["query"].peak + (chunk.vector if self.engine.inner.steps else chunk.theta)
 
@@ -225,7 +225,7 @@ class Costs(ABC):
         """Measure the strategy's own stages."""
 
     @abstractmethod
-    def peak(self, chunk: Chunk) -> float:
+    def peak(self, chunk: ChunkUse) -> float:
         """The most bytes that a chunk holds at once."""
 
     @abstractmethod

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from imaml._engine.strategy import Strategy
-from imaml.planning._memory import written
+from imaml.planning._bytes import written
 
 Engine = TypeVar("Engine", bound=Strategy)
 

@@ -9,7 +9,7 @@ from imaml._engine.chunking import VECTORISED, Chunking
 from imaml._engine.strategy import Strategy
 from imaml._losses.replay import Role
 from imaml.planning._account import Use
-from imaml.planning._costs import Chunk, Costs
+from imaml.planning._costs import ChunkUse, Costs
 from imaml.planning._forecast import Prediction
 from imaml.planning._probe import Probe
 
@@ -21,7 +21,7 @@ _CROWDED = 1.25
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class ProbedTasks:
     """Tasks of equal shapes, and what is known of their stages."""
 
     tasks: int
@@ -35,7 +35,7 @@ class Batch:
 
 
 def predict(
-    engine: Strategy, batches: Sequence[Batch], chunkings: Sequence[Chunking], *, stacked: int = 0
+    engine: Strategy, batches: Sequence[ProbedTasks], chunkings: Sequence[Chunking], *, stacked: int = 0
 ) -> Prediction:
     """What a call takes.
 
@@ -82,7 +82,7 @@ def costs_of(engine: Strategy, keeps_graphs: bool = False) -> Costs:
     return costs
 
 
-def _chunk(probe: Probe, tasks: int, query_tasks: int) -> Chunk:
+def _chunk(probe: Probe, tasks: int, query_tasks: int) -> ChunkUse:
     chunk = probe.chunk(tasks)
     if query_tasks >= tasks:
         return chunk
@@ -91,7 +91,7 @@ def _chunk(probe: Probe, tasks: int, query_tasks: int) -> Chunk:
     return replace(chunk, uses={**chunk.uses, "query": joined})
 
 
-def _time(batch: Batch, size: int, role: Role) -> float:
+def _time(batch: ProbedTasks, size: int, role: Role) -> float:
     """The time of evaluating all tasks once in chunks of a size, in bytes of graphs: issuing it, and its arithmetic."""
     facts, own = batch.probe.facts, batch.probe.saved[role]
     room = VECTORISED.get(facts.device.type)

@@ -11,7 +11,7 @@ from imaml._objective.objective import Objective
 from imaml._sharding.runs import run_of
 from imaml._tasks import TaskBatch
 from imaml.planning._account import Account, Use
-from imaml.planning._costs import Chunk, Costs, Facts, Stages
+from imaml.planning._costs import ChunkUse, Costs, Facts, Stages
 
 MOST_TASKS = 3
 _SNAPSHOT = "snapshot"
@@ -31,10 +31,10 @@ class Probe:
     hvps: int
     """What it took to find out."""
 
-    def chunk(self, tasks: int) -> Chunk:
+    def chunk(self, tasks: int) -> ChunkUse:
         """One of any size, on the line through the largest two that were measured."""
         if tasks in self.uses:
-            return Chunk(tasks=tasks, uses=self.uses[tasks], facts=self.facts)
+            return ChunkUse(tasks=tasks, uses=self.uses[tasks], facts=self.facts)
         sizes = sorted(self.uses)[-2:]
         near, uses = sizes[-1], self.uses[sizes[-1]]
         if len(sizes) == 1:
@@ -43,7 +43,7 @@ class Probe:
             share = (tasks - near) / (near - sizes[0])
             before = self.uses[sizes[0]]
             extrapolated = {n: u.plus(u.plus(before[n].scaled(-1)).scaled(share)) for n, u in uses.items()}
-        return Chunk(tasks=tasks, uses=extrapolated, facts=self.facts)
+        return ChunkUse(tasks=tasks, uses=extrapolated, facts=self.facts)
 
 
 def probe(

@@ -5,8 +5,8 @@ import torch
 
 from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML
 from imaml.measure import peak_memory
-from imaml.planning import _plan
-from imaml.planning._memory import free
+from imaml.planning import _planner
+from imaml.planning._bytes import free
 from tests.oracles import relative_error
 from tests.planning.models import TASKS, problem
 
@@ -17,12 +17,12 @@ INNER = GradientDescent(lr=0.01, steps=4)
 def left(monkeypatch):
     """Set what is free, for what a call may take; returns the chunks that were chosen since."""
     chosen = []
-    decide = _plan.auto
-    monkeypatch.setattr(_plan, "auto", lambda *args: chosen.append(decide(*args)) or chosen[-1])
+    decide = _planner.auto
+    monkeypatch.setattr(_planner, "auto", lambda *args: chosen.append(decide(*args)) or chosen[-1])
 
     def left(size):
         chosen.clear()
-        monkeypatch.setattr(_plan, "free", lambda _: None if size is None else int(size / _plan.SHARE) + 1)
+        monkeypatch.setattr(_planner, "free", lambda _: None if size is None else int(size / _planner.SHARE) + 1)
         return chosen
 
     return left
@@ -56,8 +56,8 @@ def test_the_leanest_where_nothing_fits(left):
 
 def test_shapes_are_looked_at_once(left, monkeypatch):
     objective, tasks = problem("mlp")
-    looks, look = [], _plan.look
-    monkeypatch.setattr(_plan, "look", lambda *args: looks.append(1) or look(*args))
+    looks, look = [], _planner.look
+    monkeypatch.setattr(_planner, "look", lambda *args: looks.append(1) or look(*args))
     chosen, engine = left(None), FOMAML(inner=INNER, chunk_size="auto")
     for count in (6, 3, 5, 6):
         engine(objective, tasks[:count])

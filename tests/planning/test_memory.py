@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from imaml.planning._account import Account, Use
-from imaml.planning._memory import parse, written
+from imaml.planning._bytes import parse, written
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from imaml._sharding.runs import run_of
 from imaml._tasks import Task, TaskBatch
 from imaml._tasks import group as by_shape
 from imaml._torch import tree_leaves
+from imaml.planning._bytes import free, parse
 from imaml.planning._forecast import Engine, Forecast, Setting
-from imaml.planning._memory import free, parse
-from imaml.planning._predict import Batch, costs_of, predict
+from imaml.planning._predict import ProbedTasks, costs_of, predict
 from imaml.planning._probe import MOST_TASKS, probe
 from imaml.planning._settings import every
 
@@ -55,7 +55,7 @@ def forecast(
     )
 
 
-def look(engine: Strategy, objective: Objective, batch: TaskBatch, room: float | None) -> Batch:
+def look(engine: Strategy, objective: Objective, batch: TaskBatch, room: float | None) -> ProbedTasks:
     """Measure the stages of a few tasks of equal shapes, as far as these stay within the room."""
     variants = costs_of(engine).variants(device_of(objective))
     engines = [replace(engine, chunk_size=1, compile=False, **changes) for changes in variants]
@@ -69,7 +69,7 @@ def look(engine: Strategy, objective: Objective, batch: TaskBatch, room: float |
         most = min(len(batch), MOST_TASKS if fixed is None else min(fixed, MOST_TASKS))
         costs = [costs_of(one) for one in engines]
         found = probe(costs, objective, batch, range(1, most + 1), room)
-    return Batch(tasks=len(batch), probe=found, usual=usual)
+    return ProbedTasks(tasks=len(batch), probe=found, usual=usual)
 
 
 def automatic(engine: Strategy, objective: Objective, batch: TaskBatch, shapes: Hashable) -> Chunking:
@@ -93,7 +93,7 @@ def room_of(device: torch.device) -> float | None:
     return None if left is None else SHARE * left
 
 
-def chunking(engine: Strategy, batch: Batch, room: float | None) -> Chunking:
+def chunking(engine: Strategy, batch: ProbedTasks, room: float | None) -> Chunking:
     """How tasks run in a setting."""
     if engine.chunk_size == "auto":
         return auto(engine, batch, room)
@@ -101,7 +101,7 @@ def chunking(engine: Strategy, batch: Batch, room: float | None) -> Chunking:
     return batch.usual[engine._states] if size is None else Chunking(size, size, keeps_graphs=False)
 
 
-def auto(engine: Strategy, batch: Batch, room: float | None) -> Chunking:
+def auto(engine: Strategy, batch: ProbedTasks, room: float | None) -> Chunking:
     """The fastest chunking, by prediction, that stays within the room; the leanest where none does."""
     device, usual = batch.probe.facts.device, batch.usual[engine._states]
     most = min(batch.tasks, usual.tasks) if device.type in VECTORISED else batch.tasks

@@ -24,7 +24,7 @@ SOLVERS = {
 }
 ENGINE = {
     *("MetaGradient", "MAML", "FOMAML", "ImplicitMAML", "MetaResult", "Report", "Problem", "Pullback"),
-    *("Objective", "Task", "TaskBatch", "bilevel"),
+    *("Objective", "Task", "TaskBatch", "bilevel", "recompute"),
     *("InnerSolver", "InnerOptimizer", "GradientDescent", "Adam", "AdamW", "RMSprop", "NewtonCG", "TorchOptimizer"),
     *("NonFiniteError", "DivergenceError", "SolverError", "SolverWarning", "CompileWarning"),
 }

@@ -205,7 +205,7 @@ class Run:
         return known[key]
 
     def _trial(self, *, differentiates: bool) -> Self:
-        """The same run, for a look at a task that counts nowhere and leaves the random state alone."""
+        """This run for a look at a task, which counts nowhere and leaves the random state alone."""
         replay = Replay(self.snapshot.like.device)
         return replace(
             self, snapshot=replace(self.snapshot, replay=replay, differentiates=differentiates), record=Record()

@@ -52,7 +52,7 @@ class Objective:
     one between meta-steps, follows the weight.
 
     Args:
-        model: Any module. `torch.utils.checkpoint` in it saves no memory here, and a compiled one runs uncompiled.
+        model: Any module. `torch.utils.checkpoint` in it is honoured, and a compiled one runs uncompiled.
         loss: `(output, target) -> 0-dim floating-point tensor`, a mean over examples as a rule. One that has an
             argument named `meta` is given the meta-parameters in it, by name: `(output, target, meta)`.
         adapt: Which parameters the inner loop changes: names, module names or shell patterns (`["head"]`,
@@ -62,11 +62,15 @@ class Objective:
         metric: `(output, target) -> 0-dim tensor`, evaluated on the query set from the same forward pass and returned
             in `report.metric`; never differentiated. For example an accuracy.
         buffers: The policy for buffers: None, "batch", "frozen" or "update", see above.
+        recompute: Modules whose activations are not kept, but computed again in derivatives of every order: names,
+            shell patterns (`["layers.*"]`) or types (`[nn.TransformerEncoderLayer]`). See `imaml.recompute`. Not for a
+            model that is sharded over processes.
 
     Raises:
         TypeError: `model` is not a module, `loss` is not callable, an adapted parameter is not of a real floating
             dtype, a meta-parameter no floating-point tensor.
-        ValueError: No parameter to adapt, an unknown name or policy, a name in `meta` that a parameter has.
+        ValueError: No parameter to adapt, an unknown name or policy, a name in `meta` that a parameter has, or an entry
+            of `recompute` that matches no module.
     """
 
     def __init__(

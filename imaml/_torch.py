@@ -113,6 +113,11 @@ def is_write_to_rows(error: RuntimeError) -> bool:
     return "of unbind" in str(error).lower()
 
 
+def is_write_to_leaf(error: RuntimeError) -> bool:
+    """Whether a leaf that requires grad was written to. Not known, torch's own words reach the user."""
+    return "is being used in an in-place operation" in str(error)
+
+
 def is_write_to_shared(error: RuntimeError) -> bool:
     """Whether a tensor was written to that all tasks share. Not known, torch's own words reach the user."""
     return "written-to tensor refers to a single memory location" in str(error)

@@ -23,6 +23,16 @@ def leaves_of(values: Iterable[Tensor]) -> dict[int, Tensor]:
     return found
 
 
+_BLOCK = "_imaml_block"
+
+
+def inside(tensor: Tensor, block: str) -> Tensor:
+    """An input of a recomputed block as a leaf of a graph of its own, which no loss may depend on."""
+    leaf = tensor.detach().requires_grad_()
+    setattr(leaf, _BLOCK, block)
+    return leaf
+
+
 def foreign_leaves(
     values: Sequence[Tensor], known: Iterable[Tensor], again: Callable[[], Sequence[Tensor]]
 ) -> list[Tensor]:
@@ -43,6 +53,8 @@ def foreign_leaves(
     first = {address: leaf for address, leaf in leaves_of(values).items() if address not in given}
     if not first:
         return []
+    if blocks := [leaf for leaf in first.values() if hasattr(leaf, _BLOCK)]:
+        return blocks
     second = leaves_of(again())
     return [leaf for address, leaf in first.items() if address in second]
 
@@ -50,8 +62,13 @@ def foreign_leaves(
 def described(leaves: Sequence[Tensor], names: Mapping[int, str]) -> str:
     """Tensors in words: those with a name first."""
     known = [names[id(leaf)] for leaf in leaves if id(leaf) in names]
-    shapes = [f"one of shape {tuple(leaf.shape)}" for leaf in leaves if id(leaf) not in names]
-    words = [*known, *shapes]
+    others = [leaf for leaf in leaves if id(leaf) not in names]
+    blocks = sorted({getattr(leaf, _BLOCK) for leaf in others if hasattr(leaf, _BLOCK)})
+    inner = [
+        f"an activation inside {block}, which is recomputed and hands it out by its outputs alone" for block in blocks
+    ]
+    shapes = [f"one of shape {tuple(leaf.shape)}" for leaf in others if not hasattr(leaf, _BLOCK)]
+    words = [*known, *inner, *shapes]
     return ", ".join(words[:3]) + (f" and {len(words) - 3} more" if len(words) > 3 else "")
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from imaml._objective.exact import MathAttention, check_twice_differentiable
-from imaml._objective.foreign import described, foreign_leaves
+from imaml._objective.foreign import described, foreign_leaves, inside
 from imaml._objective.reach import modules_of
-from imaml._torch import TreeSpec, inside_transform, requires_grad, tree_flatten, vectorised
+from imaml._torch import TreeSpec, inside_transform, is_write_to_leaf, requires_grad, tree_flatten, vectorised
 
 Place = tuple[dict[str, Any], str]
 """Where a module has a tensor: in its parameters or buffers, under a name."""
@@ -192,10 +192,7 @@ class _Block:
                 self._return(stack)
             output = self._run(tensors)
         if versions != [t._version for t in tensors]:
-            raise ValueError(
-                f"{self.name} is recomputed, and changes a tensor in place that it is given. Expected a function of "
-                "its arguments: use e.g. x = x + 1 for x.add_(1)."
-            )
+            raise _writes(self.name)
         leaves, structure = tree_flatten(output)
         self._outline = structure, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -220,6 +217,13 @@ class _Block:
             stack.enter_context(autocast)
         if self._conditions is not None and not self._conditions.is_active:
             stack.enter_context(self._conditions.again())
+
+
+def _writes(name: str) -> ValueError:
+    return ValueError(
+        f"{name} is recomputed, and changes a tensor in place that it is given. Expected a function of its arguments: "
+        "use e.g. x = x + 1 for x.add_(1)."
+    )
 
 
 class _Pullback:
@@ -288,15 +292,27 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def forward(block: Any, *tensors: Tensor) -> Outputs:
-        found: Outputs = block(*tensors)
-        return found
+        if isinstance(block, _Pullback):
+            return block(*tensors)
+        # With a graph, which ends with this function: an activation that leaves the block by another way than its
+        # outputs, through a hook or an attribute, leads to these leaves, and a loss that reads it is refused.
+        with torch.enable_grad():
+            own = [inside(t, block.name) if requires_grad(t) else t for t in tensors]
+            try:
+                found: Outputs = block(*own)
+            except RuntimeError as error:
+                if is_write_to_leaf(error):
+                    raise _writes(block.name) from error
+                raise
+        return tuple(None if y is None else y.detach() for y in found)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
         ctx.block, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(y for y in output if y is not None and not y.is_floating_point()))
+        whole = (y for y in output if y is not None and not (y.is_floating_point() or y.is_complex()))
+        ctx.mark_non_differentiable(*whole)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -348,6 +348,23 @@ def test_what_names_no_module_is_refused_at_once(given, error, words):
         Objective(network(), F.mse_loss, recompute=given)
 
 
+def test_outputs_may_be_complex_integers_and_other_things():
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, dtype=F64, requires_grad=True)
+
+    def block(x):
+        return {"complex": torch.view_as_complex(x.sin()), "index": x.argmax(), "words": "none", "real": x.cos()}
+
+    def twice(call):
+        found = call(block, x)
+        assert found["words"] == "none" and found["index"].dtype == torch.int64
+        value = found["complex"].abs().square().sum() + found["real"].prod() + found["index"]
+        (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), x)[0]
+
+    torch.testing.assert_close(twice(imaml.recompute), twice(lambda f, x: f(x)), rtol=1e-12, atol=1e-12)
+
+
 def test_outside_of_an_objective_it_works_too():
     torch.manual_seed(0)
     layer, x = nn.Linear(3, 3).double(), torch.randn(4, 3, dtype=F64, requires_grad=True)
@@ -360,3 +377,39 @@ def test_outside_of_an_objective_it_works_too():
     for found, expected in zip(twice(imaml.recompute), twice(lambda f, x: f(x)), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(imaml.recompute(layer, x), layer(x))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+@pytest.mark.parametrize("way", ["hook", "attribute"])
+def test_an_activation_that_leaves_a_block_by_another_way_is_refused(way, chunk_size):
+    """The loss would depend on it without a gradient, and nobody would see that."""
+    seen = {}
+
+    class Leaks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block, self.leave = nn.Sequential(nn.Linear(3, 4), nn.Tanh()), nn.Linear(4, 2)
+            if way == "hook":
+                self.block[0].register_forward_hook(lambda module, args, output: seen.update(h=output))
+
+        def forward(self, x):
+            h = self.block(x)
+            return self.leave(h)
+
+    class Keeps(nn.Linear):
+        def forward(self, x):
+            self.kept = super().forward(x)
+            return self.kept
+
+    model = Leaks()
+    if way == "attribute":
+        model.block[0] = Keeps(3, 4)
+
+    def loss(output, target):
+        hidden = seen["h"] if way == "hook" else model.block[0].kept
+        return F.mse_loss(output, target) + 0.1 * hidden.square().mean()
+
+    engine = MAML(inner=INNER, chunk_size=chunk_size)
+    engine.value_and_grad(Objective(model.double(), loss), tasks())
+    with pytest.raises(ValueError, match="an activation inside .*, which is recomputed"):
+        engine.value_and_grad(Objective(model, loss, recompute=["block"]), tasks())

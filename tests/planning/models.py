@@ -42,9 +42,11 @@ def problem(name: str) -> tuple[Objective, TaskBatch]:
     if name == "mlp":
         support, query = ((torch.randn(TASKS, n, 1), torch.randn(TASKS, n, 1)) for n in (10, 4))
         return Objective(MLP(), F.mse_loss), TaskBatch(support=support, query=query)
-    if name == "tokens":
+    if name.startswith("tokens"):
         support, query = ((torch.randint(30, (TASKS, n, 7)), labels(n)) for n in (3, 5))
-        return Objective(Attentive(), F.cross_entropy), TaskBatch(support=support, query=query)
+        recompute = [nn.TransformerEncoderLayer] if "recomputed" in name else []
+        objective = Objective(Attentive(), F.cross_entropy, recompute=recompute)
+        return objective, TaskBatch(support=support, query=query)
     if name == "lstm":
         support, query = ((torch.randn(TASKS, n, 4, 4), labels(n)) for n in (3, 4))
         return Objective(Recurrent(), F.cross_entropy), TaskBatch(support=support, query=query)

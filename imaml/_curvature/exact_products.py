@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,8 +24,12 @@ from imaml._losses.slice import Slice
 from imaml._objective.exact import MathAttention, check_twice_differentiable
 from imaml._torch import load_forward_ad, sequence_number, tree_flatten
 
-_Graph = tuple[list[Tensor], list[Tensor], list[GradientEdge | None]]
-"""The adapted and the shared leaves, and where the graph of the gradient by each adapted one ends."""
+_End = Tensor | GradientEdge | None
+_Graph = tuple[list[Tensor], list[Tensor], list[_End]]
+"""The adapted and the shared leaves, and where the graph of the gradient by each adapted one ends.
+
+That is at its numbers, or at an edge without them, from which autograd takes longer to start.
+"""
 
 
 LONG = 2**18
@@ -92,7 +96,7 @@ class ReverseOverReverse:
         part, before = self._part, sequence_number()
         with torch.enable_grad(), MathAttention():
             adapted, shared, losses, _ = part.at_leaves(self._phi, self._step, shared=True)
-            edges: list[GradientEdge | None] = [None] * len(adapted)
+            edges: list[_End] = [None] * len(adapted)
             hooks, zero = [], losses.new_zeros(())
             if not with_values and self._is_long:
                 hooks = [leaf.register_hook(partial(_dropped, edges, i, zero)) for i, leaf in enumerate(adapted)]
@@ -100,10 +104,11 @@ class ReverseOverReverse:
             for hook in hooks:  # they would drop the product too
                 hook.remove()
             if not hooks:
-                edges = [None if g is None or not g.requires_grad else get_gradient_edge(g) for g in grads]
+                edge = get_gradient_edge if self._is_long else _itself
+                edges = [None if g is None or not g.requires_grad else edge(g) for g in grads]
         graph = (part.role, part.start, *part.part, sequence_number() - before)
         if graph not in part.record.twice:
-            check_twice_differentiable([losses.grad_fn, *(edge.node for edge in edges if edge is not None)])
+            check_twice_differentiable([losses.grad_fn, *map(_node, edges)])
             part.record.twice.add(graph)
         values = [None if g is None else g.detach() for g in grads] if with_values else []
         return losses.detach(), values, (adapted, shared, edges)
@@ -139,7 +144,15 @@ class ReverseOverReverse:
         return into, self._part.collect_shared(found[len(adapted) :])
 
 
-def _dropped(edges: list[GradientEdge | None], i: int, zero: Tensor, gradient: Tensor) -> Tensor:
+def _itself(gradient: Tensor) -> Tensor:
+    return gradient
+
+
+def _node(end: _End) -> Any:
+    return end.grad_fn if isinstance(end, Tensor) else end and end.node
+
+
+def _dropped(edges: list[_End], i: int, zero: Tensor, gradient: Tensor) -> Tensor:
     """Note, as a hook of a leaf, where the graph of its gradient ends; let its numbers go, which no product reads."""
     if gradient.requires_grad:
         edges[i] = get_gradient_edge(gradient)

@@ -63,8 +63,8 @@ class Objective:
             in `report.metric`; never differentiated. For example an accuracy.
         buffers: The policy for buffers: None, "batch", "frozen" or "update", see above.
         recompute: Modules whose activations are not kept, but computed again in derivatives of every order: names,
-            shell patterns (`["layers.*"]`) or types (`[nn.TransformerEncoderLayer]`). See `imaml.recompute`. Not for a
-            model that is sharded over processes.
+            shell patterns (`["layers.*"]`) or types (`[nn.TransformerEncoderLayer]`), the outermost that an entry
+            matches. See `imaml.recompute`. None: no module. Not for a model that is sharded over processes.
 
     Raises:
         TypeError: `model` is not a module, `loss` is not callable, an adapted parameter is not of a real floating
@@ -83,7 +83,7 @@ class Objective:
         meta: Given | None = None,
         metric: Callable[[Any, Any], Tensor] | None = None,
         buffers: BufferPolicy | None = None,
-        recompute: Blocks = (),
+        recompute: Blocks | None = None,
     ) -> None:
         check_policy(buffers)
         criteria = Criteria(loss, outer_loss, metric)
@@ -92,7 +92,7 @@ class Objective:
                 f"Expected an nn.Module. Got {type(model).__name__}: for a function of parameters and a batch use "
                 "Objective.from_function(loss, params)."
             )
-        self._initialise(ModelProgram(model, buffers, recompute), criteria, adapt, meta)
+        self._initialise(ModelProgram(model, buffers, () if recompute is None else recompute), criteria, adapt, meta)
 
     @classmethod
     def from_function(

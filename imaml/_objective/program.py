@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -67,8 +67,9 @@ class ModelProgram(Program):
     model: nn.Module
 
     def __init__(self, model: nn.Module, buffers: BufferPolicy | None, recompute: Blocks) -> None:
-        self.model, self.buffers, self.recompute = model, buffers, recompute
-        blocks_of(model, recompute)
+        blocks = recompute if isinstance(recompute, str) or not isinstance(recompute, Iterable) else tuple(recompute)
+        blocks_of(model, blocks)
+        self.model, self.buffers, self.recompute = model, buffers, blocks
 
     def parameters(self) -> dict[str, Tensor]:
         """See `Program`."""

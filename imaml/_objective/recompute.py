@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -71,7 +71,7 @@ def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 Blocks = Iterable[str | type[nn.Module]]
-"""Modules whose calls are recomputed: names, shell patterns of names, or types."""
+"""Modules whose calls are recomputed: names, shell patterns of names, or types; the outermost that an entry matches."""
 
 
 def blocks_of(model: nn.Module, blocks: Blocks) -> list[nn.Module]:
@@ -90,20 +90,29 @@ def blocks_of(model: nn.Module, blocks: Blocks) -> list[nn.Module]:
     """
     if isinstance(blocks, (str, type)):
         raise TypeError(f"`recompute` must be a list of module names or types. Got {blocks!r}: write [{blocks!r}].")
-    named, chosen = dict(model.named_modules()), set[nn.Module]()
+    if not isinstance(blocks, Iterable):
+        raise TypeError(f"`recompute` must be a list of module names or types. Got {blocks!r}.")
+    named, chosen = {name: module for name, module in model.named_modules() if name}, set[nn.Module]()
     for block in blocks:
         if isinstance(block, str):
-            found = [module for name, module in named.items() if name and fnmatchcase(name, block)]
-            close = get_close_matches(block, named, n=3, cutoff=0.4) or [name for name in named if name][:5]
+            found = [name for name in named if fnmatchcase(name, block)]
         elif isinstance(block, type) and issubclass(block, nn.Module):
-            found = [module for module in named.values() if isinstance(module, block)]
-            close = sorted({type(module).__name__ for module in named.values()})
+            found = [name for name, module in named.items() if isinstance(module, block)]
         else:
             raise TypeError(f"`recompute` must be a list of module names or types. Got {block!r} in it.")
         if not found:
-            raise ValueError(f"`recompute` names no module by {block!r}. Close to it: {', '.join(close) or 'none'}.")
-        chosen.update(found)
+            raise ValueError(
+                f"`recompute` names no module by {block!r}. Close to it: {', '.join(_close(block, named))}."
+            )
+        # The outermost ones: a block inside a block would be computed once more for little memory.
+        chosen.update(named[n] for n in found if not any(n.startswith(f"{other}.") for other in found))
     return [module for module in named.values() if module in chosen]
+
+
+def _close(block: str | type[nn.Module], named: Mapping[str, nn.Module]) -> list[str]:
+    if isinstance(block, str):
+        return get_close_matches(block, named, n=3, cutoff=0.4) or [*named][:5] or ["none"]
+    return sorted({type(module).__name__ for module in named.values()}) or ["none"]
 
 
 class Conditions(Protocol):

@@ -341,6 +341,7 @@ def test_a_checkpoint_with_contexts_is_refused():
         ("blocks.0", TypeError, r"write \['blocks.0'\]"),
         (Block, TypeError, "must be a list"),
         ([3], TypeError, "module names or types. Got 3"),
+        (3, TypeError, "must be a list of module names or types. Got 3"),
     ],
 )
 def test_what_names_no_module_is_refused_at_once(given, error, words):
@@ -413,3 +414,11 @@ def test_an_activation_that_leaves_a_block_by_another_way_is_refused(way, chunk_
     engine.value_and_grad(Objective(model.double(), loss), tasks())
     with pytest.raises(ValueError, match="an activation inside .*, which is recomputed"):
         engine.value_and_grad(Objective(model, loss, recompute=["block"]), tasks())
+
+
+def test_what_is_named_may_come_from_a_generator_or_be_nothing():
+    objective = Objective(network(), F.mse_loss, recompute=(name for name in ["blocks.*"]))
+    engine = MAML(inner=INNER)
+    for _ in range(2):
+        assert engine(objective, tasks()).report.recomputed == ("Block.forward",)
+    assert engine(Objective(network(), F.mse_loss, recompute=None), tasks()).report.recomputed == ()

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from imaml._torch import may_drop_second_derivative, of_all_tasks, weight_norm
@@ -39,6 +38,15 @@ class ExactDerivatives(TorchFunctionMode):
         return _REPLACED.get(func, func)(*args, **(kwargs or {}))
 
 
+_KERNELS: list[tuple[Callable[[], bool], Callable[[bool], None]]] = [
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+]
+"""The kernels of attention: whether one is on, and its switch. (`sdpa_kernel` has to end in the thread it began in.)"""
+
+
 class MathAttention:
     """Within it attention is plain mathematics: torch's fused kernels have no second derivative, and no batching rule.
 
@@ -48,20 +56,22 @@ class MathAttention:
     _lock: ClassVar[threading.Lock] = threading.Lock()
     _inside: ClassVar[int] = 0
     """How many are open, in all threads, which share the switch. They nest in every product, and it is dear to set."""
-    _switch: ClassVar[Any] = None
+    _before: ClassVar[list[bool]] = []
 
     def __enter__(self) -> None:
         with self._lock:
             if MathAttention._inside == 0:
-                MathAttention._switch = sdpa_kernel(SDPBackend.MATH)
-                MathAttention._switch.__enter__()
+                MathAttention._before = [is_on() for is_on, _ in _KERNELS]
+                for _, switch in _KERNELS:
+                    switch(switch is torch.backends.cuda.enable_math_sdp)
             MathAttention._inside += 1
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
             MathAttention._inside -= 1
             if MathAttention._inside == 0:
-                MathAttention._switch.__exit__(None, None, None)
+                for (_, switch), before in zip(_KERNELS, MathAttention._before, strict=True):
+                    switch(before)
 
 
 def check_twice_differentiable(nodes: Sequence[Any]) -> None:

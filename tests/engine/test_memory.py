@@ -1,13 +1,16 @@
 """Peak memory as the inner loop grows: the allocator's own account of a small transformer."""
 
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, Objective, TaskBatch
+from imaml._curvature import exact_products
 from imaml.measure import peak_memory
 from tests.losses import curvature, gradient, loss_of
 
@@ -130,3 +133,21 @@ def test_nothing_is_held_after_the_call_but_the_gradients():
     assert peak_memory(lambda: results.append(engine(objective, tasks))) <= 1.01 * one
     held = sum(t.numel() * t.element_size() for t in results[0].loss.grad_fn.saved_tensors)
     assert held == theta
+
+
+@pytest.mark.parametrize("slices", [None, 2])
+def test_a_product_of_long_parameters_holds_a_vector_less(monkeypatch, slices):
+    """The numbers of the gradient that it differentiates, which nothing reads, are let go."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(128, 128) for _ in range(6)))
+    x, y = torch.randn(2, 1, 4, 128)
+    loss, phi = loss_of(Objective(model, F.mse_loss), (x, y))
+    loss = replace(loss, size=slices)
+
+    def peak(least):
+        monkeypatch.setattr(exact_products, "LONG", least)
+        curvature(loss, phi).product(phi)
+        return peak_memory(lambda: curvature(loss, phi).product(phi))
+
+    with torch.no_grad():
+        assert peak(1) <= peak(2**40) - 0.9 * phi.nbytes

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from imaml._objective.buffers import BufferPolicy, Statistics, power_iterations
 from imaml._objective.exact import ExactDerivatives
-from imaml._objective.recompute import Blocks, begin, blocks_of, end, recompute
+from imaml._objective.recompute import Blocks, Swapped, begin, blocks_of, end, recompute
 from imaml._torch import give_checkpoints_back, is_compiled, is_sharded, take_checkpoints
 
 # The guards are classes: a generator as a context manager takes three times the calls, in every evaluation.
 
 _OF_EVERY_MODULE = nn.Module().__dict__.keys()
-_MISSING = object()
 
 
 class faithful:  # noqa: N801
@@ -142,11 +141,13 @@ class Running:
 
     def __init__(self, survey: Survey, values: Mapping[str, Tensor], policy: BufferPolicy | None) -> None:
         self._survey, self._values, self._policy = survey, values, policy
-        self._put: list[tuple[dict[str, Any], str, Any]] = [
-            *((members, key, value) for name, value in values.items() for members, key in survey.places[name]),
-            *((norm.__dict__, "n_power_iterations", 0) for norm in survey.norms),
-            *((block.__dict__, "forward", partial(recompute, block.forward)) for block in survey.blocks),
-        ]
+        self._swapped = Swapped(
+            [
+                *((members, key, value) for name, value in values.items() for members, key in survey.places[name]),
+                *((norm.__dict__, "n_power_iterations", 0) for norm in survey.norms),
+                *((block.__dict__, "forward", partial(recompute, block.forward)) for block in survey.blocks),
+            ]
+        )
         self._modes: list[Any] = [Statistics(policy)] if policy is not None else []
 
     def __enter__(self) -> None:
@@ -154,18 +155,12 @@ class Running:
             self._modes.append(torch.compiler.set_stance("force_eager"))
         for mode in self._modes:
             mode.__enter__()
-        self._before = [members.get(name, _MISSING) for members, name, _ in self._put]
-        for members, name, value in self._put:
-            members[name] = value
+        self._swapped.__enter__()
         begin(self)
 
     def __exit__(self, *error: Any) -> None:
         end(self)
-        for (members, name, _), before in zip(self._put, self._before, strict=True):
-            if before is _MISSING:
-                del members[name]
-            else:
-                members[name] = before
+        self._swapped.__exit__()
         for mode in reversed(self._modes):
             mode.__exit__(*error)
 

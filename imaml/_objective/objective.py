@@ -284,8 +284,7 @@ class Objective:
     def judge(self, output: Any, values: Parameters, batch: Batch, survey: Survey) -> Tensor:
         """The support loss of an output of `predict` with the same arguments."""
         with faithful(survey):
-            target = self._program.target(opened(batch))
-            loss = self._criteria.judge(output, target, self.meta.like_given(values), outer=False)
+            loss = self._criteria.judge(output, opened(batch)[1], self.meta.like_given(values), outer=False)
         return check_loss(loss)
 
     def _others(self, values: Parameters) -> Parameters:

@@ -37,10 +37,6 @@ class Program(ABC):
     def double(self, losses: Losses) -> tuple[Program, Losses]:
         """Copies in float64, of the losses too where they hold tensors."""
 
-    def target(self, batch: Batch) -> Any:
-        """What is judged by."""
-        return batch
-
     def first_names(self) -> dict[str, str]:
         """Every name of a parameter, to the first: a tied one has several."""
         return {name: name for name in self.parameters()}
@@ -90,10 +86,6 @@ class ModelProgram(Program):
         kwargs = inputs if isinstance(inputs, dict) else {}
         with survey.running(values, None if recording else self.buffers):
             return self.model(*args, **kwargs), batch[1]
-
-    def target(self, batch: Batch) -> Any:
-        """See `Program`."""
-        return batch[1]
 
     def double(self, losses: Losses) -> tuple[Program, Losses]:
         """See `Program`."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ from imaml._torch import TreeSpec, inside_transform, is_write_to_leaf, requires_
 Place = tuple[dict[str, Any], str]
 """Where a module has a tensor: in its parameters or buffers, under a name."""
 Outputs = tuple[Tensor | None, ...]
+_MISSING = object()
 
 
 def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -61,7 +62,8 @@ def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         for i, tensor in zip(mine, tensors, strict=False):
             found[i] = tensor
         own, named = structure.unflatten(found)
-        with _swapped([places for _, places in held], tensors[len(mine) :]):
+        parameters = zip(held, tensors[len(mine) :], strict=True)
+        with Swapped([(*place, tensor) for (_, places), tensor in parameters for place in places]):
             return function(*own, **named)
 
     inputs = [*(leaves[i] for i in mine), *(tensor for tensor, _ in held)]
@@ -160,19 +162,23 @@ def _held(function: Callable[..., Any]) -> list[tuple[Tensor, list[Place]]]:
     return list(found.values())
 
 
-@contextmanager
-def _swapped(places: Sequence[Sequence[Place]], tensors: Sequence[Tensor]) -> Iterator[None]:
-    before = [members[name] for group in places for members, name in group]
-    for group, tensor in zip(places, tensors, strict=True):
-        for members, name in group:
-            members[name] = tensor
-    try:
-        yield
-    finally:
-        own = iter(before)
-        for group in places:
-            for members, name in group:
-                members[name] = next(own)
+class Swapped:
+    """Within it dictionaries have other values, and afterwards their own; a class, since every evaluation swaps."""
+
+    def __init__(self, puts: Sequence[tuple[dict[str, Any], str, Any]]) -> None:
+        self._puts = puts
+
+    def __enter__(self) -> None:
+        self._before = [members.get(name, _MISSING) for members, name, _ in self._puts]
+        for members, name, value in self._puts:
+            members[name] = value
+
+    def __exit__(self, *error: object) -> None:
+        for (members, name, _), before in zip(self._puts, self._before, strict=True):
+            if before is _MISSING:
+                del members[name]
+            else:
+                members[name] = before
 
 
 class _Block:

@@ -253,46 +253,55 @@ def load_forward_ad() -> None:
         torch.func.jvp(torch.sin, (torch.ones(()),), (torch.ones(()),))
 
 
-def take_checkpoints(recompute: Callable[..., Any]) -> None:
-    """Let `torch.utils.checkpoint.checkpoint`, however it was imported, recompute by a function of its arguments.
+def take_over(checkpoint: Callable[..., Any], attention: Callable[..., Any]) -> None:
+    """Let `torch.utils.checkpoint.checkpoint` and attention, however they were imported, be computed in another way.
 
-    Where torch has no hook for that it calls its function and keeps what that saves. What recomputes all the same, by
-    a way that is not known, raises RuntimeError. All threads share torch's module: the last one gives it back.
+    Where torch has no hook for a checkpoint it calls its function and keeps what that saves. What recomputes all the
+    same, by a way that is not known, raises RuntimeError. All threads share torch's modules: the last one gives them
+    back.
 
     Args:
-        recompute: Takes the function and its arguments; the same in every call.
+        checkpoint: Takes the function of a checkpoint and its arguments; the same in every call.
+        attention: Takes what `F.scaled_dot_product_attention` takes; the same in every call.
     """
     with _taken.lock:
         if _taken.times == 0:
             members = vars(_checkpoint)
             _taken.before = {name: members[name] for name in _INSTEAD}
             members.update(_INSTEAD)
+            _taken.attention, _functional.scaled_dot_product_attention = (
+                _functional.scaled_dot_product_attention,
+                attention,
+            )
             if _INNER is not None:
                 _taken.hook = vars(_INNER).get(_HOOK)
-                setattr(_INNER, _HOOK, partial(_checkpointed, recompute))
+                setattr(_INNER, _HOOK, partial(_checkpointed, checkpoint))
         _taken.times += 1
 
 
-def give_checkpoints_back() -> None:
-    """Take back what `take_checkpoints` has done."""
+def give_back() -> None:
+    """Take back what `take_over` has done."""
     with _taken.lock:
         _taken.times -= 1
         if _taken.times == 0:
             vars(_checkpoint).update(_taken.before)
+            _functional.scaled_dot_product_attention = _taken.attention
             if _INNER is not None:
                 setattr(_INNER, _HOOK, _taken.hook)
 
 
 class _Taken:
-    """How often torch's checkpoints are taken, and what they were."""
+    """How often torch's functions are taken over, and what they were."""
 
     def __init__(self) -> None:
         self.lock, self.times = threading.Lock(), 0
         self.before: dict[str, Any] = {}
         self.hook: Any = None
+        self.attention: Any = None
 
 
 _taken = _Taken()
+_functional: Any = torch.nn.functional
 _HOOK = "__dynamo_disable"
 _INNER = getattr(torch.utils.checkpoint.checkpoint, "__wrapped__", None)
 """The undecorated function, of which the decorated one looks up at every call what to call in its place."""

@@ -2,7 +2,7 @@
 
 from imaml._curvature.curvature import Curvature
 from imaml._curvature.derivatives import Derivatives
-from imaml._curvature.exact_products import Graph
+from imaml._curvature.product import Graph
 from imaml._losses.loss import Loss
 from imaml._losses.record import Record
 from imaml._losses.replay import Role

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from imaml._curvature.compiler import CompiledFunction, Session, agree
-from imaml._curvature.derivatives import Derivatives, Want
-from imaml._curvature.exact_products import Graph, Product, ReverseOverReverse, placed
+from imaml._curvature.derivatives import Derivatives, Findings, Want
+from imaml._curvature.exact_products import ReverseOverReverse
 from imaml._curvature.inductor import Function, Outputs, run
+from imaml._curvature.product import Graph, HvpMode, Product, Sum
 from imaml._leaves import objects
 from imaml._losses.gradient import Gradient
 from imaml._losses.replay import Role
@@ -31,11 +33,12 @@ class Compiled(Derivatives):
     `vmap`, hooks and modes.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, found: Findings) -> None:
+        super().__init__(found)
         self._session = session
         self._known: WeakKeyDictionary[Slice, _Shape] = WeakKeyDictionary()
 
-    def gradient_of(self, part: Slice, phi: Tensor, step: int, want: Want) -> Gradient:
+    def gradient_of(self, part: Slice, phi: Tensor, step: int, want: Want, into: Sum | None = None) -> Gradient:
         """See `Derivatives`."""
         uncompiled, compiler = super().gradient_of, self._session.compiler
 
@@ -51,13 +54,14 @@ class Compiled(Derivatives):
             assert adapted is not None
             if compiler.made > made or self._is_still(part, losses, phi, step):
                 is_judged = want.metric and part.snapshot.objective.metric is not None
-                return Gradient(losses, adapted, by_shared, self.value_of(part, phi, step)[1] if is_judged else None)
-        return uncompiled(part, phi, step, want)
+                metric = self.value_of(part, phi, step)[1] if is_judged else None
+                return Gradient(losses, adapted if into is None else into.add(adapted, part), by_shared, metric)
+        return uncompiled(part, phi, step, want, into)
 
-    def product_of(self, part: Slice, phi: Tensor, step: int, graph: Graph) -> Product:
+    def product_of(self, part: Slice, phi: Tensor, step: int, graph: Graph, mode: HvpMode) -> Product:
         """See `Derivatives`; a compiled product evaluates the gradient anew, fused with it."""
-        if not self._session.compiler.is_on:
-            return super().product_of(part, phi, step, graph)
+        if not self._session.compiler.is_on or mode == "forward-over-reverse":
+            return super().product_of(part, phi, step, graph, mode)
         gradient = None if graph is Graph.REBUILT else self.gradient_of(part, phi, step, Want())
         return _Product(self, part, phi, step, gradient)
 
@@ -171,10 +175,9 @@ class _Product:
     phi: Tensor
     step: int
     gradient: Gradient | None
+    mode: ClassVar[str] = "reverse-over-reverse"
 
-    def __call__(
-        self, w: Tensor, *, mixed: bool = False, into: Tensor | None = None, weight: float = 1.0
-    ) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, w: Tensor, *, mixed: bool = False, into: Sum | None = None) -> tuple[Tensor, Tensor | None]:
         """See `Product`."""
         product, by_shared = self.derivatives.product(self.part, self.phi, self.step, w, mixed=mixed)
-        return placed(product, into, weight), by_shared
+        return product if into is None else into.add(product, self.part), by_shared

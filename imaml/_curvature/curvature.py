@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
 from imaml._curvature.derivatives import Derivatives
-from imaml._curvature.exact_products import ForwardOverReverse, Graph, Product
 from imaml._curvature.finite_difference import FiniteDifference
 from imaml._curvature.gauss_newton import GaussNewton
+from imaml._curvature.product import Graph, HvpMode, Product, Sum
 from imaml._losses.gradient import Gradient
 from imaml._losses.loss import Loss
 from imaml._losses.slice import Slice
 from imaml._torch import LACKS_SECOND_DERIVATIVE
 from imaml_solvers import LinearOperator
-
-HvpMode = Literal["auto", "forward-over-reverse", "reverse-over-reverse", "finite-difference"]
-"""`auto` is reverse-over-reverse, the fastest exact mode in eager torch, or finite differences for a model that has an
-operation without second derivatives."""
-
-
-def check_mode(mode: str) -> None:
-    """Raise ValueError for an unknown mode."""
-    if mode not in get_args(HvpMode):
-        raise ValueError(f"`hvp` must be one of {', '.join(get_args(HvpMode))}. Got {mode!r}.")
 
 
 class Curvature(LinearOperator):
@@ -57,13 +45,13 @@ class Curvature(LinearOperator):
     ) -> None:
         self._derivatives, self._loss, self._phi, self._step, self._record = derivatives, loss, phi, step, loss.record
         self._asked, self._gauss_newton = mode, gauss_newton
-        best = "reverse-over-reverse" if derivatives.has_second else "finite-difference"
-        self._mode: str = (self._record.mode or best) if mode == "auto" else mode
+        inexact = not derivatives.has_second or self._record.mode == "finite-difference"
+        self._mode: HvpMode = "finite-difference" if mode == "auto" and inexact else mode
         self._record.gauss_newton |= gauss_newton
         self._all = self._product_of_all(graph)
         if self._all is not None and self._all.gradient is not None:
             self._record.gradients += loss.tasks
-            self._note_mode()
+            self._note(self._all)
 
     def take_gradient(self) -> Gradient | None:
         """The support loss and its gradient at phi, where they come at no cost; kept no longer."""
@@ -76,23 +64,37 @@ class Curvature(LinearOperator):
         """The product with x, a new tensor."""
         return self.product(x)[0]
 
-    def product(self, w: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor | None]:
-        """H w `(tasks, n)` and, if `mixed`, the derivative of g' w by the shared parameters, summed over tasks."""
+    def product(self, w: Tensor, *, mixed: bool = False, into: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """H w `(tasks, n)` and, if `mixed`, the derivative of g' w by the shared parameters, summed over tasks.
+
+        Args:
+            w: What is multiplied.
+            mixed: Whether that is wanted.
+            into: A vector of one's own, apart from w, to which H w is added, which saves one.
+
+        Returns:
+            H w, a new tensor, or `into`; and the mixed product.
+        """
         if mixed and self._gauss_newton:
             # The Gauss-Newton mixed product would drop the term that a linear head on a learned body lives on.
             at = (self._derivatives, self._loss, self._phi, self._step)
-            return Curvature(*at, mode=self._asked, graph=Graph.REBUILT).product(w, mixed=True)
+            return Curvature(*at, mode=self._asked, graph=Graph.REBUILT).product(w, mixed=True, into=into)
         self._record.products += self._loss.tasks
-        self._note_mode()
+        total = None if into is None else Sum(into)
         try:
-            return self._all(w, mixed=mixed) if self._all is not None else self._sum(w, mixed=mixed)
+            if self._all is not None:
+                self._note(self._all)
+                return self._all(w, mixed=mixed, into=total)
+            return self._by_slices(w, mixed=mixed, into=into)
         except RuntimeError as error:
             self._all = self._instead(error)
-        return self._all(w, mixed=mixed)  # after the except block, which holds the graphs of what has failed
+        return self._all(
+            w, mixed=mixed, into=total
+        )  # after the except block, which holds the graphs of what has failed
 
-    def _note_mode(self) -> None:
+    def _note(self, product: Product) -> None:
         if not self._gauss_newton:
-            self._record.mode = self._record.mode or self._mode
+            self._record.mode = self._record.mode or product.mode
 
     def _product_of_all(self, graph: Graph) -> Product | None:
         """One product for all of the loss; None where it is a sum over slices."""
@@ -109,15 +111,20 @@ class Curvature(LinearOperator):
     def _product_of(self, part: Slice, graph: Graph) -> Product:
         if self._gauss_newton:
             return GaussNewton(part, self._phi, self._step, graph)
-        if self._mode == "forward-over-reverse":
-            return ForwardOverReverse(part, self._phi, self._step)
-        return self._derivatives.product_of(part, self._phi, self._step, graph)
+        return self._derivatives.product_of(part, self._phi, self._step, graph, self._mode)
 
-    def _sum(self, w: Tensor, *, mixed: bool) -> tuple[Tensor, Tensor | None]:
+    def _by_slices(self, w: Tensor, *, mixed: bool, into: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Slice by slice, each built and released before the next."""
-        total, total_mixed = torch.zeros_like(w), None
-        for weight, part in self._loss.slices:
-            _, its_mixed = self._product_of(part, Graph.REBUILT)(w, mixed=mixed, into=total, weight=weight)
+        total, total_mixed = torch.zeros_like(w) if into is None else into, None
+        for i, (weight, part) in enumerate(self._loss.slices):
+            product, its = self._product_of(part, Graph.REBUILT), Sum(total, weight)
+            self._note(product)
+            try:
+                _, its_mixed = product(w, mixed=mixed, into=its)
+            except RuntimeError as error:
+                if into is not None and (i > 0 or its.has_begun):
+                    raise _half_way(error) from error
+                raise
             if its_mixed is not None:
                 its_mixed.mul_(weight)
                 total_mixed = its_mixed if total_mixed is None else total_mixed.add_(its_mixed)
@@ -134,3 +141,10 @@ class Curvature(LinearOperator):
             ) from error
         self._mode = self._record.mode = "finite-difference"
         return FiniteDifference(self._derivatives, self._loss, self._phi, self._step)
+
+
+def _half_way(error: RuntimeError) -> RuntimeError:
+    return RuntimeError(
+        f"An operation of the model failed in a second derivative, when a part of it had been added up ({error}). "
+        "Expected one whose lack of a second derivative is known before: use hvp='finite-difference'."
+    )

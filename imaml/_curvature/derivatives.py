@@ -8,10 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from imaml._curvature.exact_products import Graph, Product, ReverseOverReverse, differentiate
+from imaml._curvature.exact_products import ForwardOverReverse, ReverseOverReverse, differentiate
+from imaml._curvature.product import Graph, HvpMode, Product, Sum, is_long, itself
 from imaml._losses.gradient import Gradient
 from imaml._losses.loss import Loss
 from imaml._losses.slice import Slice
+from imaml._torch import LACKS_SECOND_DERIVATIVE
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,14 @@ class Want:
     """What the losses are multiplied by, `(tasks,)`."""
 
 
+@dataclass
+class Findings:
+    """What an engine has found out about the derivatives of an objective."""
+
+    is_transpose: bool | None = None
+    """Whether forward-over-reverse agrees with reverse-over-reverse; None: not known."""
+
+
 class Derivatives:
     """Values, gradients and exact products of losses, each a weighted sum of those of the slices of a loss.
 
@@ -34,6 +44,9 @@ class Derivatives:
 
     has_second: ClassVar[bool] = True
     """Whether there are exact products."""
+
+    def __init__(self, found: Findings | None = None) -> None:
+        self._found = found or Findings()
 
     def value(self, loss: Loss, phi: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
         """Losses and metric `(tasks,)` at phi `(tasks, n)`, without derivatives; both are averaged over the slices."""
@@ -46,27 +59,99 @@ class Derivatives:
 
     def gradient(self, loss: Loss, phi: Tensor, step: int, want: Want = Want()) -> Gradient:
         """First derivatives at phi `(tasks, n)`."""
-        total: Gradient | None = None
-        for weight, part in loss.slices:
-            found = self.gradient_of(part, phi, step, want)
-            if weight != 1:
-                found = found.mul_(weight)
-            total = found if total is None else total.add_(found)
-        assert total is not None
-        return total
+        survey = loss.snapshot.survey
+        if len(loss.slices) == 1 and not (survey.recomputes_any and is_long(loss.whole, phi)):
+            return self.gradient_of(loss.whole, phi, step, want)
+        vector = torch.zeros_like(phi)
+        parts = [
+            self.gradient_of(part, phi, step, want, Sum(vector, weight)).times(weight) for weight, part in loss.slices
+        ]
+        return Gradient.sum(vector, parts)
 
     def value_of(self, part: Slice, phi: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
         """`value` of one slice."""
         return part.value(phi, step)
 
-    def gradient_of(self, part: Slice, phi: Tensor, step: int, want: Want) -> Gradient:
-        """`gradient` of one slice."""
+    def gradient_of(self, part: Slice, phi: Tensor, step: int, want: Want, into: Sum | None = None) -> Gradient:
+        """`gradient` of one slice; that by the adapted parameters is the vector of the sum that it is added to."""
         adapted, others, losses, figure = part.at_leaves(phi, step, shared=want.shared, metric=want.metric)
         with torch.enable_grad():
             weighted = losses if want.weights is None else want.weights * losses
+            if hooked := into is not None and is_long(part, phi):
+                for leaf, hook in zip(adapted, into.hooks(part, itself), strict=True):
+                    leaf.register_hook(hook)
             grads = differentiate(part, weighted, adapted + others if want.shared else adapted)
-        return Gradient(losses.detach(), *part.collect(grads, phi), figure)
+        if into is not None and hooked:
+            return Gradient(losses.detach(), into.vector, part.collect_shared(grads[len(adapted) :]), figure)
+        vector, by_shared = part.collect(grads, phi)
+        return Gradient(losses.detach(), vector if into is None else into.add(vector, part), by_shared, figure)
 
-    def product_of(self, part: Slice, phi: Tensor, step: int, graph: Graph) -> Product:
-        """The exact Hessian of one slice at phi, by reverse-over-reverse, with the gradient unless it is rebuilt."""
+    def product_of(self, part: Slice, phi: Tensor, step: int, graph: Graph, mode: HvpMode) -> Product:
+        """The exact Hessian of one slice at phi, with the gradient unless it is rebuilt.
+
+        "auto" is reverse-over-reverse, but for recomputed blocks of which no graph is kept: forward-over-reverse
+        computes them twelve times instead of sixteen.
+
+        Args:
+            part: The slice.
+            phi: The point.
+            step: The inner step there.
+            graph: What is kept of the gradient's.
+            mode: How products are computed.
+
+        Returns:
+            The products.
+        """
+        if mode == "forward-over-reverse" or mode == "auto" and graph is Graph.REBUILT and self.settle(part, phi, step):
+            return ForwardOverReverse(part, phi, step)
         return ReverseOverReverse(part, phi, step, graph)
+
+    def settle(self, part: Slice, phi: Tensor, step: int) -> bool:
+        """Whether products are to be those of forward-over-reverse, which is found out once.
+
+        It gives J w where the derivative of a sweep wants J' w, with J the derivative of the gradient. They differ for
+        a backward pass that is no transpose of its forward pass, as that of a straight-through estimator: so the two
+        modes are compared, at the cost of some ten gradients.
+
+        Args:
+            part: A slice of the loss.
+            phi: A point.
+            step: The inner step there.
+
+        Returns:
+            Whether they are.
+        """
+        if not part.snapshot.survey.recomputes_any:
+            return False
+        if self._found.is_transpose is None:
+            self._found.is_transpose = _agree(part, phi, step)
+        return self._found.is_transpose
+
+
+def _agree(part: Slice, phi: Tensor, step: int) -> bool:
+    """Whether the products of both modes with the gradient agree; not where there is none of a mode."""
+    adapted, _, losses, _ = part.at_leaves(phi, step, shared=False)
+    w = part.collect(differentiate(part, losses, adapted), phi)[0]
+    del adapted, losses
+    total, mixed = torch.zeros_like(w), list[Tensor | None]()
+    sizes = []
+    try:
+        for product, sign in ((ForwardOverReverse(part, phi, step), 1), (_rebuilt(part, phi, step), -1)):
+            mixed.append(product(w, mixed=True, into=Sum(total, sign))[1])
+            sizes.append(total.norm())
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in LACKS_SECOND_DERIVATIVE):
+            raise
+        return False
+    device = phi.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else phi.dtype
+    close = torch.finfo(dtype).eps ** 0.5
+    alike = bool(sizes[1] <= close * sizes[0])
+    first, second = mixed
+    if first is None or second is None:
+        return alike and first is second
+    return alike and bool((first - second).norm() <= close * first.norm())
+
+
+def _rebuilt(part: Slice, phi: Tensor, step: int) -> Product:
+    return ReverseOverReverse(part, phi, step, Graph.REBUILT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from imaml._curvature.casts import Casts
 from imaml._curvature.derivatives import Derivatives, Want
-from imaml._curvature.exact_products import placed
+from imaml._curvature.product import Sum
 from imaml._losses.gradient import Gradient
 from imaml._losses.loss import Loss
 from imaml_solvers._vectors import norm
@@ -36,17 +37,16 @@ class FiniteDifference:
     """
 
     gradient: Gradient | None = None
+    mode: ClassVar[str] = "finite-difference"
 
     def __init__(self, derivatives: Derivatives, loss: Loss, phi: Tensor, step: int) -> None:
         self._derivatives, self._loss, self._phi, self._step = derivatives, loss, phi, step
         self._length = 1 + norm(phi)
 
-    def __call__(
-        self, w: Tensor, *, mixed: bool = False, into: Tensor | None = None, weight: float = 1.0
-    ) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, w: Tensor, *, mixed: bool = False, into: Sum | None = None) -> tuple[Tensor, Tensor | None]:
         move = self._loss.record.difference_move
         product, by_shared = self._first(w, mixed) if move is None else self._moved_by(move, w, mixed)
-        return placed(product, into, weight), by_shared
+        return product if into is None else into.add(product, self._loss.whole), by_shared
 
     def _first(self, w: Tensor, mixed: bool) -> tuple[Tensor, Tensor | None]:
         """The product, and the move for the rest of the call; products of zeros tell nothing of it."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from imaml._curvature.exact_products import Graph, placed
+from imaml._curvature.product import Graph, Sum
 from imaml._losses.gradient import Gradient
 from imaml._losses.slice import Slice
-from imaml._objective.exact import MathAttention, check_twice_differentiable
+from imaml._objective.attention import MathAttention
+from imaml._objective.exact import check_twice_differentiable
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -25,6 +27,8 @@ class GaussNewton:
     by u along w, which is J w (one pass through that graph: double backward, no forward AD), then the loss's Hessian by
     z, then one ordinary backward pass. The gradient is there unless the graph is for one product alone.
     """
+
+    mode: ClassVar[str] = "gauss-newton"
 
     def __init__(self, part: Slice, phi: Tensor, step: int, graph: Graph) -> None:
         self._part, self._phi = part, phi
@@ -42,13 +46,12 @@ class GaussNewton:
         if graph is not Graph.REBUILT:
             self.gradient = Gradient(losses.detach(), self._collect(self._pull_back(self._slopes)), None)
 
-    def __call__(
-        self, w: Tensor, *, mixed: bool = False, into: Tensor | None = None, weight: float = 1.0
-    ) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, w: Tensor, *, mixed: bool = False, into: Sum | None = None) -> tuple[Tensor, Tensor | None]:
         """G w; there is no mixed product."""
-        moved = _along(self._pulled, self._dummies, self._part.snapshot.layout.views(w))
+        moved = _along(self._pulled, self._dummies, self._part.views(w))
         curved = _along(self._slopes, self._outputs, moved)
-        return placed(self._collect(self._pull_back(curved)), into, weight), None
+        product = self._collect(self._pull_back(curved))
+        return product if into is None else into.add(product, self._part), None
 
     def _pull_back(self, u: Sequence[Tensor | None], *, create_graph: bool = False) -> Gradients:
         """J' u per parameter; None where no output depends on it."""

@@ -9,9 +9,9 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from imaml._curvature.curvature import Curvature, HvpMode
+from imaml._curvature.curvature import Curvature
 from imaml._curvature.derivatives import Derivatives, Want
-from imaml._curvature.exact_products import Graph
+from imaml._curvature.product import Graph, HvpMode
 from imaml._engine.chunking import Chunking
 from imaml._engine.nonfinite import check_history, check_query
 from imaml._engine.report import Outcome
@@ -125,6 +125,11 @@ class Problem:
     ) -> Curvature:
         """The curvature of the support loss at phi."""
         return Curvature(self.derivatives, self.support, phi, step, mode=mode, graph=graph, gauss_newton=gauss_newton)
+
+    def settle(self, mode: HvpMode) -> None:
+        """Find out how products are computed, where that is open, as long as no vectors are held."""
+        if mode == "auto":
+            self.derivatives.settle(self.support.slices[0][1], self.theta, 0)
 
     def quadratic(self, phi: Tensor, step: int, mode: HvpMode) -> Quadratic:
         """The inner objective, its gradient and its Hessian at phi."""

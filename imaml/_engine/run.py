@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from inspect import ismethod
 from typing import TYPE_CHECKING, Self
-from weakref import ref
 
 import torch
 from torch import Tensor
@@ -74,9 +72,10 @@ class Run:
     @classmethod
     def derivatives_of(cls, engine: Strategy, snapshot: Snapshot) -> Derivatives:
         """How losses are differentiated: decided here alone."""
+        found = engine._memory.of(snapshot.objective).derivatives
         if engine.compile:
-            return Compiled(Session.of(engine._memory.compiler, snapshot, engine.compile_budget))
-        return Derivatives()
+            return Compiled(Session.of(engine._memory.compiler, snapshot, engine.compile_budget), found)
+        return Derivatives(found)
 
     def sums(self, groups: list[tuple[list[int], TaskBatch]]) -> tuple[list[Tensor], Report]:
         """Sums over tasks: the gradients for theta and for any shared ones, then `(3,)`: loss, skipped, kept."""
@@ -215,17 +214,15 @@ class Run:
         """Raise unless the losses can be taken slice by slice, if they are; looked at once per objective and shapes."""
         if self.engine.microbatch_size is None:
             return
-        objective, checked = self.snapshot.objective, self.engine._memory.sliced
-        parts, modes = _parts(objective)
-        key = (*map(id, parts), modes, signature(batch), query)
-        if key in checked and all(alive() is part for alive, part in zip(checked[key], parts, strict=True)):
+        sliced, shapes = self.engine._memory.of(self.snapshot.objective).sliced, (signature(batch), query)
+        if shapes in sliced:
             return
         trial = self._trial(differentiates=False)
         one = trial.problem([0], batch[:1], ONE_BY_ONE)
         for loss in (one.support, one.query) if query else (one.support,):
             loss.check(lambda loss: trial.derivatives.value(loss, one.theta, 0)[0])
         trial.snapshot.replay.undo()
-        checked[key] = [_weak(part) for part in parts]
+        sliced[shapes] = None
 
     def problem(self, positions: list[int], batch: TaskBatch, chunking: Chunking) -> Problem:
         """The inner problem and the query loss of these tasks."""
@@ -257,20 +254,3 @@ class Run:
         if isinstance(value, Tensor):
             return value if len(value) > 1 else value.reshape(())
         return self.snapshot.like.new_tensor(value) if value else None
-
-
-def _parts(objective: Objective) -> tuple[list[object], Hashable]:
-    """The model and the losses, which another objective of the same has too, and the modes that the model is in."""
-    model = objective.model
-    parts: list[object] = [] if model is None else [model]
-    for loss in (objective.loss, objective.outer_loss):
-        parts += [loss.__self__, loss.__func__] if ismethod(loss) else [loss]
-    modes = () if model is None else tuple(module.training for module in model.modules())
-    return parts, (getattr(objective._program, "buffers", None), modes)
-
-
-def _weak(part: object) -> Callable[[], object]:
-    try:
-        return ref(part)
-    except TypeError:  # None, or an object of a class that has no room for it
-        return lambda: part

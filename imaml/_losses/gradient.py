@@ -18,23 +18,17 @@ class Gradient:
     shared: Tensor | None
     metric: Tensor | None = None
 
-    def mul_(self, factor: float) -> Gradient:
-        """Scale all of it."""
-        for tensor in (self.losses, self.adapted, self.shared):
-            if tensor is not None:
-                tensor.mul_(factor)
-        if self.metric is not None:
-            self.metric = self.metric * factor  # of any dtype
-        return self
+    def times(self, weight: float) -> Gradient:
+        """All but the gradient by the adapted parameters times a number."""
+        others = (None if t is None else t * weight for t in (self.shared, self.metric))
+        return Gradient(self.losses * weight, self.adapted, *others)
 
-    def add_(self, other: Gradient) -> Gradient:
-        """Add another of the same tasks."""
-        for mine, its in ((self.shared, other.shared), (self.metric, other.metric)):
-            if mine is not None and its is not None:
-                mine.add_(its)
-        self.losses.add_(other.losses)
-        self.adapted.add_(other.adapted)
-        return self
+    @classmethod
+    def sum(cls, adapted: Tensor, parts: Sequence[Gradient]) -> Gradient:
+        """Add up those of several slices of the same tasks, whose gradients by the adapted parameters are one sum."""
+        losses, *others = ([getattr(p, name) for p in parts] for name in ("losses", "shared", "metric"))
+        shared, metric = (None if any(t is None for t in own) else torch.stack(own).sum(0) for own in others)
+        return cls(torch.stack(losses).sum(0), adapted, shared, metric)
 
     @classmethod
     def join(cls, parts: Sequence[Gradient]) -> Gradient:

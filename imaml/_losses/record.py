@@ -32,6 +32,8 @@ class Record:
     forward pass asks, or differentiates by them."""
     needs_grad_mode: bool = False
     """Whether a forward pass or a loss differentiates by itself, and cannot be evaluated without gradients enabled."""
+    needs_tangents: bool = False
+    """Whether forward mode has met an operation that wants more than the tangents of the parameters."""
     is_vectorised: bool = True
     """Whether chunks run under `vmap`; False once the model turned out to have an operation that cannot."""
     used: set[str] = field(default_factory=set)

@@ -16,7 +16,8 @@ from imaml._losses.attempts import Attempts, Writes
 from imaml._losses.record import Record
 from imaml._losses.replay import Role
 from imaml._losses.snapshot import Snapshot
-from imaml._objective.exact import MathAttention, denied
+from imaml._objective.attention import MathAttention
+from imaml._objective.exact import denied
 from imaml._objective.foreign import check_reached
 from imaml._tasks import Batch
 from imaml._torch import (
@@ -75,7 +76,7 @@ class Slice:
     def losses(
         self, adapted: Sequence[Tensor], shared: Sequence[Tensor], batch: Batch, step: int, *, metric: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Losses `(tasks,)` (and metric) at parameters per tensor: adapted `(tasks, *shape)`, shared `(*shape)`."""
+        """Losses `(tasks,)` (and metric) at parameters per tensor: adapted as of `leaves`, shared `(*shape)`."""
         given, outer = self.snapshot, self.role is Role.QUERY
 
         def one(values: Sequence[Tensor], batch: Batch) -> tuple[Tensor, ...]:
@@ -121,7 +122,7 @@ class Slice:
             outlines.clear()
             with attempt:
                 outputs = self._each(predict, adapted, self.batch)
-                losses = self._each(judge, outputs, self.batch)
+                losses = self._each(judge, (), self.batch, stacked=outputs)
         return list(outputs), losses[0]
 
     def statistics(self, phi: Tensor, step: int, before: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -139,7 +140,7 @@ class Slice:
             for attempt in self._attempts(step):
                 found = ()
                 with attempt:
-                    found = self._each(one, [*adapted, *before.values()], self.batch)
+                    found = self._each(one, adapted, self.batch, stacked=list(before.values()))
             return found
 
         found = self._without_derivatives(phi, compute)
@@ -184,22 +185,24 @@ class Slice:
         key = (self.role, self.start, step, *self.part)
         return Attempts(self.snapshot, self.record, self._flat[0], key, self.part, self.writes, self.tasks > 1)
 
-    def _each(self, one: One, values: Sequence[Tensor], batch: Batch) -> tuple[Tensor, ...]:
-        """One function of every task, stacked."""
+    def _each(
+        self, one: One, values: Sequence[Tensor], batch: Batch, *, stacked: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, ...]:
+        """One function of every task, stacked: of values as `leaves` makes them, and of `(tasks, *shape)` each."""
         writes = self.writes.get(self.part)
         if self.tasks > 1 and self.record.is_vectorised:
             leaves, structure = self._flat if batch is self.batch else tree_flatten(batch)
-            count = len(values)
+            count = len(values) + len(stacked)
             with MathAttention():
                 outputs = vectorised(
                     lambda rows: one(rows[:count], structure.unflatten(rows[count:])),
-                    [*values, *_given(leaves, writes)],
+                    [*values, *stacked, *_given(leaves, writes)],
                     self.tasks,
                 )
             return tuple(outputs)
         rows = self._rows if batch is self.batch else _each_task(batch, self.tasks)
         # not `v[i]`, whose derivative writes zeros for all other tasks
-        own = [v.unbind() if self.tasks > 1 else (v.squeeze(0),) for v in values]
+        own = [v.unbind() if self.tasks > 1 else (v,) for v in values] + [v.unbind() for v in stacked]
         found = []
         try:
             for i, row in enumerate(rows):
@@ -221,9 +224,23 @@ class Slice:
         named |= zip(given.shared_layout.names, shared, strict=False)
         return named | given.constants.fresh()
 
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Views of a vector `(tasks, n)` by parameter: `(tasks, *shape)`, or `(*shape)` of a single task.
+
+        Autograd would go from `(1, *shape)` to the model's `(*shape)` before anything else, and come back to it last,
+        so that a gradient that is complete would wait for all others.
+
+        Args:
+            flat: The vector.
+
+        Returns:
+            One for each adapted parameter.
+        """
+        return self.snapshot.layout.views(flat.squeeze(0) if self.tasks == 1 else flat)
+
     def leaves(self, phi: Tensor, *, shared: bool) -> tuple[list[Tensor], list[Tensor]]:
         """Views of the flat parameters as autograd leaves; the shared ones require grad only if asked, or needed."""
-        adapted = [v.detach().requires_grad_() for v in self.snapshot.layout.views(phi)]
+        adapted = [v.detach().requires_grad_() for v in self.views(phi)]
         requires = shared or self.record.needs_shared
         return adapted, [t.detach().requires_grad_(requires) for t in self.snapshot.shared]
 

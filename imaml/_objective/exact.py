@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,42 +36,6 @@ class ExactDerivatives(TorchFunctionMode):
     ) -> Any:
         """Call `func`, or what replaces it."""
         return _REPLACED.get(func, func)(*args, **(kwargs or {}))
-
-
-_KERNELS: list[tuple[Callable[[], bool], Callable[[bool], None]]] = [
-    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
-    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
-    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
-    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
-]
-"""The kernels of attention: whether one is on, and its switch. (`sdpa_kernel` has to end in the thread it began in.)"""
-
-
-class MathAttention:
-    """Within it attention is plain mathematics: torch's fused kernels have no second derivative, and no batching rule.
-
-    First derivatives of a single task keep them.
-    """
-
-    _lock: ClassVar[threading.Lock] = threading.Lock()
-    _inside: ClassVar[int] = 0
-    """How many are open, in all threads, which share the switch. They nest in every product, and it is dear to set."""
-    _before: ClassVar[list[bool]] = []
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if MathAttention._inside == 0:
-                MathAttention._before = [is_on() for is_on, _ in _KERNELS]
-                for _, switch in _KERNELS:
-                    switch(switch is torch.backends.cuda.enable_math_sdp)
-            MathAttention._inside += 1
-
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            MathAttention._inside -= 1
-            if MathAttention._inside == 0:
-                for (_, switch), before in zip(_KERNELS, MathAttention._before, strict=True):
-                    switch(before)
 
 
 def check_twice_differentiable(nodes: Sequence[Any]) -> None:
@@ -129,6 +93,10 @@ def _embedding_bag(
     return F.embedding_bag(input, weight, offsets, None, norm_type, scale_grad_by_freq, mode, False, *args, **kwargs)
 
 
+def _attention(*args: Any, **kwargs: Any) -> Tensor:
+    return F.scaled_dot_product_attention(*args, **kwargs)  # which an evaluation has put in the place of torch's own
+
+
 def _check_fixed(max_norm: float | None) -> None:
     if max_norm is not None:
         raise ValueError(
@@ -182,6 +150,7 @@ _GETTERS = [getattr(_TENSOR, name).__get__ for name in ("requires_grad", "is_lea
 _REPLACED: Mapping[Callable[..., Any], Callable[..., Any]] = {
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
+    F.scaled_dot_product_attention: _attention,
     weight_norm: _weight_norm,
     torch.view_as_complex: _view_as_complex,
     Tensor.view: _view,

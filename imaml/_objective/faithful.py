@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from imaml._objective.blocks import Blocks, blocks_of
 from imaml._objective.buffers import BufferPolicy, Statistics, power_iterations
 from imaml._objective.exact import ExactDerivatives
-from imaml._objective.recompute import Blocks, Swapped, begin, blocks_of, end, recompute
-from imaml._torch import give_checkpoints_back, is_compiled, is_sharded, take_checkpoints
+from imaml._objective.recompute import Swapped, begin, end, lean_attention, recompute
+from imaml._torch import give_back, is_compiled, is_sharded, take_over
 
 # The guards are classes: a generator as a context manager takes three times the calls, in every evaluation.
 
@@ -31,6 +32,7 @@ class faithful:  # noqa: N801
     - `torch.utils.checkpoint` recomputes with the parameters of the evaluation. Torch's own recomputation comes in the
       backward pass, when the model has its own parameters again: without a word, the derivatives would be those of a
       mixture of two models.
+    - Attention whose second derivatives are wanted is cut up into slices, where it is large.
     """
 
     is_active = False
@@ -41,12 +43,12 @@ class faithful:  # noqa: N801
 
     def __enter__(self) -> None:
         self._mode.__enter__()
-        take_checkpoints(recompute)
+        take_over(recompute, lean_attention)
         begin(self)
 
     def __exit__(self, *error: Any) -> None:
         end(self)
-        give_checkpoints_back()
+        give_back()
         self._mode.__exit__(*error)
 
     def recomputes(self, name: str) -> bool:
@@ -107,6 +109,11 @@ class Survey:
             blocks=blocks_of(model, recomputed),
             is_sharded=is_sharded(model),
         )
+
+    @property
+    def recomputes_any(self) -> bool:
+        """Whether anything is, as far as it is known."""
+        return bool(self.blocks or self.recomputed) and not self.is_sharded
 
     def recomputes(self, name: str) -> bool:
         """See `Conditions`."""

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from imaml._leaves import opened
+from imaml._objective.blocks import Blocks
 from imaml._objective.buffers import BufferPolicy, Constants, check_policy
 from imaml._objective.criteria import Criteria, check_loss, check_scalar
 from imaml._objective.faithful import Survey, faithful
 from imaml._objective.meta import Given, MetaParameters
 from imaml._objective.program import FunctionProgram, ModelProgram, Parameters, Program
 from imaml._objective.reach import modules_of
-from imaml._objective.recompute import Blocks
 from imaml._objective.select import select
 from imaml._tasks import Batch
 

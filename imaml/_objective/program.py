@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from imaml._objective.blocks import Blocks, blocks_of
 from imaml._objective.buffers import BufferPolicy, check_buffers, statistics
 from imaml._objective.faithful import Survey
-from imaml._objective.recompute import Blocks, blocks_of
 from imaml._tasks import Batch
 
 Parameters = Mapping[str, Tensor]

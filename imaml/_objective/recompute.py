@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from imaml._objective.exact import MathAttention, check_twice_differentiable
-from imaml._objective.foreign import described, foreign_leaves, inside
+from imaml._objective import attention
+from imaml._objective.block_derivatives import Outputs, applied, writes
 from imaml._objective.reach import modules_of
-from imaml._torch import TreeSpec, inside_transform, is_write_to_leaf, requires_grad, tree_flatten, vectorised
+from imaml._torch import TreeSpec, inside_transform, requires_grad, tree_flatten
 
 Place = tuple[dict[str, Any], str]
 """Where a module has a tensor: in its parameters or buffers, under a name."""
-Outputs = tuple[Tensor | None, ...]
 _MISSING = object()
 
 
@@ -33,8 +30,8 @@ def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
     Memory: the inputs, and the graph of one block at a time, of whatever order.
 
-    Cost: a gradient evaluates the block once more. A Hessian-vector product takes about 16 forward passes of it, where
-    a graph that is kept takes 9.
+    Cost: a gradient evaluates the block once more. A Hessian-vector product takes about 12 forward passes of it by
+    forward-over-reverse and 16 by reverse-over-reverse, where without recomputation it takes 9.
 
     Args:
         function: A function of its arguments and of the modules that it holds. Called again in the same random state
@@ -53,6 +50,25 @@ def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     conditions = _conditions.open[-1] if _conditions.open else None
     if not torch.is_grad_enabled() or inside_transform() or conditions and not conditions.recomputes(name):
         return function(*args, **kwargs)
+    return _called(name, conditions, function, args, kwargs)
+
+
+def lean_attention(*args: Any, **kwargs: Any) -> Tensor:
+    """`F.scaled_dot_product_attention`, which in an evaluation takes less memory where second derivatives follow."""
+    if not _conditions.open or inside_transform():
+        return attention.plain(*args, **kwargs)
+    if _conditions.blocks or not torch.is_grad_enabled():
+        return attention.lean(lambda function, *args: function(*args), attention.FEW, *args, **kwargs)
+    conditions = _conditions.open[-1]
+    return attention.lean(
+        lambda function, *args: _called("attention", conditions, function, args, {}), attention.MANY, *args, **kwargs
+    )
+
+
+def _called(
+    name: str, conditions: Conditions | None, function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]
+) -> Any:
+    """A call as a block."""
     leaves, structure = tree_flatten((args, kwargs))
     mine = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     held = _held(function)
@@ -69,52 +85,7 @@ def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     inputs = [*(leaves[i] for i in mine), *(tensor for tensor, _ in held)]
     leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # a block keeps them once
     block = _Block(run, name, inputs, conditions)
-    return block.placed(_Recompute.apply(block, *inputs))  # type: ignore[no-untyped-call]
-
-
-Blocks = Iterable[str | type[nn.Module]]
-"""Modules whose calls are recomputed: names, shell patterns of names, or types; the outermost that an entry matches."""
-
-
-def blocks_of(model: nn.Module, blocks: Blocks) -> list[nn.Module]:
-    """The modules of a model that are to be recomputed, each once.
-
-    Args:
-        model: Any module.
-        blocks: Which of its modules.
-
-    Returns:
-        The modules, in the model's order.
-
-    Raises:
-        TypeError: `blocks` is a single string or type, or holds something else.
-        ValueError: An entry matches no module.
-    """
-    if isinstance(blocks, (str, type)):
-        raise TypeError(f"`recompute` must be a list of module names or types. Got {blocks!r}: write [{blocks!r}].")
-    if not isinstance(blocks, Iterable):
-        raise TypeError(f"`recompute` must be a list of module names or types. Got {blocks!r}.")
-    named, chosen = {name: module for name, module in model.named_modules() if name}, set[nn.Module]()
-    for block in blocks:
-        if isinstance(block, str):
-            found = [name for name in named if fnmatchcase(name, block)]
-        elif isinstance(block, type) and issubclass(block, nn.Module):
-            found = [name for name, module in named.items() if isinstance(module, block)]
-        else:
-            raise TypeError(f"`recompute` must be a list of module names or types. Got {block!r} in it.")
-        if not found:
-            raise ValueError(
-                f"`recompute` names no module by {block!r}. Close to it: {', '.join(_close(block, named))}."
-            )
-        # The outermost ones: a block inside a block would be computed once more for little memory.
-        chosen.update(named[n] for n in found if not any(n.startswith(f"{other}.") for other in found))
-    return [module for module in named.values() if module in chosen]
-
-
-def _close(block: str | type[nn.Module], named: Mapping[str, nn.Module]) -> list[str]:
-    if isinstance(block, str):
-        return get_close_matches(block, named, n=3, cutoff=0.4) or [*named][:5] or ["none"]
-    return sorted({type(module).__name__ for module in named.values()}) or ["none"]
+    return block.placed(applied(block, inputs))
 
 
 class Conditions(Protocol):
@@ -134,6 +105,7 @@ class Conditions(Protocol):
 class _Open(threading.local):
     def __init__(self) -> None:
         self.open: list[Conditions] = []
+        self.blocks = 0
 
 
 _conditions = _Open()
@@ -205,13 +177,23 @@ class _Block:
         with ExitStack() as stack:
             if self._outline is not None:
                 self._return(stack)
-            output = self._run(tensors)
+            _conditions.blocks += 1
+            try:
+                output = self._run(tensors)
+            finally:
+                _conditions.blocks -= 1
         if versions != [t._version for t in tensors]:
-            raise _writes(self.name)
+            raise writes(self.name)
         leaves, structure = tree_flatten(output)
         self._outline = structure, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+    def rewind(self) -> None:
+        """To the random state before the first call."""
+        cpu, devices, states = self._random
+        torch.set_rng_state(cpu)
+        set_device_states(devices, states)
 
     def placed(self, outputs: Outputs) -> Any:
         """The outputs as the function returned them."""
@@ -224,128 +206,9 @@ class _Block:
 
     def _return(self, stack: ExitStack) -> None:
         """To the state of the world."""
-        cpu, devices, states = self._random
-        stack.enter_context(torch.random.fork_rng(devices))
-        torch.set_rng_state(cpu)
-        set_device_states(devices, states)
+        stack.enter_context(torch.random.fork_rng(self._random[1]))
+        self.rewind()
         for autocast in self._autocast:
             stack.enter_context(autocast)
         if self._conditions is not None and not self._conditions.is_active:
             stack.enter_context(self._conditions.again())
-
-
-def _writes(name: str) -> ValueError:
-    return ValueError(
-        f"{name} is recomputed, and changes a tensor in place that it is given. Expected a function of its arguments: "
-        "use e.g. x = x + 1 for x.add_(1)."
-    )
-
-
-class _Pullback:
-    """The cotangents of a block's inputs, for those of its outputs: a function of both, to be recomputed itself."""
-
-    def __init__(self, block: Any, inputs: int, wanted: Sequence[int], given: Sequence[int]) -> None:
-        self._block, self._inputs, self._wanted, self._given = block, inputs, wanted, given
-        self.name: str = block.name
-
-    def __call__(self, *tensors: Tensor) -> Outputs:
-        again = torch.is_grad_enabled()  # whether the pullback is differentiated itself
-        xs, cotangents = list(tensors[: self._inputs]), tensors[self._inputs :]
-        with torch.enable_grad(), MathAttention() if again else nullcontext():
-            for i in self._wanted:
-                if not (again and xs[i].requires_grad):
-                    xs[i] = xs[i].detach().requires_grad_()
-            ys = self._block(*xs)
-            at = [ys[i] for i in self._given]
-            pairs = [(y, c) for y, c in zip(at, cotangents, strict=True) if y is not None and y.requires_grad]
-            if not pairs:
-                return (None,) * len(self._wanted)
-            outputs, weights = zip(*pairs, strict=True)
-            if not again:
-                self._check_own(outputs, xs)
-            wanted = [xs[i] for i in self._wanted]
-            found = torch.autograd.grad(outputs, wanted, weights, create_graph=again, allow_unused=True)
-            if again:  # nobody sees the graph of a block from outside
-                check_twice_differentiable([g.grad_fn for g in found if g is not None])
-            return found
-
-    def _check_own(self, outputs: Sequence[Tensor], xs: Sequence[Tensor]) -> None:
-        def evaluated() -> list[Tensor]:
-            return [y for y in self._block(*xs) if y is not None]
-
-        if foreign := foreign_leaves(outputs, xs, evaluated):
-            raise ValueError(
-                f"{self.name} is recomputed, and uses what requires grad and would get no gradient: "
-                f"{described(foreign, {})}. Expected a function of its arguments and of modules that it holds: pass "
-                "the tensor as an argument."
-            )
-
-
-class _Batched:
-    """A block of every row, by `vmap`."""
-
-    def __init__(self, block: Any, dims: Sequence[int | None], size: int) -> None:
-        self._block, self._dims, self._size = block, dims, size
-        self.name: str = block.name
-
-    def __call__(self, *tensors: Tensor) -> Outputs:
-        rows = [t.movedim(d, 0) for t, d in zip(tensors, self._dims, strict=True) if d is not None]
-        missing: list[bool] = []
-
-        def one(rows: list[Tensor]) -> list[Tensor]:
-            own = iter(rows)
-            found = self._block(*(t if d is None else next(own) for t, d in zip(tensors, self._dims, strict=True)))
-            missing[:] = [y is None for y in found]
-            return [y for y in found if y is not None]
-
-        outputs = iter(vectorised(one, rows, self._size))
-        return tuple(None if is_missing else next(outputs) for is_missing in missing)
-
-
-class _Recompute(torch.autograd.Function):
-    """A block, of which autograd keeps the inputs. Its backward is a block too, so that every order recomputes."""
-
-    @staticmethod
-    def forward(block: Any, *tensors: Tensor) -> Outputs:
-        if isinstance(block, _Pullback):
-            return block(*tensors)
-        # With a graph, which ends with this function: an activation that leaves the block by another way than its
-        # outputs, through a hook or an attribute, leads to these leaves, and a loss that reads it is refused.
-        with torch.enable_grad():
-            own = [inside(t, block.name) if requires_grad(t) else t for t in tensors]
-            try:
-                found: Outputs = block(*own)
-            except RuntimeError as error:
-                if is_write_to_leaf(error):
-                    raise _writes(block.name) from error
-                raise
-        return tuple(None if y is None else y.detach() for y in found)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-        ctx.block, *tensors = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)
-        whole = (y for y in output if y is not None and not (y.is_floating_point() or y.is_complex()))
-        ctx.mark_non_differentiable(*whole)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        grads: list[Tensor | None] = [None] * (1 + len(tensors))
-        given = [i for i, c in enumerate(cotangents) if c is not None]
-        wanted = [i for i, needs in enumerate(ctx.needs_input_grad[1:]) if needs]
-        if given and wanted:
-            pullback = _Pullback(ctx.block, len(tensors), wanted, given)
-            found = _Recompute.apply(pullback, *tensors, *(cotangents[i] for i in given))  # type: ignore[no-untyped-call]
-            for i, grad in zip(wanted, found, strict=True):
-                grads[1 + i] = grad
-        return tuple(grads)
-
-    @staticmethod
-    def vmap(
-        info: Any, dims: tuple[int | None, ...], block: Any, *tensors: Tensor
-    ) -> tuple[Outputs, tuple[int | None, ...]]:
-        batched = _Batched(block, dims[1:], info.batch_size)
-        found = _Recompute.apply(batched, *tensors)  # type: ignore[no-untyped-call]
-        return found, tuple(None if y is None else 0 for y in found)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from imaml._curvature.derivatives import Derivatives, Want
+from imaml._curvature.product import Sum
 from imaml._losses.gradient import Gradient
 from imaml._losses.replay import Role
 from imaml._losses.slice import Slice
@@ -27,7 +28,7 @@ class Sharded(Derivatives):
 
     has_second: ClassVar[bool] = False
 
-    def gradient_of(self, part: Slice, phi: Tensor, step: int, want: Want) -> Gradient:
+    def gradient_of(self, part: Slice, phi: Tensor, step: int, want: Want, into: Sum | None = None) -> Gradient:
         """See `Derivatives`; phi is `(1, n)`."""
         names, parameters = part.snapshot.layout.names, list(part.snapshot.objective.parameters().values())
         before = [p.grad for p in parameters]
@@ -49,7 +50,8 @@ class Sharded(Derivatives):
                 parameter.grad = grad
         if part.role is Role.SUPPORT:
             part.record.used |= {n for n, g in zip(names, grads, strict=False) if g is not None}
-        return Gradient(losses.detach(), *part.collect(grads if want.shared else grads[: len(names)], phi), figure)
+        vector, by_shared = part.collect(grads if want.shared else grads[: len(names)], phi)
+        return Gradient(losses.detach(), vector if into is None else into.add(vector, part), by_shared, figure)
 
     def value_of(self, part: Slice, phi: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
         """See `Derivatives`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from imaml._curvature.exact_products import Graph
+from imaml._curvature.product import Graph
 from imaml.planning._costs import ChunkUse, Costs, Facts, Work
 
 

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from imaml._curvature.curvature import Curvature, HvpMode, check_mode
-from imaml._curvature.exact_products import Graph
+from imaml._curvature.curvature import Curvature
+from imaml._curvature.product import Graph, HvpMode, check_mode
 from imaml._engine.problem import Problem
 from imaml._engine.report import Pullback, Report
 from imaml._errors import SolverError, SolverWarning, warn

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from imaml._curvature.exact_products import Graph
+from imaml._curvature.product import Graph
 from imaml._engine.problem import Problem
 from imaml._strategies.error_bound import LANCZOS_STEPS, LANCZOS_VECTORS
 from imaml.planning._costs import ChunkUse, Costs, Facts, Stages, Work

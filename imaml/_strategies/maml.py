@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, get_args
 
 import torch
+from torch import Tensor
 
-from imaml._curvature.curvature import HvpMode, check_mode
+from imaml._curvature.product import HvpMode, check_mode
 from imaml._engine.problem import Problem
 from imaml._engine.report import Pullback
 from imaml._numbers import check_integer
@@ -128,6 +130,7 @@ class MAML(MetaGradient):
         return self._tape(keeps_graphs=False).most_states * (1 + self.inner.buffers)
 
     def pull_back(self, problem: Problem) -> Pullback:
+        problem.settle(self.hvp)
         tape = self._tape(keeps_graphs=problem.chunking.keeps_graphs)
         with tape.recorded(problem, self.hvp) as (phi, points):
             query = problem.judge(phi)
@@ -140,8 +143,9 @@ class MAML(MetaGradient):
             for point in points:
                 (cotangent, *rest), w = point.pull_through_update((cotangent, *buffers))
                 buffers = tuple(rest)
-                product, mixed = point.curvature.product(w, mixed=shared is not None)
-                cotangent = product.add_(cotangent)
+                own = _own(cotangent, (w, *buffers))
+                cotangent, mixed = point.curvature.product(w, mixed=shared is not None, into=own)
+                del point, own  # or the state would stand beside the one before it
                 if damping is not None:
                     cotangent.addcmul_(w, damping)
                     pulled_by_theta -= damping * w
@@ -150,6 +154,13 @@ class MAML(MetaGradient):
         if tape.first == 0:
             cotangent = problem.optimizer.pull_through_start(lambda: problem.theta, (cotangent, *buffers))
         return Pullback(cotangent + pulled_by_theta, shared, outcome)
+
+
+def _own(vector: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """The vector, or a copy where it shares memory, with itself or with others, so that it may be written to."""
+    own = vector.untyped_storage().data_ptr()
+    shares = any(own == other.untyped_storage().data_ptr() for other in others)
+    return vector.clone(memory_format=torch.contiguous_format) if shares or 0 in vector.stride() else vector
 
 
 _WITH_GRAPHS: dict[str, tuple[object, str]] = {

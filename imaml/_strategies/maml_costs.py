@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from imaml._curvature.exact_products import Graph
+from imaml._curvature.product import Graph
 from imaml._engine.problem import Problem
 from imaml._strategies.point import Point
 from imaml._strategies.schedule import sweep

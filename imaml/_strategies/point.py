@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from imaml._curvature.curvature import Curvature, HvpMode
-from imaml._curvature.exact_products import Graph
+from imaml._curvature.curvature import Curvature
+from imaml._curvature.product import Graph, HvpMode
 from imaml._engine.problem import Problem
 from imaml.inner._inner_problem import State
 

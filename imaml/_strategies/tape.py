@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from imaml._curvature.curvature import HvpMode
+from imaml._curvature.product import HvpMode
 from imaml._engine.problem import Problem
-from imaml._objective.exact import MathAttention
+from imaml._objective.attention import MathAttention
 from imaml._strategies.point import Point
 from imaml._strategies.schedule import Do, moves
 from imaml._strategies.storage import Storage, Store, store

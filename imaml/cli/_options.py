@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
-from imaml._curvature.curvature import HvpMode
+from imaml._curvature.product import HvpMode
 from imaml._engine.nonfinite import OnNonfinite
 from imaml._strategies.storage import Storage
 from imaml.training import CheckpointError, Plan

@@ -8,7 +8,7 @@ from typing import Protocol, Self
 
 from torch import Tensor
 
-from imaml._curvature.curvature import HvpMode
+from imaml._curvature.product import HvpMode
 from imaml._losses.layout import Layout
 from imaml_solvers import LinearOperator
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imaml._curvature.curvature import HvpMode, check_mode
+from imaml._curvature.product import HvpMode, check_mode
 from imaml._numbers import check_number
 from imaml.inner._base import InnerSolver
 from imaml.inner._inner_problem import InnerProblem, Quadratic

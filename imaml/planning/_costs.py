@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from imaml._curvature.curvature import Curvature
-from imaml._curvature.exact_products import Graph
+from imaml._curvature.product import Graph
 from imaml._engine.problem import Problem
 from imaml.inner import InnerOptimizer, InnerSolver
 from imaml.planning._account import Account, Use

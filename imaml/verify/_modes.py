@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imaml._curvature.curvature import Curvature, HvpMode
+from imaml._curvature.curvature import Curvature
 from imaml._curvature.derivatives import Derivatives
-from imaml._curvature.exact_products import Graph
+from imaml._curvature.product import Graph, HvpMode
 from imaml._leaves import wrapped
 from imaml._losses.loss import Loss
 from imaml._losses.record import Record

@@ -155,7 +155,7 @@ def test_the_built_in_problems(monkeypatch, capsys):
 def test_a_broken_engine_fails_on_the_built_in_problems(monkeypatch, capsys):
     original = ReverseOverReverse.__call__
 
-    def broken(self, w, *, mixed=False):
+    def broken(self, w, *, mixed=False, into=None):
         product, fixed = original(self, w, mixed=mixed)
         return 1.01 * product, fixed
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 from imaml import GradientDescent, Objective, Task
-from imaml._curvature.exact_products import Graph
+from imaml._curvature.product import Graph
 from imaml.testing import small_models, task_batches
 from imaml.testing._tasks import batch_of_tasks
 from tests import losses

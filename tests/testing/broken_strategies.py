@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from imaml import FOMAML, MAML, Dense, GradientDescent, ImplicitMAML, Pullback
-from imaml._curvature.exact_products import Graph
+from imaml._curvature.product import Graph
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

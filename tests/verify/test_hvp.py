@@ -178,7 +178,7 @@ def test_products_for_fixed_parameters_are_compared_too(monkeypatch):
     assert verify(network(), adapt=["2"]).status == "passed"
     original = ReverseOverReverse.__call__
 
-    def wrong(self, w, *, mixed=False):
+    def wrong(self, w, *, mixed=False, into=None):
         adapted, fixed = original(self, w, mixed=mixed)
         return adapted, None if fixed is None else 1.01 * fixed
 
@@ -249,7 +249,7 @@ def test_rounding_in_sixteen_bits_is_no_failure():
 def test_a_broken_mode_is_found_in_less_than_float64_too(monkeypatch, sign):
     original = ReverseOverReverse.__call__
 
-    def broken(self, w, *, mixed=False):
+    def broken(self, w, *, mixed=False, into=None):
         product, fixed = original(self, w, mixed=mixed)
         return product * (1.01 if sign.startswith("off") else 1 + w.abs().max()), fixed
 
@@ -261,7 +261,7 @@ def test_a_broken_mode_is_found_in_less_than_float64_too(monkeypatch, sign):
 def test_a_finite_difference_mode_alone_that_reports_a_large_error_gives_no_verdict(monkeypatch):
     original = FiniteDifference.__call__
 
-    def coarse(self, w, *, mixed=False):
+    def coarse(self, w, *, mixed=False, into=None):
         product, fixed = original(self, w, mixed=mixed)
         self._loss.record.difference_error = 0.2
         return 1.1 * product, fixed
@@ -308,7 +308,7 @@ MUTANTS = {
 def test_a_broken_mode_is_found_and_named(monkeypatch, mode, sign):
     original = mode.__call__
 
-    def broken(self, w, *, mixed=False):
+    def broken(self, w, *, mixed=False, into=None):
         product, fixed = original(self, w, mixed=mixed)
         return MUTANTS[sign](product, w), fixed
 
@@ -341,7 +341,7 @@ def test_no_verdict_without_resolving_power(loss, reason):
 def test_a_finite_difference_mode_spoilt_in_one_direction_passes_and_in_all_fails(monkeypatch):
     original, calls = FiniteDifference.__call__, []
 
-    def spoilt(self, w, *, mixed=False):
+    def spoilt(self, w, *, mixed=False, into=None):
         calls.append(w)
         product, fixed = original(self, w, mixed=mixed)
         return (product + 1.0 if len(calls) in bad else product), fixed

@@ -86,6 +86,8 @@ class Compiled(Derivatives):
         session.checked.add(shape)
         first = part if part.tasks == 1 else part.of_tasks(0, 1)
         expected = first.at_leaves(phi[:1], step, shared=False)[2].detach()  # as it was traced, with gradients enabled
+        if self._keeps_what_is_recomputed(part):
+            return False
         if agree(losses[:1], expected, session.accuracy):
             return True
         session.compiler.give_up(
@@ -93,6 +95,16 @@ class Compiled(Derivatives):
             "depends on tensors alone: make numbers that change, such as a temperature, tensors in `meta`."
         )
         return False
+
+    def _keeps_what_is_recomputed(self, part: Slice) -> bool:
+        """Give up where an uncompiled evaluation has recomputed a block: compiled, it would keep the activations."""
+        if names := sorted(part.snapshot.survey.recomputed):
+            self._session.compiler.give_up(
+                f"activations are recomputed ({', '.join(names)}), and compiled derivatives would keep them. Expected "
+                "no recomputation with compile=True: leave out `recompute`, `imaml.recompute` or "
+                "torch.utils.checkpoint to compile, or compile=True to recompute."
+            )
+        return bool(names)
 
     def _derive(self, part: Slice, name: str, plain: Function, given: tuple[Tensor, ...]) -> Outputs:
         """A function of this loss and of tensors, compiled if it can be."""
@@ -127,6 +139,8 @@ class Compiled(Derivatives):
                 return expected
             if part.tasks > 1 and not record.is_vectorised:
                 session.compiler.give_up("the model cannot be vectorised over tasks. Use chunk_size=1 to compile it.")
+                return expected
+            if self._keeps_what_is_recomputed(part):
                 return expected
             what = f"the {name.partition(' ')[0]} of the {part.role} loss, {part.tasks} at once"
             function = session.compile(traced, tensors, expected, what)

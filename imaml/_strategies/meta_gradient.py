@@ -80,8 +80,9 @@ class MetaGradient(Strategy):
 
     An engine goes on uncompiled, with the same results and a `CompileWarning` that says why, on such a change, with
     random draws (dropout), without a C++ compiler, with forward-mode derivatives in the loss that torch cannot trace
-    (`vmap(hessian(...))`), beyond 12 functions, or beyond `compile_budget`. The logger "imaml" says what is being
-    compiled and how long it took, and warns after 10 s.
+    (`vmap(hessian(...))`), beyond 12 functions, or beyond `compile_budget`. So it does where blocks are recomputed
+    (`Objective(recompute=...)`, `imaml.recompute`, `torch.utils.checkpoint`), since compiled code would keep their
+    activations. The logger "imaml" says what is being compiled and how long it took, and warns after 10 s.
 
     A strategy of one's own is a subclass with a `pull_back`: docs/testing.md has three.
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from imaml import (
     CG,
@@ -30,6 +31,7 @@ from imaml import (
     MetaGradient,
     Objective,
     TaskBatch,
+    recompute,
 )
 from imaml._curvature.deadline import within
 
@@ -182,6 +184,58 @@ def test_what_cannot_be_compiled_runs_uncompiled(middle: nn.Module, said: str) -
 def test_control_flow_on_the_data_of_a_single_task() -> None:
     with pytest.warns(CompileWarning, match="cannot be compiled"):
         _compare(MAML(inner=STEPS, chunk_size=1), Objective(_model(_ByLoop()), F.mse_loss), _tasks())
+
+
+class _Checkpointed(nn.Module):
+    """Recomputes while it is told to, as models do after `gradient_checkpointing_enable()`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.is_on = nn.Linear(5, 5), True
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = checkpoint(self.layer, x, use_reentrant=False) if self.is_on else self.layer(x)
+        return found.tanh()
+
+
+def _by_a_function() -> Objective:
+    params = {name: p.detach() for name, p in _model().named_parameters()}
+
+    def loss(params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+        hidden = recompute(lambda x: F.linear(x, params["0.weight"], params["0.bias"]).tanh(), batch[0])
+        return F.mse_loss(F.linear(hidden, params["2.weight"], params["2.bias"]), batch[1])
+
+    return Objective.from_function(loss, params)
+
+
+RECOMPUTED = {
+    "Linear.forward": lambda: Objective(_model(), F.mse_loss, recompute=["0"]),
+    "Linear": lambda: Objective(_model(_Checkpointed()), F.mse_loss),
+    "_by_a_function": _by_a_function,
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_what_is_recomputed_runs_uncompiled_and_stays_so(name: str, engine: MetaGradient, traced: None) -> None:
+    compiled = replace(engine, compile=True)
+    with pytest.warns(CompileWarning, match=rf"recomputed \({name}.*\), and compiled derivatives would keep them"):
+        _compare(engine, RECOMPUTED[name](), _tasks(), compiled=compiled)
+    assert not compiled._memory.compiler.made
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is said once
+        assert compiled(RECOMPUTED[name](), _tasks()).report.recomputed[0].startswith(name)
+
+
+def test_a_model_that_recomputes_from_now_on_is_noticed(traced: None) -> None:
+    model = _model(_Checkpointed())
+    objective, engine, tasks = Objective(model, F.mse_loss), MAML(inner=STEPS), _tasks()
+    model[1].is_on = False
+    compiled = _compare(engine, objective, tasks)
+    model[1].is_on = True
+    with pytest.warns(CompileWarning, match="compiled derivatives would keep them"):
+        assert compiled(objective, tasks).report.recomputed == ("Linear",)
+    _compare(engine, objective, tasks, compiled=compiled)
 
 
 @pytest.mark.parametrize("wrong", ["raises", "differs"])

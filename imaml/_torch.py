@@ -10,6 +10,7 @@ Tested with torch 2.9 to 2.15. A private name may be gone in the next release:
 | `is_batchedtensor`, `get_unwrapped` | what requires grad is the same inside `vmap` | ImportError |
 | `torch._weight_norm` | its wrong second derivative is replaced | ImportError |
 | `CheckpointFunction` and the like | no recomputation with other parameters | ImportError |
+| `_checkpoint_impl` | functions that `checkpoint` has decorated are recomputed | their activations are kept |
 | `get_interpreter_stack`, `TransformType` | buffers are copied once a call | copied in every pass |
 | `_add_batch_dim`, `_vmap_increment_nesting` and their like | `vmap` without its trees | `torch.func.vmap` |
 | `_set_vmap_fallback_warning_enabled` | an operation that `vmap` runs in a loop is no matter | torch warns |
@@ -33,6 +34,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any, NoReturn
 
@@ -266,9 +268,11 @@ def take_over(checkpoint: Callable[..., Any], attention: Callable[..., Any]) -> 
     """
     with _taken.lock:
         if _taken.times == 0:
-            members = vars(_checkpoint)
-            _taken.before = {name: members[name] for name in _INSTEAD}
-            members.update(_INSTEAD)
+            members, instead = vars(_checkpoint), dict(_INSTEAD)
+            if _DECORATED in members:
+                instead[_DECORATED] = partial(_decorated, checkpoint)
+            _taken.before = {name: members[name] for name in instead}
+            members.update({name: _standing_in(name, it) for name, it in instead.items()})
             _taken.attention, _functional.scaled_dot_product_attention = (
                 _functional.scaled_dot_product_attention,
                 attention,
@@ -290,6 +294,29 @@ def give_back() -> None:
                 setattr(_INNER, _HOOK, _taken.hook)
 
 
+def recompute_by_torch(
+    again: Callable[[], AbstractContextManager[None]], function: Callable[..., Any], *args: Any
+) -> Any:
+    """Call a function by torch's own checkpoint, while torch's checkpoints are taken.
+
+    It is recomputed in first derivatives, with the parameters that modules have when these are taken.
+
+    Args:
+        again: Makes the context within which the function is called again.
+        function: Takes the arguments.
+        args: Tensors, which are kept, and anything else.
+
+    Returns:
+        What the function returns.
+    """
+    own, before = _INNER or _checkpoint.checkpoint, _native.is_on
+    _native.is_on = True
+    try:
+        return own(function, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
+    finally:
+        _native.is_on = before
+
+
 class _Taken:
     """How often torch's functions are taken over, and what they were."""
 
@@ -300,29 +327,47 @@ class _Taken:
         self.attention: Any = None
 
 
-_taken = _Taken()
+class _Native(threading.local):
+    """Whether a thread calls torch's own checkpoint."""
+
+    is_on = False
+
+
+_taken, _native = _Taken(), _Native()
 _functional: Any = torch.nn.functional
 _HOOK = "__dynamo_disable"
 _INNER = getattr(torch.utils.checkpoint.checkpoint, "__wrapped__", None)
 """The undecorated function, of which the decorated one looks up at every call what to call in its place."""
+_DECORATED = "_checkpoint_impl"
+"""What a function calls that `checkpoint` has decorated, from torch 2.15."""
+_OPTIONS = (
+    "use_reentrant preserve_rng_state determinism_check debug early_stop respect_saved_tensors_hooks context_fn"
+).split()
 
 
-def _checkpointed(
+def _checkpointed(recompute: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """`torch.utils.checkpoint.checkpoint`; all that its options say of how to recompute holds here anyway."""
+    if not args and "function" not in kwargs:  # it decorates
+        assert _INNER is not None
+        return _INNER(**kwargs)
+    options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+    function, *own = args or [kwargs.pop("function")]
+    return _decorated(recompute, function, own, kwargs, **options)
+
+
+def _decorated(
     recompute: Callable[..., Any],
     function: Callable[..., Any],
-    *args: Any,
-    use_reentrant: bool | None = None,
-    preserve_rng_state: bool = True,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    *,
     context_fn: Callable[..., Any] = torch.utils.checkpoint.noop_context_fn,
-    determinism_check: str = "default",
-    debug: bool = False,
-    early_stop: bool = True,
-    **kwargs: Any,
+    **_: Any,
 ) -> Any:
-    """`torch.utils.checkpoint.checkpoint`; all that its options say of how to recompute holds here anyway."""
     if context_fn is not torch.utils.checkpoint.noop_context_fn:
+        name = getattr(function, "__qualname__", type(function).__name__)
         raise ValueError(
-            "A checkpoint of the model has a `context_fn`, whose contexts derivatives of higher order cannot have. "
+            f"The checkpoint of {name} has a `context_fn`, whose contexts derivatives of higher order cannot have. "
             "Expected none: leave it out, or call the function without a checkpoint."
         )
     return recompute(function, *args, **kwargs)
@@ -353,3 +398,10 @@ _INSTEAD: dict[str, Any] = {"CheckpointFunction": _Plain, "_CheckpointFrame": _r
     name: _plain for name in vars(_checkpoint) if name.startswith("_checkpoint_without_reentrant_generator")
 }
 """What stands in torch's module where there is to be no recomputation."""
+
+
+def _standing_in(name: str, instead: Any) -> Any:
+    """The same, but what torch has where a thread calls torch's own checkpoint."""
+    if isinstance(instead, type):
+        return instead
+    return lambda *args, **kwargs: (_taken.before[name] if _native.is_on else instead)(*args, **kwargs)

@@ -5,7 +5,8 @@ A model is looked through once a call, so that an evaluation pays for what it ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,12 +18,42 @@ from torch import Tensor, nn
 from imaml._objective.blocks import Blocks, blocks_of
 from imaml._objective.buffers import BufferPolicy, Statistics, power_iterations
 from imaml._objective.exact import ExactDerivatives
-from imaml._objective.recompute import Swapped, begin, end, lean_attention, recompute
-from imaml._torch import give_back, is_compiled, is_sharded, take_over
+from imaml._objective.recompute import Conditions, Swapped, begin, end, lean_attention, recompute
+from imaml._torch import give_back, is_compiled, is_sharded, recompute_by_torch, take_over
 
 # The guards are classes: a generator as a context manager takes three times the calls, in every evaluation.
 
 _OF_EVERY_MODULE = nn.Module().__dict__.keys()
+
+
+class _Sharded(threading.local):
+    def __init__(self) -> None:
+        self.open: list[tuple[Conditions, Survey]] = []
+
+
+_sharded = _Sharded()
+"""The evaluations of a thread that are of a sharded model."""
+
+
+def _begin(evaluation: Conditions, survey: Survey) -> None:
+    begin(evaluation)
+    if survey.is_sharded:
+        _sharded.open.append((evaluation, survey))
+
+
+def _end(evaluation: Conditions, survey: Survey) -> None:
+    end(evaluation)
+    if survey.is_sharded:
+        _sharded.open.pop()
+
+
+def _recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What becomes of a checkpoint of the model or of the loss, and of a module that is to be recomputed."""
+    if not _sharded.open or not torch.is_grad_enabled():
+        return recompute(function, *args, **kwargs)
+    evaluation, survey = _sharded.open[-1]
+    survey.recomputed.add(getattr(function, "__qualname__", type(function).__name__))
+    return recompute_by_torch(evaluation.again, partial(function, **kwargs), *args)
 
 
 class faithful:  # noqa: N801
@@ -43,11 +74,11 @@ class faithful:  # noqa: N801
 
     def __enter__(self) -> None:
         self._mode.__enter__()
-        take_over(recompute, lean_attention)
-        begin(self)
+        take_over(_recompute, lean_attention)
+        _begin(self, self._survey)
 
     def __exit__(self, *error: Any) -> None:
-        end(self)
+        _end(self, self._survey)
         give_back()
         self._mode.__exit__(*error)
 
@@ -80,7 +111,9 @@ class Survey:
     blocks: list[nn.Module]
     """Modules whose calls are recomputed."""
     is_sharded: bool
-    """Whether parameters are spread over processes: a block's are then gathered by hooks, and cannot be its inputs."""
+    """Whether parameters are spread over processes: a block's are gathered by hooks, and cannot be its inputs. Torch's
+    own checkpoint is then right, since the model has the parameters of an evaluation until its derivatives are taken.
+    """
     recomputed: set[str] = field(default_factory=set)
     """Names of what was recomputed so far, checkpoints of the model and the loss among them."""
 
@@ -117,9 +150,13 @@ class Survey:
 
     def recomputes(self, name: str) -> bool:
         """See `Conditions`."""
-        if not self.is_sharded:
-            self.recomputed.add(name)
-        return not self.is_sharded
+        if self.is_sharded:
+            raise ValueError(
+                f"{name} is to be recomputed by imaml.recompute, of which the hooks of a model that is sharded over "
+                "processes know nothing. Expected torch.utils.checkpoint.checkpoint in its place."
+            )
+        self.recomputed.add(name)
+        return True
 
     def running(self, values: Mapping[str, Tensor], policy: BufferPolicy | None) -> Running:
         """Within it the model has these parameters and buffers by name, and runs as written."""
@@ -152,7 +189,7 @@ class Running:
             [
                 *((members, key, value) for name, value in values.items() for members, key in survey.places[name]),
                 *((norm.__dict__, "n_power_iterations", 0) for norm in survey.norms),
-                *((block.__dict__, "forward", partial(recompute, block.forward)) for block in survey.blocks),
+                *((block.__dict__, "forward", partial(_recompute, block.forward)) for block in survey.blocks),
             ]
         )
         self._modes: list[Any] = [Statistics(policy)] if policy is not None else []
@@ -163,10 +200,10 @@ class Running:
         for mode in self._modes:
             mode.__enter__()
         self._swapped.__enter__()
-        begin(self)
+        _begin(self, self._survey)
 
     def __exit__(self, *error: Any) -> None:
-        end(self)
+        _end(self, self._survey)
         self._swapped.__exit__()
         for mode in reversed(self._modes):
             mode.__exit__(*error)

@@ -64,7 +64,7 @@ class Objective:
         buffers: The policy for buffers: None, "batch", "frozen" or "update", see above.
         recompute: Modules whose activations are not kept, but computed again in derivatives of every order: names,
             shell patterns (`["layers.*"]`) or types (`[nn.TransformerEncoderLayer]`), the outermost that an entry
-            matches. See `imaml.recompute`. None: no module. Not for a model that is sharded over processes.
+            matches. See `imaml.recompute`. None: no module.
 
     Raises:
         TypeError: `model` is not a module, `loss` is not callable, an adapted parameter is not of a real floating

@@ -117,7 +117,6 @@ def _rules(
         type(engine).__name__,
     )
     yield objective.model is not None, "Objective(model, loss)", "an objective from a function"
-    yield not objective.survey().blocks, "recompute=()", "modules to recompute, whose parameters hooks gather"
     yield len(meshes) == 1 and meshes[0].ndim == 1, "a single device mesh of one dimension", list(meshes)
     partial_ones = [t for t in tensors if isinstance(t, DTensor) and t.placements[0].is_partial()]
     yield not partial_ones, "parameters that are sharded or replicated", "partial sums"

@@ -1,5 +1,6 @@
 """Models sharded over two processes, by FSDP2 and by tensor parallelism, and the same whole."""
 
+import dataclasses
 import warnings
 from functools import partial
 
@@ -9,9 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.checkpoint import checkpoint
 
+import imaml
 from imaml import (
     CG,
     FOMAML,
@@ -154,6 +157,75 @@ def not_finite(build, group):
     return result.loss, result.report.skipped
 
 
+class Block(nn.Module):
+    """A layer, statistics and a random mask, recomputed by itself if it is told how; counts its calls."""
+
+    def __init__(self, inputs, outputs, how):
+        super().__init__()
+        self.layer, self.norm, self.drop = nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.Dropout(0.3)
+        self.how, self.calls = how, 0
+
+    def inside(self, x, *, power):
+        self.calls += 1
+        return self.drop(self.norm(self.layer(x)).tanh() ** power)
+
+    def forward(self, x):
+        return self.how(self.inside, x, power=1)
+
+
+def plainly(function, *args, **kwargs):
+    return function(*args, **kwargs)
+
+
+def with_reentry(function, *args, **kwargs):
+    return checkpoint(partial(function, **kwargs), *args, use_reentrant=True)
+
+
+def within_another(function, *args, **kwargs):
+    return checkpoint(partial(checkpoint, function, use_reentrant=False), *args, use_reentrant=False, **kwargs)
+
+
+WAYS = {
+    "none": (plainly, None),
+    "recompute": (plainly, [Block]),
+    "checkpoint": (partial(checkpoint, use_reentrant=False), None),
+    "reentrant": (with_reentry, None),
+    "nested": (within_another, ["0"]),
+    "imaml": (imaml.recompute, None),
+}
+
+
+def recomputing(build, way, engine, buffers, group):
+    """The meta-gradient, the report and how often a block was called, at the running statistics and after the call."""
+    how, names = WAYS[way]
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(3, 6, how), Block(6, 5, how), nn.Linear(5, 1)).double()
+    mesh = None if build == "whole" else init_device_mesh("cpu", (2,))
+    if build == "FSDP":
+        for layer in model:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    elif build == "TP":
+        plan = {"0.layer": ColwiseParallel(output_layouts=Replicate())}
+        parallelize_module(model, mesh, plan | {"1.layer": RowwiseParallel(input_layouts=Replicate())})
+    objective = Objective(model, F.mse_loss, buffers=buffers, recompute=names)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    torch.manual_seed(3)
+    result = dataclasses.replace(ENGINES[engine], chunk_size=1)(objective, make_tasks())  # the masks of one by one
+    result.loss.backward()
+    grads = {"loss": result.loss.detach(), **whole({n: p.grad for n, p in model.named_parameters()})}
+    still = all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    return grads, result.report.recomputed, model[0].calls, still
+
+
+RECOMPUTING = [("FSDP", way, "FOMAML", "batch") for way in WAYS] + [
+    ("FSDP", "recompute", "FOMAML", "frozen"),
+    ("FSDP", "recompute", "MINRES", "batch"),
+    ("TP", "recompute", "FOMAML", "batch"),
+    ("TP", "checkpoint", "FOMAML", "frozen"),
+]
+
+
 def refused(group):
     """Messages, by what is refused."""
     model, tasks = fsdp(), make_tasks()
@@ -217,4 +289,5 @@ def the_page(group):
 SHARDED, BOTH = ("FSDP", "TP"), (report, trained, adapted, untouched, not_finite)
 FUNCTIONS = {f"{build}, {engine}, {adapt}": partial(gradients, build, engine, adapt) for build, engine, adapt in CASES}
 FUNCTIONS |= {f"{function.__name__}, {build}": partial(function, build) for function in BOTH for build in SHARDED}
+FUNCTIONS |= {f"recomputing, {case}": partial(recomputing, *case) for case in RECOMPUTING}
 FUNCTIONS |= {"refused": refused, "second_derivatives": second_derivatives, "the_page": the_page}

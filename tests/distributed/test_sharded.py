@@ -43,6 +43,19 @@ def test_products_by_finite_differences_are_close_to_exact_ones(found):
     assert_equal(solved(found["FSDP, auto, None"])[0], exact, 1e-6)
 
 
+@pytest.mark.parametrize(("build", "way", "engine", "buffers"), sharded.RECOMPUTING)
+def test_blocks_are_recomputed_in_first_derivatives(found, build, way, engine, buffers):
+    outcomes = solved(found[f"recomputing, {(build, way, engine, buffers)}"])
+    if way == "imaml":
+        assert all("Expected torch.utils.checkpoint.checkpoint" in message for _, message in outcomes)
+        return
+    expected, _, calls, _ = sharded.recomputing("whole", "none", engine, buffers, None)
+    for grads, names, its_calls, is_still in outcomes:
+        assert_equal(grads, expected, 1e-12 if engine == "FOMAML" else 1e-7)
+        assert is_still
+        assert (its_calls > calls) == bool(names) == (way != "none")
+
+
 @pytest.mark.parametrize("build", ["FSDP", "TP"])
 def test_the_report_is_that_of_the_whole_model(found, build):
     entries, facts = sharded.report("whole", None)

@@ -33,10 +33,11 @@ from tests.layers.specimens import (
 from tests.oracles import ORACLES, model_loss, relative_error, setting
 
 PAGE = Path(__file__).parents[2] / "docs" / "layers.md"
-INNER = GradientDescent(lr=0.1, steps=2)
+INNER, ONE_STEP = GradientDescent(lr=0.1, steps=2), GradientDescent(lr=0.1, steps=1)
 MODES = ("auto", "forward-over-reverse", "finite-difference")
-EXACT, INEXACT = 1e-8, 1e-4
-COLUMNS = ("Layer", *(f"`{mode}`" for mode in MODES), "Notes")
+EXACT, INEXACT, SAME = 1e-8, 1e-4, 1e-12
+BLOCK = "as a block"
+COLUMNS = ("Layer", *(f"`{mode}`" for mode in MODES), BLOCK, "Notes")
 SOLVER = CG(max_steps=40, rtol=1e-11)
 LAZY = "as the other once a forward pass has initialised it; refused before"
 RANDOM, NO_ORACLE = "random", "no oracle"
@@ -52,15 +53,34 @@ def layers() -> list[str]:
 def row(name: str) -> str:
     """A line of the table."""
     if name in NOT_RUN:
-        return _line(name, *("–" for _ in MODES), NOT_RUN[name])
+        return _line(name, *("–" for _ in (*MODES, BLOCK)), NOT_RUN[name])
     if name.startswith("Lazy"):
-        return _line(name, *("–" for _ in MODES), LAZY)
+        return _line(name, *("–" for _ in (*MODES, BLOCK)), LAZY)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trial = Trial((SPECIMENS | WITH_STATISTICS)[name])
         cells, parts = zip(*(_cell(trial, mode) for mode in MODES), strict=True)
-    notes = [note for part in parts for note in part] + trial.notes
-    return _line(name, *cells, "; ".join(dict.fromkeys(notes)))
+    block, said = as_a_block(name)
+    notes = [note for part in (*parts, said) for note in part] + trial.notes
+    return _line(name, *cells, block, "; ".join(dict.fromkeys(notes)))
+
+
+def as_a_block(name: str) -> tuple[str, list[str]]:
+    """What `MAML` does with the layer as a block of `Objective(recompute=...)`, and what is to be said about it."""
+    specimen, notes = (SPECIMENS | WITH_STATISTICS)[name], list[str]()
+    found = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trial = Trial(specimen)
+        for chunk_size in (None, 1):
+            try:
+                found.add(trial.recomputed(MAML(inner=ONE_STEP, chunk_size=chunk_size)))
+            except (RuntimeError, ValueError, TypeError) as error:
+                found.add("refused")
+                notes.append(_brief(error))
+    return next(
+        word for word in ("WRONG", "refused", "falls back", "finite differences", "–", "exact") if word in found
+    ), notes
 
 
 def _line(name: str, *cells: str) -> str:
@@ -121,6 +141,26 @@ class Trial:
             return _verdict(0.0, report.hvp_mode)
         error = relative_error({n: p.grad for n, p in self._model.named_parameters()}, expected)
         return _verdict(error, report.hvp_mode)
+
+    def recomputed(self, engine: MAML) -> str:
+        """Whether the layer as a block leads to what it leads to otherwise, in training mode, with the same draws."""
+        is_container = isinstance(self._model.layer, (nn.ModuleList, nn.ModuleDict))
+        names = ["layer.*"] if is_container else ["layer"]  # a container is not called
+        (plain, expected), (report, found) = (self._training(engine, blocks) for blocks in (None, names))
+        error = relative_error(found, expected)
+        if not report.recomputed:
+            return "–"
+        if report.hvp_mode != plain.hvp_mode:
+            return "falls back"
+        if error > (SAME if report.hvp_mode == "reverse-over-reverse" else INEXACT):
+            return "WRONG"
+        return "exact" if report.hvp_mode == "reverse-over-reverse" else "finite differences"
+
+    def _training(self, engine: MAML, blocks: list[str] | None) -> tuple[Report, Gradients]:
+        torch.manual_seed(1)
+        objective = Objective(self._model.train(), F.cross_entropy, buffers=self._specimen.buffers, recompute=blocks)
+        report = self._run(engine, objective)
+        return report, {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in self._model.named_parameters()}
 
     def _run(self, engine: MetaGradient, objective: Objective) -> Report:
         self._model.zero_grad()

@@ -74,16 +74,16 @@ class Snapshot:
         devices = {p.device for p in adapted.values()}
         if len(devices) > 1:
             raise ValueError(f"Adapted parameters must be on one device. Got {sorted(map(str, devices))}.")
-        layout = layout_of(adapted)
+        layout, survey = layout_of(adapted), objective.survey()
         return cls(
             objective=objective,
             layout=layout,
             like=layout.empty(next(iter(adapted.values()))),
             shared_layout=layout_of(shared),
             shared=list(shared.values()),
-            constants=Constants.of(objective.model),
-            survey=objective.survey(),
-            held=HeldBuffers.of(objective.held()),
+            constants=survey.constants,
+            survey=survey,
+            held=survey.held,
             replay=Replay(devices.pop()),
             differentiates=differentiates,
         )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from imaml._objective.blocks import Blocks, blocks_of
-from imaml._objective.buffers import BufferPolicy, Statistics, power_iterations
+from imaml._objective.buffers import BufferPolicy, Constants, HeldBuffers, Statistics, power_iterations
 from imaml._objective.exact import ExactDerivatives
 from imaml._objective.recompute import Conditions, Swapped, begin, end, lean_attention, recompute
 from imaml._torch import give_back, is_compiled, is_sharded, recompute_by_torch, take_over
@@ -86,9 +86,11 @@ class faithful:  # noqa: N801
         """See `Conditions`."""
         return self._survey.recomputes(name)
 
-    def again(self) -> faithful:
+    @contextmanager
+    def again(self) -> Iterator[None]:
         """For a block that is recomputed."""
-        return faithful(self._survey)
+        with faithful(self._survey), self._survey.held.copied():
+            yield
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,12 @@ class Survey:
     """Whether parameters are spread over processes: a block's are gathered by hooks, and cannot be its inputs. Torch's
     own checkpoint is then right, since the model has the parameters of an evaluation until its derivatives are taken.
     """
+    constants: Constants = field(default_factory=lambda: Constants({}))
+    """Copies of the model's buffers."""
+    held: HeldBuffers = field(default_factory=lambda: HeldBuffers([]))
+    """Buffers of other modules, of which a block that is recomputed sees copies too."""
+    only: frozenset[str] | None = None
+    """Names of the blocks that are recomputed; None: every block."""
     recomputed: set[str] = field(default_factory=set)
     """Names of what was recomputed so far, checkpoints of the model and the loss among them."""
 
@@ -155,12 +163,20 @@ class Survey:
                 f"{name} is to be recomputed by imaml.recompute, of which the hooks of a model that is sharded over "
                 "processes know nothing. Expected torch.utils.checkpoint.checkpoint in its place."
             )
+        if self.only is not None and name not in self.only:
+            return False
         self.recomputed.add(name)
         return True
 
     def running(self, values: Mapping[str, Tensor], policy: BufferPolicy | None) -> Running:
         """Within it the model has these parameters and buffers by name, and runs as written."""
         return Running(self, values, policy)
+
+    def before(self, module: nn.Module) -> dict[str, Any] | None:
+        """The attributes of a module as they were, if it has hooks that may set some."""
+        if not module._forward_pre_hooks:
+            return None
+        return next(before for attributes, before in self.attributes if attributes is module.__dict__)
 
     def restore(self) -> None:
         """Take from all modules what an evaluation has set as an attribute: a weight made by a hook, an output."""
@@ -171,6 +187,31 @@ class Survey:
                     del attributes[name]
                     if name in before:
                         attributes[name] = before[name]
+
+
+class _Forward:
+    """The forward pass of a block, as a function of what its hooks have set on it too.
+
+    A hook, such as that of the older weight_norm and spectral_norm and of pruning, makes a weight before each forward
+    pass. When the block is recomputed, the module has the one again that it had before the evaluation.
+    """
+
+    def __init__(self, module: nn.Module, before: Mapping[str, Any] | None) -> None:
+        self._module, self._before, self._forward = module, before, module.forward
+        self.__qualname__ = getattr(module.forward, "__qualname__", type(module).__name__)
+
+    def __call__(self, made: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """What the module returns for the arguments, with these attributes."""
+        with Swapped([(self._module.__dict__, name, tensor) for name, tensor in made.items()]):
+            return self._forward(*args, **kwargs)
+
+    def recomputed(self, *args: Any, **kwargs: Any) -> Any:
+        """In place of the module's own `forward`."""
+        made = {}
+        if self._before is not None:
+            own = self._module.__dict__.items()
+            made = {n: t for n, t in own if isinstance(t, Tensor) and t is not self._before.get(n)}
+        return _recompute(self, made, *args, **kwargs)
 
 
 class Running:
@@ -189,7 +230,7 @@ class Running:
             [
                 *((members, key, value) for name, value in values.items() for members, key in survey.places[name]),
                 *((norm.__dict__, "n_power_iterations", 0) for norm in survey.norms),
-                *((block.__dict__, "forward", partial(_recompute, block.forward)) for block in survey.blocks),
+                *((b.__dict__, "forward", _Forward(b, survey.before(b)).recomputed) for b in survey.blocks),
             ]
         )
         self._modes: list[Any] = [Statistics(policy)] if policy is not None else []
@@ -216,7 +257,8 @@ class Running:
     def again(self) -> Iterator[None]:
         """For a block that is recomputed, when the model has its own parameters again."""
         try:
-            with faithful(self._survey), Running(self._survey, self._values, self._policy):
+            values = {**self._values, **self._survey.constants.fresh()}  # a block may have written to those it had
+            with faithful(self._survey), self._survey.held.copied(), Running(self._survey, values, self._policy):
                 yield
         finally:
             self._survey.restore()

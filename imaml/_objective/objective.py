@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from imaml._leaves import opened
 from imaml._objective.blocks import Blocks
-from imaml._objective.buffers import BufferPolicy, Constants, check_policy
+from imaml._objective.buffers import BufferPolicy, Constants, HeldBuffers, check_policy
 from imaml._objective.criteria import Criteria, check_loss, check_scalar
 from imaml._objective.faithful import Survey, faithful
 from imaml._objective.meta import Given, MetaParameters
@@ -230,7 +231,8 @@ class Objective:
 
     def survey(self) -> Survey:
         """What the model needs in a forward pass, for the evaluations of one call."""
-        return self._program.survey()
+        constants, held = Constants.of(self.model), HeldBuffers.of(self.held())
+        return replace(self._program.survey(), constants=constants, held=held)
 
     def evaluate(
         self,

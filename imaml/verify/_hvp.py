@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from imaml.inner import GradientDescent
 from imaml.verify._modes import MODES, find
 from imaml.verify._products import differences
 from imaml.verify._products_verdict import verdict
+from imaml.verify._recomputed import recomputed_wrongly
 from imaml.verify._reference import Reference, draws, flat, unflat
 from imaml.verify._subject import check_copied, check_own, evaluated, in_double, is_random
 from imaml.verify._verification import Verification
@@ -42,6 +44,9 @@ def hvp(
 
     Derivatives of the gradient by parameters that require grad and do not adapt (mixed products) are compared along
     with H u.
+
+    Where activations are recomputed, the gradient must equal that without recomputation too; a block that makes them
+    differ is named.
 
     The finite-difference mode is inexact: it must come within 1e-3, or within the error that it reports itself. A mode
     that the model does not support is listed with the reason, and fails nothing.
@@ -91,7 +96,9 @@ def hvp(
     found = {mode: find(mode, copied, task.support, directions, seed) for mode in MODES}
     eps = reference.rounding()
     right = differences(gradient, phi, directions, tolerance / 100, eps)
-    return verdict(found, right, directions, tolerance, random=random, eps=eps)
+    found_out = verdict(found, right, directions, tolerance, random=random, eps=eps)
+    wrong = recomputed_wrongly(reference, seed, tolerance)
+    return replace(found_out, status="failed", cause=wrong[1]) if wrong else found_out
 
 
 def _at(copied: Objective, params: Mapping[str, Tensor] | None) -> Objective:

@@ -16,6 +16,7 @@ from imaml.inner._hyper import Hyper
 from imaml.verify._argmin import NoMinimum
 from imaml.verify._claims import along, as_function, claim_of, damping_of, inner_of, name_of
 from imaml.verify._comparison import compare
+from imaml.verify._recomputed import recomputed_wrongly
 from imaml.verify._reference import Reference, Values, draws, moved
 from imaml.verify._subject import (
     Subject,
@@ -60,6 +61,9 @@ def meta_gradient(
 
     The relative error is that over all directions together. Where the subject fails, its result is compared with the
     results of known mistakes, and `cause` names the one that it equals.
+
+    Where activations are recomputed, the gradients of the first task's losses are compared with those without
+    recomputation too, and a block that makes them differ is named.
 
     Cost: some 16 to 60 inner loops of all tasks, for "implicit" with the minimisation instead.
 
@@ -116,6 +120,9 @@ def meta_gradient(
             tolerance=tolerance,
         )
 
+    wrong = recomputed_wrongly(reference, seed, tolerance) if isinstance(engine_or_function, MetaGradient) else None
+    if wrong:
+        return verification("failed", wrong[0], 0.0, wrong[1])
     if random and claim != "maml":
         drawn = "the loss (dropout) or the update draws random numbers: verify with model.eval(), and without noise"
         return verification("inconclusive", math.nan, math.inf, drawn)

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from imaml._curvature.casts import Casts
 from imaml._losses.layout import Layout
 from imaml._objective.buffers import HeldBuffers
+from imaml._objective.faithful import Survey
 from imaml._objective.meta import MetaParameters
 from imaml._objective.objective import Objective
 from imaml._tasks import Task
@@ -79,11 +80,15 @@ class Reference:
         """The problem of one task alone."""
         return replace(self, tasks=[self.tasks[task]])
 
-    def loss(self, values: Mapping[str, Tensor], batch: Any, *, outer: bool = False) -> Tensor:
+    def loss(
+        self, values: Mapping[str, Tensor], batch: Any, *, outer: bool = False, survey: Survey | None = None
+    ) -> Tensor:
         """The support loss, or the query loss; data and buffers are copies, and attention has second derivatives."""
+        survey = survey or replace(self.objective.survey(), only=frozenset())  # nothing recomputed, as the engine may
         batch = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, batch)  # a loss may set requires_grad
         with sdpa_kernel(SDPBackend.MATH), HeldBuffers.of(self.objective.held()).copied():
-            return self.objective.evaluate(dict(values) | self.objective.constants(), batch, outer=outer)[0]
+            values = dict(values) | self.objective.constants()
+            return self.objective.evaluate(values, batch, outer=outer, survey=survey)[0]
 
     def value(self, loss: Callable[[Mapping[str, Tensor]], Tensor], values: Mapping[str, Tensor]) -> Tensor:
         """A loss without derivatives, evaluated as if there were: it may ask what requires grad, and differentiate."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from imaml._engine.report import Report
 from imaml._errors import NonFiniteError
 from imaml._objective.objective import Objective
+from imaml._objective.recompute import Blocks
 from imaml._strategies.fomaml import FOMAML
 from imaml._strategies.implicit import ImplicitMAML
 from imaml._strategies.maml import MAML
@@ -116,6 +117,18 @@ class StrategyConformance:
             got_loss, got = self._engine(chunk_size=size).value_and_grad(objective, tasks)
             torch.testing.assert_close(got_loss, loss, rtol=1e-10, atol=0)
             self._assert_close(got, expected)
+
+    @pytest.mark.parametrize("chunk_size", [None, 1])
+    def test_recomputed_blocks_do_not_matter(self, chunk_size: int | None) -> None:
+        """The numbers are those of the model whose activations are kept; the report names the blocks."""
+        model, _, tasks = _problem()
+        engine = self._engine(chunk_size=chunk_size)
+        loss, expected = engine.value_and_grad(self._objective(model), tasks)
+        recomputed = self._objective(model, recompute=[nn.Linear, nn.Tanh])
+        got_loss, got = engine.value_and_grad(recomputed, tasks)
+        torch.testing.assert_close(got_loss, loss, rtol=1e-10, atol=0)
+        self._assert_close(got, expected)
+        assert engine(recomputed, tasks).report.recomputed == ("Linear.forward", "Tanh.forward")
 
     @pytest.mark.parametrize("chunk_size", [None, 2])
     def test_permuted_tasks_permute_the_report(self, chunk_size: int | None) -> None:
@@ -276,10 +289,13 @@ class StrategyConformance:
     def _engine(self, *, steps: int = 3, lr: float = 0.2, chunk_size: int | None = None) -> MetaGradient:
         return dataclasses.replace(self.make(GradientDescent(lr=lr, steps=steps)), chunk_size=chunk_size)
 
-    def _objective(self, model: nn.Sequential, *, head_only: bool = False) -> Objective:
+    def _objective(
+        self, model: nn.Sequential, *, head_only: bool = False, recompute: Blocks | None = None
+    ) -> Objective:
         """Adapts all of the model, or its last layer, in which the loss is convex: a linear system is then regular."""
         head_only = head_only or self.against not in ("maml", "fomaml")
-        return Objective(model, F.cross_entropy, adapt=[str(len(model) - 1)] if head_only else None)
+        adapt = [str(len(model) - 1)] if head_only else None
+        return Objective(model, F.cross_entropy, adapt=adapt, recompute=recompute)
 
     def _assert_close(self, got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
         error = _relative_error(got, expected)

@@ -98,6 +98,15 @@ class HalvesBackward(MAML):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class WrongWhereBlocksAreRecomputed(MAML):
+    def pull_back(self, problem):
+        pulled = super().pull_back(problem)
+        if problem.snapshot.survey.blocks:
+            return Pullback(pulled.theta * 1.01, pulled.shared, pulled.outcome)
+        return pulled
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class NoProximalTermInTheInnerLoop(ImplicitMAML):
     solver: Dense = Dense()
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from imaml._engine.report import Report
 from imaml._errors import NonFiniteError
+from imaml._objective.blocks import Blocks
 from imaml._objective.objective import Objective
-from imaml._objective.recompute import Blocks
 from imaml._strategies.fomaml import FOMAML
 from imaml._strategies.implicit import ImplicitMAML
 from imaml._strategies.maml import MAML

@@ -9,8 +9,8 @@ from imaml import MAML, GradientDescent, ImplicitMAML, Objective, TaskBatch
 from imaml._curvature import product
 from imaml._curvature.derivatives import Derivatives
 from imaml._curvature.exact_products import ForwardOverReverse, ReverseOverReverse
-from imaml._curvature.product import Graph
 from imaml._curvature.finite_difference import FiniteDifference
+from imaml._curvature.product import Graph
 from tests.losses import loss_of
 
 F64 = torch.float64

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imaml._torch import inside_transform, of_all_tasks
+from imaml._torch import inside_transform, of_all_tasks, requires_grad
 from imaml.nn._sliced import Factors, Sliced
 
 _REDUCTIONS = ("mean", "sum", "none")
@@ -151,10 +151,8 @@ def _product(
     ub: Tensor | None,
     *_: None,
 ) -> list[Tensor | Factors | None]:
-    """Pull cotangents u of `_gradient` back: u'(gradient) is the derivative of c'(losses) along u, g'dz.
-
-    There dz is that of z along u, the derivative of g along it is r = c s p (dz - p'dz), and by c it is s p'dz - q'dz.
-    """
+    """Pull cotangents u of `_gradient` back: their product with it is g'dz, where dz is the derivative of z along u."""
+    # By z that is r = c s p (dz - p'dz), the derivative of g along dz; and by c it is s p'dz - q'dz.
     p = F.softmax(_logits(h, w, b), -1)
     dz = torch.zeros_like(p)
     if uh is not None:
@@ -229,8 +227,10 @@ def _check_shapes(
     classes = weight.shape[0]
     for name, vector in {"bias": bias, "class_weight": class_weight}.items():
         if vector is not None and vector.shape != (classes,):
-            raise ValueError(f"`{name}` must have one entry for each class, shape ({classes},). Got {vector.shape}.")
-    if class_weight is not None and class_weight.requires_grad:
+            raise ValueError(
+                f"`{name}` must have one entry for each class, shape ({classes},). Got {tuple(vector.shape)}."
+            )
+    if class_weight is not None and requires_grad(class_weight):
         raise ValueError(
             "`class_weight` requires grad, and gets no gradient. Detach it, or weight the losses that "
             'reduction="none" returns.'
@@ -243,9 +243,8 @@ def _cast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, 
     kind = hidden.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-        hidden, weight, bias = (
-            t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (hidden, weight, bias)
-        )
+        hidden, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (hidden, weight))
+        bias = bias if bias is None else bias.to(weight.dtype)
     dtypes = {t.dtype for t in (hidden, weight, bias) if t is not None}
     if len(dtypes) > 1 or not hidden.is_floating_point():
         raise TypeError(

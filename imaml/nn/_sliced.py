@@ -71,7 +71,7 @@ class Sliced:
             cotangents = [None] * len(self.outputs)
             twice = self.pullback(able).pullback([False] * len(able) + [True] * len(cotangents))
             return twice(*tensors, *cotangents, *tangents)[len(able) :]
-        # A gradient's derivative is symmetric, so that it is its pullback; and the gradient is linear in its cotangents.
+        # A gradient's derivative is symmetric, and so its pullback; and the gradient is linear in its cotangents.
         count = len(self.of.inputs)
         found: Sequence[Tensor | None] = [None] * count
         if any(t is not None for t in tangents[:count]):
@@ -85,23 +85,27 @@ class Sliced:
     def evaluated(self, tensors: Given) -> list[Tensor | None]:
         """The outputs, from one slice after the other."""
         tokens = next(t.shape[1] for t, own in zip(tensors, self.inputs, strict=True) if own and t is not None)
-        found: list[Any] = [None] * len(self.outputs)
+        parts: list[list[Any]] = [[] for _ in self.outputs]
         for start in range(0, max(tokens, 1), self.size):
             mine = [
                 t if t is None or not own else t[:, start : start + self.size]
                 for t, own in zip(tensors, self.inputs, strict=True)
             ]
-            for i, (output, own) in enumerate(zip(self.compute(*mine), self.outputs, strict=True)):
-                if output is not None:
-                    found[i] = [*(found[i] or []), output] if own else _added(found[i], output)
-        found = [torch.cat(y, 1) if isinstance(y, list) else y for y in found]
+            for part, output, own in zip(parts, self.compute(*mine), self.outputs, strict=True):
+                if output is not None and own:
+                    part.append(output)
+                elif output is not None:
+                    part[:] = [_added(output, *part)]
+        found = [
+            torch.cat(p, 1) if p and own else p[0] if p else None for p, own in zip(parts, self.outputs, strict=True)
+        ]
         if self.of is not None:  # a gradient has the dtype of what it is by
             found = [y if y is None or t is None else y.to(t.dtype) for y, t in zip(found, tensors, strict=False)]
         return found
 
 
-def _added(total: Tensor | None, found: Tensor | Factors) -> Tensor:
-    """The sum of both, in the first one where that can be; in float32 or better."""
+def _added(found: Tensor | Factors, total: Tensor | None = None) -> Tensor:
+    """The sum of both, in the total where that can be; in float32 or better."""
     if isinstance(found, Tensor):
         found = found.to(_wide(found))
         return found if total is None else total + found
@@ -128,18 +132,17 @@ def _by_autograd(of: Sliced, wanted: Sequence[bool], *tensors: Tensor | None) ->
             t if t is None or not wants or again and t.requires_grad else t.detach().requires_grad_()
             for t, wants in zip(tensors, wanted, strict=False)
         ]
-        ys = [_added(None, y) if isinstance(y, list) else y for y in of.compute(*xs)]
+        ys = [_added(y) if isinstance(y, list) else y for y in of.compute(*xs)]
         pairs = [
             (y, c)
             for y, c in zip(ys, tensors[count:], strict=True)
             if y is not None and c is not None and y.requires_grad
         ]
-        at = [i for i, wants in enumerate(wanted) if wants]
+        at = {i: x for i, (x, wants) in enumerate(zip(xs, wanted, strict=False)) if wants and x is not None}
         found: list[Tensor | None] = [None] * count
         if pairs:
             outputs, cotangents = zip(*pairs, strict=True)
-            inputs = [xs[i] for i in at]
-            grads = torch.autograd.grad(outputs, inputs, cotangents, create_graph=again, allow_unused=True)
+            grads = torch.autograd.grad(outputs, [*at.values()], cotangents, create_graph=again, allow_unused=True)
             for i, grad in zip(at, grads, strict=True):
                 found[i] = grad
     return found

@@ -7,7 +7,9 @@ import torch
 import torch.autograd.forward_ad as fwad
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
+import imaml
 from imaml import CG, FOMAML, MAML, Adam, GradientDescent, ImplicitMAML, Objective, TaskBatch
 from imaml.measure import peak_memory
 from imaml.nn import chunked_cross_entropy
@@ -31,7 +33,7 @@ def plain(
 ):
     logits = hidden @ weight.T if bias is None else hidden @ weight.T + bias
     losses = F.cross_entropy(
-        logits.reshape(-1, CLASSES),
+        logits.flatten(0, -2) if logits.ndim > 1 else logits.unsqueeze(0),
         target.flatten(),
         class_weight,
         reduction=reduction,
@@ -51,7 +53,7 @@ def given(options, shape=(3, 4), dtype=F64):
     if not options.pop("bias", False):
         tensors.pop()
     if options.get("class_weight"):
-        options["class_weight"] = torch.rand(CLASSES, dtype=dtype)
+        options["class_weight"] = torch.arange(1, CLASSES + 1, dtype=dtype) / 8  # which every dtype holds
 
     def call(function, *tensors, **more):
         return function(*tensors[:2], target, bias=tensors[2] if len(tensors) > 2 else None, **options, **more)
@@ -165,7 +167,9 @@ def test_forward_derivatives_along_some_of_the_arguments(moving):
     grads = torch.autograd.grad(call(plain, *tensors), tensors, create_graph=True)
     expected = torch.autograd.grad(sum((grads[i] * tangents[i]).sum() for i in moving), tensors)
     with fwad.dual_level():
-        mixed = [fwad.make_dual(t, u) if i in moving else t for i, (t, u) in enumerate(zip(tensors, tangents, strict=True))]
+        mixed = [
+            fwad.make_dual(t, u) if i in moving else t for i, (t, u) in enumerate(zip(tensors, tangents, strict=True))
+        ]
         found = [fwad.unpack_dual(g).tangent for g in torch.autograd.grad(loss(*mixed), mixed)]
     agree(found, expected)
 
@@ -211,6 +215,183 @@ def test_vectorised_twice():
     target = torch.randint(CLASSES, (2, 3, 4))
     twice = torch.func.vmap(torch.func.vmap(partial(chunked_cross_entropy, chunk_size=3)))
     expected = torch.stack(
-        [torch.stack([plain(*row) for row in zip(*rows, strict=True)]) for rows in zip(hidden, weight, target, strict=True)]
+        [
+            torch.stack([plain(*row) for row in zip(*rows, strict=True)])
+            for rows in zip(hidden, weight, target, strict=True)
+        ]
     )
     agree(derivatives(twice(hidden, weight, target), [hidden, weight]), derivatives(expected, [hidden, weight]))
+
+
+INNER = GradientDescent(lr=0.3, steps=3)
+ENGINES = {
+    "MAML": MAML(inner=INNER),
+    "MAML, one by one": MAML(inner=INNER, chunk_size=1),
+    "MAML, graphs kept": MAML(inner=INNER, linearize=True),
+    "MAML, graphs rebuilt": MAML(inner=INNER, linearize=False),
+    "MAML, forward-over-reverse": MAML(inner=INNER, hvp="forward-over-reverse"),
+    "MAML, slices": MAML(inner=INNER, microbatch_size=2),
+    "MAML, Adam": MAML(inner=Adam(lr=0.01, steps=3)),
+    "FOMAML": FOMAML(inner=INNER),
+    "ImplicitMAML": ImplicitMAML(inner=INNER, solver=CG(max_steps=3), on_failure="ignore"),
+    "ImplicitMAML, rebuilt": ImplicitMAML(inner=INNER, solver=CG(max_steps=3), on_failure="ignore", linearize=False),
+}
+
+
+class Language(nn.Module):
+    """Predicts the next token; returns hidden states and the head's weight, which is the embedding if it is tied."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.embedding, self.hidden = nn.Embedding(CLASSES, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, CLASSES, bias=not tied)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.hidden(self.embedding(tokens)).tanh(), self.head.weight, self.head.bias
+
+
+def loss_of(function, **options):
+    def loss(output, target):
+        hidden, weight, bias = output
+        return function(hidden, weight, target, bias=bias, label_smoothing=0.1, **options)
+
+    return loss
+
+
+def language(tied, dtype=F64):
+    torch.manual_seed(0)
+    tokens = torch.randint(CLASSES, (2, 3, 4, 6))
+    support, query = ((t[..., :-1], t[..., 1:]) for t in tokens)
+    return Language(tied).to(dtype), TaskBatch(support=support, query=query)
+
+
+def meta_gradients(engine, tied, adapt=None, **options):
+    model, tasks = language(tied)
+    for function, more in ((chunked_cross_entropy, options), (plain, {})):
+        found = engine.value_and_grad(Objective(model, loss_of(function, **more), adapt=adapt), tasks)
+        yield [found[0], *found[1].values()]
+
+
+@pytest.mark.parametrize("adapt", [None, ["hidden"], ["head"]])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", ENGINES)
+def test_meta_gradients_are_those_of_all_logits_at_once(name, tied, adapt):
+    agree(*meta_gradients(ENGINES[name], tied, ["embedding"] if tied and adapt == ["head"] else adapt, chunk_size=7))
+
+
+@pytest.mark.parametrize("name", ["MAML", "MAML, one by one", "ImplicitMAML"])
+def test_in_a_block_that_is_recomputed_itself(name):
+    model, tasks = language(tied=True)
+    found, expected = (
+        ENGINES[name].value_and_grad(Objective(model, loss_of(function)), tasks)
+        for function in (partial(imaml.recompute, chunked_cross_entropy), plain)
+    )
+    agree([found[0], *found[1].values()], [expected[0], *expected[1].values()])
+
+
+HALF = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_half_precision_is_as_exact_as_its_logits(name, dtype):
+    """Of the numbers that half precision holds, against float64: sums over many tokens lose nothing."""
+    tensors, call = given(OPTIONS[name], (2000,), dtype)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    _, call_exact = given(OPTIONS[name], (2000,))
+    loss = call(chunked_cross_entropy, *tensors, chunk_size=16)
+    assert loss.dtype == torch.float32
+    found = torch.autograd.grad(loss, tensors)
+    assert all(g.dtype == dtype for g in found)
+    expected = torch.autograd.grad(call_exact(plain, *exact), exact)
+    for g, e in zip(found[1:], expected[1:], strict=True):
+        assert (g.double() - e).norm() <= 4 * torch.finfo(dtype).eps * e.norm()
+
+
+@pytest.mark.parametrize("backward_inside", [False, True])
+def test_autocast_casts_what_a_matrix_product_casts(backward_inside):
+    tensors, call = given(OPTIONS["everything"], (60,), torch.float32)
+    found = []
+    for function in (partial(chunked_cross_entropy, chunk_size=16), plain):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = call(function, *tensors)
+            inside = torch.autograd.grad(loss, tensors, create_graph=True)
+        grads = inside if backward_inside else torch.autograd.grad(loss, tensors, create_graph=True)
+        products = torch.autograd.grad(sum(g.square().sum() for g in grads), tensors)
+        found.append([t.detach() for t in (loss, *grads, *products)])
+    agree(*found, tolerance=2e-2)  # bfloat16 rounds to 4e-3
+    assert not torch.equal(found[0][0], call(plain, *tensors).detach())
+    exact, call = given(OPTIONS["everything"])  # autocast leaves float64 alone
+    with torch.autocast("cpu", torch.bfloat16):
+        agree([call(chunked_cross_entropy, *exact)], [call(plain, *exact)])
+
+
+def test_a_trace_has_the_same_derivatives():
+    tensors, call = given(OPTIONS["everything"])
+
+    def twice(*tensors):
+        grads = torch.autograd.grad(
+            call(partial(chunked_cross_entropy, chunk_size=5), *tensors), tensors, create_graph=True
+        )
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), tensors)
+
+    found = make_fx(twice)(*tensors)(*tensors)
+    agree(found, twice(*tensors))
+
+
+def test_no_more_is_held_than_the_gradients_and_a_slice():
+    classes, width, tokens, size = 2000, 32, 1024, 64
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, width, requires_grad=True) for n in (tokens, classes))
+    target, along = torch.randint(classes, (tokens,)), torch.randn(classes, width)
+
+    def gradient(function, **options):
+        return torch.autograd.grad(function(hidden, weight, target), (hidden, weight), **options)
+
+    grads = gradient(chunked_cross_entropy, create_graph=True)
+    floor, logits = (tokens + classes) * width * 4, size * classes * 4
+    assert peak_memory(lambda: gradient(chunked_cross_entropy)) < floor + 2.5 * logits
+    assert peak_memory(lambda: gradient(plain)) > 2 * tokens * classes * 4
+    product = partial(torch.autograd.grad, grads[1], (hidden, weight), along, retain_graph=True)
+    assert peak_memory(product) < floor + 4.5 * logits
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"hidden": torch.zeros(2, 4)}, ValueError, r"\(2, 4\) and \(7, 5\): is the weight transposed"),
+        ({"weight": torch.zeros(5)}, ValueError, r"`weight` of shape \(classes, d\)"),
+        ({"weight": [[1.0] * 5]}, TypeError, "`weight` must be a tensor. Got list"),
+        ({"target": torch.zeros(3, dtype=torch.int64)}, ValueError, r"shape \(2,\). Got \(3,\)"),
+        ({"target": torch.zeros(2, 7)}, ValueError, "probabilities are not supported"),
+        ({"target": torch.zeros(2)}, TypeError, "class indices, such as torch.int64. Got torch.float32"),
+        ({"target": torch.tensor([0, 7])}, IndexError, "from 0 to 6, or `ignore_index`. Got 7"),
+        ({"target": torch.tensor([-1, 0])}, IndexError, "Got -1"),
+        ({"hidden": torch.zeros(2, 5, dtype=F64)}, TypeError, "one real floating-point dtype.*float32, torch.float64"),
+        ({"hidden": torch.zeros(2, 5).long(), "weight": torch.zeros(7, 5).long()}, TypeError, "Got torch.int64"),
+        ({"bias": torch.zeros(5)}, ValueError, r"`bias` must have one entry for each class, shape \(7,\). Got \(5,\)"),
+        ({"class_weight": torch.ones(8)}, ValueError, "`class_weight` must have one entry"),
+        ({"class_weight": torch.ones(7, requires_grad=True)}, ValueError, "requires grad, and gets no gradient"),
+        ({"reduction": "avg"}, ValueError, "Got 'avg'"),
+        ({"label_smoothing": 1.5}, ValueError, "from 0 to 1. Got 1.5"),
+        ({"chunk_size": 0}, ValueError, "at least 1, a number of tokens. Got 0"),
+    ],
+)
+def test_bad_input(change, error, words):
+    given = {"hidden": torch.zeros(2, 5), "weight": torch.zeros(7, 5), "target": torch.tensor([0, 1])}
+    with pytest.raises(error, match=words):
+        chunked_cross_entropy(**given | change)
+
+
+def test_a_target_that_is_no_class_is_found_among_vectorised_tasks():
+    hidden, weight, target = torch.zeros(3, 2, 5), torch.zeros(7, 5), torch.tensor([[0, 1], [2, 9], [3, 4]])
+    with pytest.raises(IndexError, match="Got 9"):
+        torch.func.vmap(chunked_cross_entropy, in_dims=(0, None, 0))(hidden, weight, target)
+
+
+def test_targets_may_be_any_integers():
+    hidden, weight = torch.randn(2, 5), torch.randn(7, 5)
+    target = torch.tensor([3, 1])
+    assert torch.equal(*(chunked_cross_entropy(hidden, weight, t) for t in (target, target.to(torch.int32))))

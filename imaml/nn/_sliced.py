@@ -184,20 +184,19 @@ class _Evaluated(torch.autograd.Function):
         info: Any, dims: tuple[int | None, ...], function: Sliced, *tensors: Tensor | None
     ) -> tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]:
         size = info.batch_size
-        stacked = [
-            t if t is None else t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-            for t, dim in zip(tensors, dims[1:], strict=True)
-        ]
-        shares = all(dim is None for dim, own in zip(dims[1:], function.inputs, strict=True) if not own)
-        if shares and all(function.outputs):  # the tokens of all tasks are tokens of one
+
+        def stacked(t: Tensor, dim: int | None) -> Tensor:
+            return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+        given = list(zip(tensors, dims[1:], function.inputs, strict=True))
+        found: list[Tensor | None]
+        if all(function.outputs) and all(own or dim is None for _, dim, own in given):
+            # What all share is shared by the tasks too: the tokens of all of them are tokens of one.
             folded = [
-                t if t is None else t.transpose(0, 1).flatten(1, 2) if own else t[0]
-                for t, own in zip(stacked, function.inputs, strict=True)
+                t if t is None or not own else stacked(t, dim).transpose(0, 1).flatten(1, 2) for t, dim, own in given
             ]
             found = [y if y is None else y.unflatten(1, (size, -1)).transpose(0, 1) for y in function(*folded)]
         else:  # the rows of all tasks are rows of one
-            found = [
-                y if y is None else y.unflatten(0, (size, -1))
-                for y in function(*(t if t is None else t.flatten(0, 1) for t in stacked))
-            ]
+            rows = [t if t is None else stacked(t, dim).flatten(0, 1) for t, dim, _ in given]
+            found = [y if y is None else y.unflatten(0, (size, -1)) for y in function(*rows)]
         return tuple(found), tuple(None if y is None else 0 for y in found)

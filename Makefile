@@ -9,7 +9,7 @@ TORCH ?= $(shell sed -n 's/^torch==//p' constraints-newest.txt)
 TORCH_ENV = .venv-torch-$(TORCH)
 # A limit on torch in pip's own configuration gives way to PIP_CONSTRAINT, but not to an argument.
 TORCH_PIP = PIP_CONSTRAINT=$(@D)/constraints.txt $(@D)/bin/python -m pip install --quiet --disable-pip-version-check
-TESTS ?= $(addprefix tests/,distributed engine inner layers planning properties solvers testing verify zoo)
+TESTS ?= $(addprefix tests/,distributed engine inner layers nn planning properties solvers testing verify zoo)
 
 .PHONY: help env demo bench test test-torch mutation lint format wheel-check clean
 

@@ -12,6 +12,7 @@ import imaml.data
 import imaml.inner
 import imaml.measure
 import imaml.models
+import imaml.nn
 import imaml.planning
 import imaml.testing
 import imaml.text
@@ -25,6 +26,7 @@ ROOMS = (
     imaml.inner,
     imaml.measure,
     imaml.models,
+    imaml.nn,
     imaml.planning,
     imaml.testing,
     imaml.text,

@@ -27,6 +27,7 @@ from imaml import (
     ScipySolver,
     TorchOptimizer,
 )
+from imaml.nn import chunked_cross_entropy
 from tests.pages import read, run
 
 GUIDE = "docs/guide.md"
@@ -34,6 +35,7 @@ OPTIONS = (
     *(MAML, FOMAML, ImplicitMAML, Objective, Report),
     *(GradientDescent, Adam, AdamW, RMSprop, NewtonCG, TorchOptimizer),
     *(CG, MINRES, Neumann, NystromInverse, Dense, ScipySolver, Jacobi, Nystrom),
+    chunked_cross_entropy,
 )
 
 

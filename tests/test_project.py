@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import imaml
+import imaml.nn
 import imaml.testing
 import imaml_solvers
 
@@ -45,6 +46,10 @@ def test_the_public_names_of_imaml():
 
 def test_the_public_names_of_imaml_verify():
     assert public_names(imaml.verify) == {"Verification", "hvp", "meta_gradient"}
+
+
+def test_the_public_names_of_imaml_nn():
+    assert public_names(imaml.nn) == {"chunked_cross_entropy"}
 
 
 def test_the_public_names_of_imaml_solvers():

@@ -51,7 +51,7 @@ def circle(arrows):
 
 ROOMS = ("_objective", "_losses", "_curvature", "inner", "_engine", "_sharding", "planning", "_strategies")
 """From the ground up: a room knows those before it, and the ground below them all."""
-TOP = ("cli", "data", "testing", "training", "verify", "models", "text", "measure", "__main__")
+TOP = ("cli", "data", "nn", "testing", "training", "verify", "models", "text", "measure", "__main__")
 """What users of the engine are, inside this package as outside."""
 
 

@@ -79,14 +79,8 @@ def chunked_cross_entropy(
     _check_classes(index, classes)
 
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    of_target = smooth = None
-    if class_weight is not None:
-        class_weight = class_weight.to(dtype)
-        of_target = class_weight[index]
-    share = torch.ones_like(index, dtype=dtype) if of_target is None else of_target
-    if label_smoothing:
-        every = hidden.new_ones(classes, dtype=dtype) if class_weight is None else class_weight
-        smooth = (every * (label_smoothing / classes)).unsqueeze(0)
+    every = hidden.new_ones(classes, dtype=dtype) if class_weight is None else class_weight.to(dtype)
+    share = every[index]
     size = chunk_size or max(_SMALLEST, hidden.shape[-1] // 4)
     (found,) = Sliced(_losses, _INPUTS, (True,), size, (_gradient, _product))(
         hidden.reshape(1, -1, hidden.shape[-1]),
@@ -94,7 +88,7 @@ def chunked_cross_entropy(
         bias if bias is None else bias.unsqueeze(0),
         index.reshape(1, -1),
         ((1 - label_smoothing) * share).reshape(1, -1),
-        smooth,
+        (every * (label_smoothing / classes)).unsqueeze(0) if label_smoothing else None,
     )
     assert found is not None
     losses = found.reshape(target.shape).masked_fill(ignored, 0.0)
@@ -105,7 +99,7 @@ def chunked_cross_entropy(
 
 
 _INPUTS = (True, False, False, True, True, False)
-"""Of a loss, which inputs have tokens: hidden states h, weights w, biases b, targets t, their shares, uniform shares.
+"""Which inputs have tokens: hidden states h, weights w, biases b, targets t, their shares, uniform shares.
 
 The loss of a token is -share log p_t - sum_v uniform_v log p_v, with p the softmax of z = w h + b.
 """

@@ -25,7 +25,7 @@ Compute = Callable[..., Sequence[Tensor | Factors | None]]
 class Sliced:
     """A function of tensors `(rows, tokens, ...)`, of which a slice has its own, and `(rows, ...)`, which all share.
 
-    Rows and tokens are independent of each other. Nothing but the inputs is kept for its derivatives.
+    Rows, which are tasks that are vectorised, and tokens are independent. Derivatives need nothing but the inputs.
     """
 
     compute: Compute

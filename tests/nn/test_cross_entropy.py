@@ -218,6 +218,30 @@ def test_vectorised(dims):
         agree(torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(expected))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_class_weights_of_each_task(smoothing):
+    torch.manual_seed(0)
+    hidden = torch.randn(3, 4, WIDTH, dtype=F64, requires_grad=True)
+    weight = torch.randn(CLASSES, WIDTH, dtype=F64, requires_grad=True)
+    target, class_weight = torch.randint(CLASSES, (3, 4)), torch.rand(3, CLASSES, dtype=F64)
+
+    def one(function, hidden, target, class_weight):
+        return function(hidden, weight, target, class_weight=class_weight, label_smoothing=smoothing)
+
+    found = torch.func.vmap(partial(one, partial(chunked_cross_entropy, chunk_size=3)))(hidden, target, class_weight)
+    expected = torch.stack([one(plain, *row) for row in zip(hidden, target, class_weight, strict=True)])
+    agree(derivatives(found, [hidden, weight]), derivatives(expected, [hidden, weight]))
+
+
+def test_a_class_that_a_bias_forbids():
+    tensors, call = given(OPTIONS["bias"], (2,))  # targets 0 and 1
+    with torch.no_grad():
+        tensors[2][3] = -float("inf")
+    by = tensors[:2]
+    expected = derivatives(call(plain, *tensors), by)
+    agree(derivatives(call(chunked_cross_entropy, *tensors, chunk_size=1), by), expected)
+
+
 def test_vectorised_twice():
     torch.manual_seed(0)
     hidden, weight = (torch.randn(2, 3, n, WIDTH, dtype=F64, requires_grad=True) for n in (4, CLASSES))

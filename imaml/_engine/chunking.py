@@ -36,11 +36,11 @@ class Chunking:
     """Tasks of a chunk."""
     query_tasks: int
     """Tasks whose query gradient is computed at once."""
-    keeps_graphs: bool
-    """Whether every inner step's graph is kept for the reverse sweep of MAML."""
+    graphs: int
+    """Of how many inner steps, the last ones, the graph is kept for the reverse sweep of MAML, at most."""
 
 
-ONE_BY_ONE = Chunking(1, 1, keeps_graphs=False)
+ONE_BY_ONE = Chunking(1, 1, graphs=0)
 
 
 def choose_chunking(support: Loss, query: Loss, theta: Tensor, steps: int, states: int) -> Chunking:
@@ -63,7 +63,7 @@ def choose_chunking(support: Loss, query: Loss, theta: Tensor, steps: int, state
     with_graphs = min(tasks, KEPT // (_AGAIN * max(1, steps) * bytes_support))
     is_enough = with_graphs == tasks or with_graphs * bytes_support >= _ENOUGH
     keeps = is_enough and len(support.slices) == 1
-    return Chunking(with_graphs if keeps else tasks, query_tasks, keeps)
+    return Chunking(with_graphs if keeps else tasks, query_tasks, graphs=steps if keeps else 0)
 
 
 def saved_bytes(part: Slice, phi: Tensor) -> int:

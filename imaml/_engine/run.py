@@ -190,7 +190,7 @@ class Run:
         self.check(batch)
         size, known, snapshot = self.engine.chunk_size, self.engine._memory.chunkings, self.snapshot
         if isinstance(size, int):
-            return Chunking(size, size, keeps_graphs=False)
+            return Chunking(size, size, graphs=0)
         key = (snapshot.layout, snapshot.shared_layout, snapshot.like.device, signature(batch))
         if size == "auto":
             return self.engine._choose(snapshot.objective, batch, key)

@@ -37,8 +37,8 @@ class MAML(MetaGradient):
     sweep evaluates K gradients again.
 
     Memory: one product plus the K states, `(n,)` a vector of each. With `checkpoints=m` it is at most m states, and the
-    steps between them are recomputed. With `linearize=True` it is the graphs of all K steps, for a forward and a
-    backward pass less a step.
+    steps between them are recomputed. With `linearize=m` the last m steps have their graphs instead, for a forward and
+    a backward pass less in each.
 
     Not for inner solvers whose steps cannot be differentiated, such as those of `torch.optim` and Newton-CG:
     `ImplicitMAML` needs their result alone.
@@ -57,9 +57,12 @@ class MAML(MetaGradient):
             same as "device" elsewhere. "disk": in a file of the temporary folder (TMPDIR) that no name leads to, so
             that nothing is left behind; an OSError says how much room is missing. The device then holds the state at
             hand, whatever K.
-        linearize: Keep the graph of each inner step, so that its product costs about one gradient less; False evaluates
-            the step anew. None: where `chunk_size`, `checkpoints` and `storage` are left open and the graphs are small,
-            at most 192 MiB. The modes other than reverse-over-reverse always evaluate anew.
+        linearize: Of how many of the last steps to keep the graph, so that the product there costs about one gradient
+            less. True: of all; False: of none. The other steps are evaluated anew, from states that `checkpoints` and
+            `storage` speak of; True leaves none to these. A graph is of the whole support set, so that
+            `microbatch_size` excludes it. 1 is one step, though Python says that it equals True. None: all where
+            `chunk_size`, `checkpoints` and `storage` are left open and the graphs are small, at most 192 MiB; as many
+            as seem to fit with `chunk_size="auto"`. The modes other than reverse-over-reverse always evaluate anew.
         hvp: How Hessian-vector products are computed. "auto" uses "reverse-over-reverse", or "finite-difference" where
             the model has an operation without second derivatives; the report says which. "forward-over-reverse" is
             exact too. Finite differences are inexact, and useless in float32 for a convolutional network with ReLU:
@@ -71,7 +74,7 @@ class MAML(MetaGradient):
     truncate: int | None = None
     checkpoints: int | None = None
     storage: Storage = "device"
-    linearize: bool | None = None
+    linearize: bool | int | None = None
     hvp: HvpMode = "auto"
 
     def __post_init__(self) -> None:
@@ -100,38 +103,49 @@ class MAML(MetaGradient):
             raise ValueError(f"`storage` must be one of {', '.join(get_args(Storage))}. Got {self.storage!r}.")
         if self.checkpoints is not None:
             check_integer("`checkpoints`, unless None,", self.checkpoints, least=0)
+        if not isinstance(self.linearize, bool | None):
+            check_integer("`linearize`, unless None, True or False,", self.linearize, least=0)
         for name, (only, reason) in self._without_graphs.items() if self.linearize else ():
             raise ValueError(
-                f"linearize=True keeps the graphs of all inner steps, {reason}. Expected {name}={only!r}. Got "
-                f"{getattr(self, name)!r}: use one of the two."
+                f"linearize={self.linearize!r} keeps the graphs of inner steps, {reason}. Expected {name}={only!r}. "
+                f"Got {getattr(self, name)!r}: use one of the two."
             )
 
     @property
     def _without_graphs(self) -> dict[str, tuple[object, str]]:
-        """Options that exclude kept graphs as they are set; see `_WITH_GRAPHS`."""
-        return {name: rule for name, rule in _WITH_GRAPHS.items() if getattr(self, name) != rule[0]}
+        """Options that exclude kept graphs as they are set: a number of them, or else those of all steps."""
+        rules = _WITH_ALL_GRAPHS if isinstance(self.linearize, bool | None) else _WITH_GRAPHS
+        return {name: rule for name, rule in rules.items() if getattr(self, name) != rule[0]}
 
-    def _tape(self, *, keeps_graphs: bool) -> Tape:
-        """What the sweep keeps; `keeps_graphs` says whether graphs, where that is left open."""
+    def _tape(self, *, graphs: int) -> Tape:
+        """What the sweep keeps; `graphs` says how many, where that is left open."""
         steps = self.inner.steps if self.truncate is None else min(self.truncate, self.inner.steps)
+        match self.linearize:
+            case None:
+                graphs = 0 if self._without_graphs else graphs
+            case True:  # by identity, which 1 does not match
+                graphs = steps
+            case number:
+                graphs = int(number)
         return Tape(
             first=self.inner.steps - steps,
             steps=steps,
-            keeps_graphs=keeps_graphs and not self._without_graphs if self.linearize is None else self.linearize,
+            graphs=min(graphs, steps),
             checkpoints=self.checkpoints,
             storage=self.storage,
         )
 
     @property
     def _states(self) -> int:
-        if self.storage != "device":
-            return 0
         assert isinstance(self.inner, InnerOptimizer)
-        return self._tape(keeps_graphs=False).most_states * (1 + self.inner.buffers)
+        tape = self._tape(graphs=0)
+        stored = tape.most_states if self.storage == "device" else 0
+        return min(stored + tape.graphs, max(tape.steps - 1, 0)) * (1 + self.inner.buffers)
 
     def pull_back(self, problem: Problem) -> Pullback:
-        problem.settle(self.hvp)
-        tape = self._tape(keeps_graphs=problem.chunking.keeps_graphs)
+        tape = self._tape(graphs=problem.chunking.graphs)
+        if tape.by_states:
+            problem.settle(self.hvp)
         with tape.recorded(problem, self.hvp) as (phi, points):
             query = problem.judge(phi)
             cotangent, shared, damping, outcome = query.adapted, query.shared, problem.damping, problem.outcome(query)
@@ -163,9 +177,10 @@ def _own(vector: Tensor, others: Sequence[Tensor]) -> Tensor:
     return vector.clone(memory_format=torch.contiguous_format) if shares or 0 in vector.stride() else vector
 
 
-_WITH_GRAPHS: dict[str, tuple[object, str]] = {
-    "storage": ("device", "which stay where they are"),
-    "checkpoints": (None, "which leave no step to take again"),
-    "microbatch_size": (None, "each of the whole support set"),
+_WITH_GRAPHS: dict[str, tuple[object, str]] = {"microbatch_size": (None, "each of the whole support set")}
+"""What goes with kept graphs, and why."""
+_WITH_ALL_GRAPHS = _WITH_GRAPHS | {
+    "storage": ("device", "all of them, where a number leaves states to put elsewhere"),
+    "checkpoints": (None, "all of them, where a number leaves steps to take again"),
 }
-"""What goes with kept graphs, and why: the choices of a tape that exclude one another, in one place."""
+"""What goes with those of all steps."""

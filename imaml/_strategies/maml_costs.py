@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from functools import partial
 from math import isqrt
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from imaml._curvature.product import Graph
 from imaml._engine.problem import Problem
 from imaml._strategies.point import Point
-from imaml._strategies.schedule import sweep
+from imaml._strategies.schedule import Sweep, sweep
 from imaml._strategies.storage import most_on_device
 from imaml._strategies.tape import Tape
 from imaml.inner._inner_problem import State
@@ -23,20 +25,31 @@ _MOVED = {"device": 0.0, "cpu": 0.1, "disk": 1.0}
 class MAMLCosts(Costs):
     """K inner steps, of which the last are differentiated, the last first.
 
-    On the way there it holds the states before each of them, or m of these, or the graphs as well; on the way back what
-    is left of them, the cotangents of the state and of the gradient, and one Hessian-vector product.
+    On the way there it holds the states before each of them, or m of these, and the graphs of the last; on the way back
+    what is left of them, the cotangents of the state and of the gradient, and one Hessian-vector product.
     """
 
     def variants(self, device: torch.device) -> list[dict[str, Any]]:
-        """Kept graphs, or states: all of them, few or none on the device, or all elsewhere."""
-        tape: Tape = self.engine._tape(keeps_graphs=True)
-        if self.engine.linearize is not None or self.engine._without_graphs.keys() & {"checkpoints", "storage"}:
+        """All graphs, some or none; and of the states all, few or none on the device, or all elsewhere."""
+        tape: Tape = self.engine._tape(graphs=0)
+        if self.engine.linearize is not None:
             return [{}]
-        found: list[dict[str, Any]] = [{"linearize": True}, {"linearize": False}] if tape.keeps_graphs else [{}]
+        without: Collection[str] = self.engine._without_graphs
+        some = [] if "microbatch_size" in without else [{"linearize": m} for m in _some(tape.steps)]
+        if {"checkpoints", "storage"}.intersection(without):
+            return [*some, {}]
+        found: list[dict[str, Any]] = [{}] if without else [{"linearize": True}, *some, {"linearize": False}]
         fewer = [m for m in (isqrt(tape.steps), 1, 0) if m < tape.steps - 1]
         found += [{"checkpoints": m} for m in dict.fromkeys(fewer)]
         elsewhere = ("disk",) if device.type == "cpu" else ("cpu", "disk")
         return found + [{"storage": where} for where in elsewhere if tape.steps > 1]
+
+    @property
+    def numbers_of_graphs(self) -> list[int]:
+        """See `Costs`."""
+        most = self.engine._tape(graphs=self.engine.inner.steps)
+        is_open = self.engine.linearize is None and most.graphs > 0
+        return [most.graphs, *_some(most.graphs), 0] if is_open else [0]
 
     @property
     def trials(self) -> list[dict[str, Any]]:
@@ -45,7 +58,7 @@ class MAMLCosts(Costs):
 
     @property
     def _tape(self) -> Tape:
-        tape: Tape = self.engine._tape(keeps_graphs=self.keeps_graphs)
+        tape: Tape = self.engine._tape(graphs=self.graphs)
         return tape
 
     def _measure(self, problem: Problem, stages: Stages) -> None:
@@ -54,14 +67,14 @@ class MAMLCosts(Costs):
             return
         last, mode = problem.inner.steps - 1, self.engine.hvp
         state = problem.optimizer.start(stages.before)
-        if tape.keeps_graphs and stages.missing("kept"):
+        if tape.graphs and stages.missing("kept"):
             with stages.account.stage("kept"):
                 point, gradient = Point.with_gradient(problem, state, last, mode)
                 following = problem.update(state, gradient, last)
                 del gradient
             _pull_back(point, stages, "kept product")
             del point, following
-        if not tape.keeps_graphs and stages.missing("rebuilt"):
+        if tape.by_states and stages.missing("rebuilt"):
             with stages.account.stage("rebuilt"):
                 point = Point.at(problem, state, last, mode)
             _pull_back(point, stages, "rebuilt product")
@@ -69,43 +82,43 @@ class MAMLCosts(Costs):
 
     def peak(self, chunk: ChunkUse) -> float:
         """See the class."""
-        if self._tape.steps == 0:
+        tape = self._tape
+        if tape.steps == 0:
             return max(self.inner_peak(chunk), self.query_peak(chunk))
+        counts = sweep(tape.by_states, tape.checkpoints, are_first=tape.graphs == 0)
         cotangents = chunk["query"].held + chunk.vector * chunk.facts.damped
-        peaks = self._with_graphs if self._tape.keeps_graphs else self._with_states
-        return max(peaks(chunk, cotangents))
+        peaks = self._with_graphs(chunk, counts, cotangents) if tape.graphs else []
+        return max(peaks + (self._with_states(chunk, counts, cotangents) if tape.by_states else []))
 
-    def _with_graphs(self, chunk: ChunkUse, cotangents: float) -> list[float]:
-        """On the way to the end and at the last step, then at the one before; the first graph holds the first state."""
-        steps, graph, product = self._tape.steps, chunk["kept"], chunk["kept product"]
-        given, (zeros, buffers) = self._given(chunk), self._of_buffers(chunk)
-        left = given + steps * graph.held - self._state(chunk)
+    def _with_graphs(self, chunk: ChunkUse, counts: Sweep, cotangents: float) -> list[float]:
+        """On the way to the end and at the last step, then at the one before; the first graph holds its state too."""
+        tape, graph, product, state = self._tape, chunk["kept"], chunk["kept product"], self._state(chunk)
+        zeros, buffers = self._of_buffers(chunk)
+        theta, before = chunk.theta * chunk.facts.damped, self._always(chunk) + self._stored(chunk, counts.forward)
+        if tape.by_states < 2:  # the state at hand is the first
+            theta, before = theta * (tape.first > 0), self._given(chunk)
+        before += state * (tape.by_states > 0)
+        left = before + tape.graphs * graph.held - state
         return [
-            given + (steps - 1) * graph.held + graph.peak,
-            given + steps * graph.held + chunk["query"].peak,
+            before + theta + (tape.graphs - 1) * graph.held + graph.peak,
+            before + tape.graphs * graph.held + chunk["query"].peak,
             left + cotangents + zeros + product.peak,
-            left - graph.held + cotangents + buffers + chunk.vector + product.peak if steps > 1 else 0,
+            left - graph.held + cotangents + buffers + chunk.vector + product.peak if tape.graphs > 1 else 0,
         ]
 
-    def _with_states(self, chunk: ChunkUse, cotangents: float) -> list[float]:
+    def _with_states(self, chunk: ChunkUse, counts: Sweep, cotangents: float) -> list[float]:
         """As `_with_graphs`, without graphs: before a step is differentiated, the one before still has its state."""
         step, point, product = chunk["step"], chunk["rebuilt"], chunk["rebuilt product"]
         tape, (zeros, buffers) = self._tape, self._of_buffers(chunk)
-        counts = sweep(tape.steps, tape.checkpoints)
-        gradient, given = chunk.vector * chunk.facts.needs_gradient, self._given(chunk)
-        always = given if tape.first else 0
+        gradient, given, always = chunk.vector * chunk.facts.needs_gradient, self._given(chunk), self._always(chunk)
         stepping = always + chunk.theta * chunk.facts.damped
-
-        def stored(states: int) -> float:
-            """Bytes of these on the device."""
-            return self._state(chunk) * most_on_device(tape.storage, chunk.facts.device, states)
-
-        peaks = [
-            given + step.peak,
-            stepping + stored(counts.forward) + step.peak,
-            always + stored(counts.forward) + self.query_peak(chunk),
-            always + stored(counts.forward) + cotangents + zeros + max(point.peak, point.held + product.peak),
-        ]
+        stored = partial(self._stored, chunk)
+        peaks = [given + step.peak, stepping + stored(counts.forward) + step.peak]
+        if tape.graphs == 0:
+            peaks += [
+                always + stored(counts.forward) + self.query_peak(chunk),
+                always + stored(counts.forward) + cotangents + zeros + max(point.peak, point.held + product.peak),
+            ]
         if tape.steps > 1:
             before = cotangents + buffers + gradient
             peaks += [
@@ -119,6 +132,14 @@ class MAMLCosts(Costs):
 
     def _state(self, chunk: ChunkUse) -> float:
         return chunk.vector * (1 + self._buffers)
+
+    def _stored(self, chunk: ChunkUse, states: int) -> float:
+        """What these take on the device."""
+        return self._state(chunk) * most_on_device(self._tape.storage, chunk.facts.device, states)
+
+    def _always(self, chunk: ChunkUse) -> float:
+        """What is held from the first to the last of the steps that are differentiated."""
+        return self._given(chunk) if self._tape.first else 0
 
     def _given(self, chunk: ChunkUse) -> float:
         """The state before the first step that is differentiated."""
@@ -135,14 +156,19 @@ class MAMLCosts(Costs):
 
     def work(self, facts: Facts) -> Work:
         """K + 1 gradients, those of recomputed steps, and K products."""
-        tape, steps = self._tape, self._tape.steps
-        with_gradient = tape.keeps_graphs or facts.needs_gradient
-        advances = 0 if tape.keeps_graphs else sweep(steps, tape.checkpoints).steps
-        gradients = tape.first + advances + steps * with_gradient + 1
-        equivalents = gradients + steps * facts.product(Graph.ONCE if with_gradient else Graph.REBUILT)
+        tape, once, anew = self._tape, facts.product(Graph.ONCE), facts.product(Graph.REBUILT)
+        gradients = tape.first + tape.graphs + sweep(tape.by_states, tape.checkpoints).steps + 1
+        if facts.needs_gradient:
+            gradients, anew = gradients + tape.by_states, once
+        equivalents = gradients + tape.graphs * once + tape.by_states * anew
         state = facts.adapted * facts.dtype.itemsize * (1 + self._buffers)
         transfer = _MOVED[tape.storage] * tape.most_states * state
-        return Work(gradients=gradients, hvps=steps, equivalents=equivalents, transfer=transfer)
+        return Work(gradients=gradients, hvps=tape.steps, equivalents=equivalents, transfer=transfer)
+
+
+def _some(steps: int) -> list[int]:
+    """Numbers of graphs worth trying between all and none."""
+    return [graphs for graphs in (steps // 2, steps // 4) if graphs]
 
 
 def _pull_back(point: Point, stages: Stages, name: str) -> None:

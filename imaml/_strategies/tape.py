@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from imaml.inner._inner_problem import State
 
 @dataclass(frozen=True, kw_only=True)
 class Tape:
-    """The states of the steps to differentiate, some of them, or the graphs behind them: one choice, made once.
+    """Graphs of the last of the steps to differentiate, and states of those before: all of these, or some.
 
     `MAML` records it and plays it backwards; the costs of `MAML` read off it what that takes.
     """
@@ -28,17 +29,22 @@ class Tape:
     """The first step that is differentiated."""
     steps: int
     """How many are."""
-    keeps_graphs: bool
-    """Whether the graph of every step's gradient is kept, which serves its product too; no state is put away then."""
+    graphs: int
+    """Of how many of these, the last ones, the graph of the gradient is kept, which serves the product too."""
     checkpoints: int | None
-    """How many states are put away at most, besides the first; None: all."""
+    """How many states of the others are put away at most, besides the first; None: all."""
     storage: Storage
     """Where they are put."""
 
     @property
+    def by_states(self) -> int:
+        """How many steps are evaluated anew, from their states: those before the steps with graphs."""
+        return self.steps - self.graphs
+
+    @property
     def most_states(self) -> int:
         """How many states are put away at a time, at most."""
-        most = max(self.steps - 1, 0)
+        most = max(self.by_states - 1, 0)
         return most if self.checkpoints is None else min(self.checkpoints, most)
 
     @contextmanager
@@ -52,39 +58,33 @@ class Tape:
         Yields:
             phi, and the steps to differentiate, the last first.
         """
-        before = _before(problem, self.first)
-        if self.keeps_graphs:
-            yield self._with_graphs(problem, before, mode)
-            return
+        before, last = _before(problem, self.first), self.first + self.by_states
         with store(self.storage, problem.snapshot.like.device, self.most_states) as kept:
             states = self._states_backwards(problem, before, kept)
-            # phi has no name here, which would keep it through the sweep.
-            yield (
-                next(states)[0],
-                (Point.at(problem, s, step, mode) for step, s in zip(self._backwards, states, strict=True)),
+            backwards = zip(reversed(range(self.first, last)), states, strict=True)
+            # Neither phi nor a state has a name here, which would keep it through the sweep.
+            yield self._with_graphs(
+                problem, next(states), mode, (Point.at(problem, state, step, mode) for step, state in backwards)
             )
 
-    @property
-    def _backwards(self) -> Iterator[int]:
-        return reversed(range(self.first, self.first + self.steps))
-
     def _with_graphs(
-        self, problem: Problem, before: Callable[[], State], mode: HvpMode
+        self, problem: Problem, state: State, mode: HvpMode, earlier: Iterator[Point]
     ) -> tuple[Tensor, Iterator[Point]]:
-        points, state = [], before()
+        """Take the steps with graphs; phi, and these backwards, followed by the earlier ones."""
+        points = []
         with MathAttention():  # every graph needs it: switched once, not step by step
-            for step in range(self.first, self.first + self.steps):
+            for step in range(self.first + self.by_states, self.first + self.steps):
                 point, gradient = Point.with_gradient(problem, state, step, mode)
                 points.append(point)
                 state = problem.update(state, gradient, step)
-        return state[0], (points.pop() for _ in self._backwards)
+        return state[0], chain((points.pop() for _ in range(self.graphs)), earlier)
 
     def _states_backwards(self, problem: Problem, before: Callable[[], State], kept: Store) -> Iterator[State]:
-        """Yield the state after the last step, then that before each step, the last first; `before` gives the first."""
+        """Yield the state before the first graph, then that before each step, the last first; `before` gives that."""
         state = before()
-        if self.steps == 0:
+        if self.by_states == 0:
             yield state
-        for what, step in moves(self.steps, self.checkpoints):
+        for what, step in moves(self.by_states, self.checkpoints):
             match what:
                 case Do.KEEP:
                     kept[step] = state

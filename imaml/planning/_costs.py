@@ -135,8 +135,13 @@ class Costs(ABC):
     """Hyper-parameters that the meta-gradient differentiates; None for all."""
 
     engine: Any
-    keeps_graphs: bool = False
-    """Whether a chunking keeps graphs, where the engine leaves it open."""
+    graphs: int = 0
+    """How many graphs a chunking keeps, where the engine leaves it open."""
+
+    @property
+    def numbers_of_graphs(self) -> list[int]:
+        """How many a chunking may keep; several where the engine leaves it open."""
+        return [0]
 
     def variants(self, device: torch.device) -> list[dict[str, Any]]:
         """Settings of what the user left open, besides the size of chunks; the first holds the most and is fastest."""

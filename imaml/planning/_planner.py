@@ -98,7 +98,7 @@ def chunking(engine: Strategy, batch: ProbedTasks, room: float | None) -> Chunki
     if engine.chunk_size == "auto":
         return auto(engine, batch, room)
     size = engine.chunk_size
-    return batch.usual[engine._states] if size is None else Chunking(size, size, keeps_graphs=False)
+    return batch.usual[engine._states] if size is None else Chunking(size, size, graphs=0)
 
 
 def auto(engine: Strategy, batch: ProbedTasks, room: float | None) -> Chunking:
@@ -107,9 +107,9 @@ def auto(engine: Strategy, batch: ProbedTasks, room: float | None) -> Chunking:
     most = min(batch.tasks, usual.tasks) if device.type in VECTORISED else batch.tasks
     counts = range(ceil(batch.tasks / most), batch.tasks + 1)
     chunkings = [
-        Chunking(size, min(size, usual.query_tasks), keeps)
+        Chunking(size, min(size, usual.query_tasks), graphs)
         for size in dict.fromkeys(ceil(batch.tasks / count) for count in counts)
-        for keeps in (True, False)
+        for graphs in costs_of(engine).numbers_of_graphs
     ]
     found = [(predict(engine, [batch], [one]), one) for one in chunkings]
     fitting = [pair for pair in found if room is None or pair[0].peak_bytes <= room]

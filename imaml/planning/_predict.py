@@ -51,7 +51,7 @@ def predict(
     peaks: list[float] = []
     gradients, hvps, equivalents, rank = 0, 0, 0.0, 0.0
     for batch, chunking in zip(batches, chunkings, strict=True):
-        costs, facts = costs_of(engine, chunking.keeps_graphs), batch.probe.facts
+        costs, facts = costs_of(engine, chunking.graphs), batch.probe.facts
         work = costs.work(facts)
         for tasks in batch.chunks(chunking.tasks):
             # The sums over tasks so far, and from the third chunk on those of the chunk before.
@@ -71,14 +71,14 @@ def predict(
     )
 
 
-def costs_of(engine: Strategy, keeps_graphs: bool = False) -> Costs:
+def costs_of(engine: Strategy, graphs: int = 0) -> Costs:
     """What an engine says of its costs; raises ValueError for a strategy that does not."""
     if engine._costs is None:
         raise ValueError(
             f"{type(engine).__name__} does not say what it costs, so its memory cannot be predicted. Expected MAML, "
             "FOMAML or ImplicitMAML: give `chunk_size` as a number, and measure with imaml.measure.peak_memory."
         )
-    costs: Costs = engine._costs(engine, keeps_graphs)
+    costs: Costs = engine._costs(engine, graphs)
     return costs
 
 

@@ -81,7 +81,7 @@ def probe(
         with account.recording():
             with account.stage(_SNAPSHOT):
                 run = run_of(engine, objective, derivatives=True)
-            problem = run.problem(list(range(tasks)), batch[:tasks], Chunking(tasks, tasks, keeps_graphs=False))
+            problem = run.problem(list(range(tasks)), batch[:tasks], Chunking(tasks, tasks, graphs=0))
             stages = Stages.of(account, problem)
             try:
                 for each in costs:

@@ -15,7 +15,7 @@ def every(costs: Costs, device: torch.device, tasks: int) -> list[dict[str, Any]
     is_open = costs.engine.chunk_size in (None, "auto")
     chunks = [{}, *({"chunk_size": size} for size in sizes(tasks) if is_open)]
     found = [{}, *(variant | chunk for variant in _variants(costs, device) for chunk in chunks)]
-    return [options for i, options in enumerate(found) if options not in found[:i]]
+    return list({repr(options): options for options in found}.values())  # as written, since 1 == True
 
 
 def few(costs: Costs, device: torch.device, tasks: int) -> list[dict[str, Any]]:

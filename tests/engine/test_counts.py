@@ -78,6 +78,19 @@ def test_recomputation_is_the_least_possible(steps, checkpoints):
         assert report.gradients == TASKS * (steps + 1)
 
 
+@pytest.mark.parametrize("checkpoints", [None, 0, 1])
+@pytest.mark.parametrize("graphs", [0, 1, 3, 5, 9])
+def test_a_graph_that_is_kept_saves_an_evaluation(graphs, checkpoints):
+    steps = 5
+    engine = MAML(inner=inner(steps), linearize=graphs, checkpoints=checkpoints, chunk_size=1)
+    report, calls = run(engine)
+    kept, others = min(graphs, steps), max(steps - graphs, 0)
+    slots = others if checkpoints is None else checkpoints + 1
+    taken = fewest_advances(others, slots) + (others > 0) + kept
+    assert report.gradients == TASKS * (taken + 1) and report.hvps == TASKS * steps
+    assert calls == report.gradients + TASKS * others
+
+
 @pytest.mark.parametrize("linearize", [True, False])
 @pytest.mark.parametrize("budget", [1, 3])
 def test_implicit_reverse_over_reverse(budget, linearize):

@@ -55,7 +55,7 @@ def test_the_plan_fits_the_room(monkeypatch):
     monkeypatch.setattr(chunking, "VECTORISED", {"cpu": 5 * LAYER * 20 + 5 * LAYER // 2})
     room_for_ten = chunking._AGAIN * INNER.steps * 5 * LAYER * 10 + 50 * LAYER
     ten = 5 * LAYER * 10
-    few, many = chunking.Chunking(10, 5, True), chunking.Chunking(20, 5, False)
+    few, many = chunking.Chunking(10, 5, INNER.steps), chunking.Chunking(20, 5, 0)
     for kept, enough, expected in ((0, ten, many), (room_for_ten, ten, few), (room_for_ten, 1.1 * ten, many)):
         monkeypatch.setattr(chunking, "KEPT", kept)
         monkeypatch.setattr(chunking, "_ENOUGH", enough)
@@ -91,7 +91,7 @@ def test_any_plan_gives_the_same_numbers(strategy, adapt, monkeypatch):
     )
     expected = strategy(inner=INNER, chunk_size=1, **options)
     right = expected.value_and_grad(objective, tasks)[1]
-    for decided in (chunking.Chunking(5, 2, True), chunking.Chunking(2, 1, False), chunking.Chunking(3, 5, True)):
+    for decided in (chunking.Chunking(5, 2, 3), chunking.Chunking(2, 1, 0), chunking.Chunking(3, 5, 2)):
         monkeypatch.setattr("imaml._engine.run.choose_chunking", lambda *_, decided=decided: decided)
         engine = strategy(inner=INNER, **options)
         assert relative_error(engine.value_and_grad(objective, tasks)[1], right) <= 1e-10

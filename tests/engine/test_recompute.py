@@ -20,6 +20,7 @@ ENGINES = {
     "MAML, one by one": MAML(inner=INNER, chunk_size=1),
     "MAML, graphs kept": MAML(inner=INNER, linearize=True),
     "MAML, graphs rebuilt": MAML(inner=INNER, linearize=False),
+    "MAML, one graph": MAML(inner=INNER, linearize=1),
     "MAML, checkpoints": MAML(inner=INNER, checkpoints=1, chunk_size=2),
     "MAML, forward-over-reverse": MAML(inner=INNER, hvp="forward-over-reverse"),
     "MAML, Adam on disk": MAML(inner=Adam(lr=0.01, steps=3), storage="disk"),

@@ -31,7 +31,9 @@ def by_hand(model, tasks, name, meta, rates, **options):
     )
 
 
-@pytest.mark.parametrize("settings", [{}, {"checkpoints": 1}, {"linearize": True}, {"hvp": "forward-over-reverse"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"checkpoints": 1}, {"linearize": True}, {"linearize": 2}, {"hvp": "forward-over-reverse"}]
+)
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_meta_gradients_are_those_of_an_unrolled_loop(name, rate, settings):

@@ -51,7 +51,18 @@ def test_the_leanest_where_nothing_fits(left):
     objective, tasks = problem("mlp")
     chosen = left(1000)
     MAML(inner=INNER, chunk_size="auto").value_and_grad(objective, tasks)
-    assert (chosen[0].tasks, chosen[0].keeps_graphs) == (1, False)
+    assert chosen[0].tasks == 1 and chosen[0].graphs <= 1  # that of the last step takes no more than a state and phi
+
+
+def test_as_many_graphs_as_fit(left):
+    objective, tasks = problem("mlp")
+    forecast = MAML(inner=INNER, chunk_size=TASKS).plan(objective, tasks)
+    sizes = {repr(setting.options.get("linearize")): setting.peak_bytes for setting in forecast.settings}
+    every, half, last = sizes["True"], sizes["2"], sizes["1"]
+    for limit, graphs in ((every, 4), ((every + half) // 2, 2), ((half + last) // 2, 1)):
+        chosen = left(limit)
+        MAML(inner=INNER, chunk_size="auto").value_and_grad(objective, tasks)
+        assert (chosen[0].tasks, chosen[0].graphs) == (TASKS, graphs)
 
 
 def test_shapes_are_looked_at_once(left, monkeypatch):

@@ -51,6 +51,11 @@ CASES = [
     ("mlp", MAML(inner=Adam(lr=0.01, steps=4), linearize=False, chunk_size=1)),
     ("mlp", MAML(inner=Adam(lr=0.01, steps=4), linearize=True, chunk_size=5)),
     ("mlp", MAML(inner=Adam(lr=0.01, steps=9), checkpoints=2, chunk_size=2)),
+    ("mlp", MAML(inner=descent(), linearize=2, chunk_size=1)),
+    ("mlp", MAML(inner=descent(), linearize=3, regularization=0.1, chunk_size=1)),
+    ("mlp", MAML(inner=descent(9, momentum=0.9), linearize=4, storage="disk", chunk_size=2)),
+    ("mlp", MAML(inner=Adam(lr=0.01, steps=9), linearize=2, checkpoints=2, chunk_size=2)),
+    ("mlp", MAML(inner=descent(6), linearize=2, truncate=4, regularization=0.1, chunk_size=5)),
     ("mlp", MAML(inner=descent(), truncate=2, linearize=False)),
     ("mlp", MAML(inner=descent(), storage="disk", chunk_size=4)),
     ("mlp", MAML(inner=descent(9), storage="cpu", chunk_size=4)),
@@ -61,11 +66,14 @@ CASES = [
     ("mlp", implicit(linearize=False, solver_dtype=torch.float64, error_bound=False)),
     ("mlp", implicit(solver=Neumann(max_steps=3), chunk_size=1)),
     ("tokens", MAML(inner=descent(3), linearize=False, chunk_size=5)),
+    ("tokens", MAML(inner=descent(4), linearize=2, checkpoints=1, chunk_size=5)),
     ("tokens", MAML(inner=descent(2), microbatch_size=2, chunk_size=1)),
     ("tokens, recomputed", MAML(inner=descent(3), linearize=False, chunk_size=5)),
     ("tokens, recomputed", MAML(inner=descent(3), linearize=True, chunk_size=1)),
+    ("tokens, recomputed", MAML(inner=descent(5), linearize=2, chunk_size=2)),
     ("tokens, recomputed", implicit(chunk_size=2)),
     ("lstm", implicit(inner=descent(2), chunk_size=4)),
+    ("lstm", MAML(inner=descent(), linearize=2, chunk_size=4)),
     ("conv", MAML(inner=descent(), linearize=True, chunk_size=5)),
     ("conv", FOMAML(inner=descent())),
     ("conv", implicit(curvature="ggn", chunk_size=4)),
@@ -141,7 +149,7 @@ def test_what_the_user_has_fixed_does_not_vary():
 
     assert options(MAML(inner=descent(9))) == {"chunk_size", "checkpoints", "linearize", "storage"}
     assert options(MAML(inner=descent(9), chunk_size=2)) == {"checkpoints", "linearize", "storage"}
-    assert options(MAML(inner=descent(9), checkpoints=2)) == {"chunk_size"}
+    assert options(MAML(inner=descent(9), checkpoints=2)) == {"chunk_size", "linearize"}
     assert options(MAML(inner=descent(9), linearize=True, chunk_size=1)) == set()
     assert options(FOMAML(inner=descent())) == {"chunk_size"}
     assert options(implicit()) == {"chunk_size", "linearize"}
@@ -153,11 +161,14 @@ def test_linearised_and_vectorised_settings_are_predicted_to_be_faster():
     forecast = MAML(inner=descent()).plan(objective, tasks)
     ranks, settings = [s.rank for s in forecast.settings], {s.name: s for s in forecast.settings}
     assert ranks == sorted(ranks)
-    one, all_, kept = (
-        settings[f"linearize={keep}, chunk_size={size}"] for keep, size in ((False, 1), (False, TASKS), (True, TASKS))
+    one, all_, last, half, kept = (
+        settings[f"linearize={keep}, chunk_size={size}"]
+        for keep, size in ((False, 1), (False, TASKS), (1, TASKS), (2, TASKS), (True, TASKS))
     )
-    assert kept.rank < all_.rank < one.rank
+    assert kept.rank < half.rank < last.rank < all_.rank < one.rank
+    assert all_.peak_bytes <= last.peak_bytes < half.peak_bytes < kept.peak_bytes
     assert one.gradient_equivalents == all_.gradient_equivalents == TASKS * (5 + 3 * 4)
+    assert half.gradient_equivalents == TASKS * (5 + 3 * 2 + 2 * 2)
     assert kept.gradient_equivalents == TASKS * (5 + 2 * 4)
 
 

@@ -67,13 +67,30 @@ def test_what_is_measured_are_variants_and_modes_of_products(engine):
 def test_no_setting_stands_twice_or_is_refused(engine):
     for found in (measured(engine), predicted(engine)):
         engines = [replace(engine, **options) for options in found]
-        assert all(one != other for i, one in enumerate(engines) for other in engines[:i])
+        names = list(map(repr, engines))  # engines with linearize=1 and True are equal
+        assert len(set(names)) == len(names)
 
 
 def test_slices_of_examples_and_fixed_options_leave_no_graph_to_keep():
     for engine in (
         MAML(inner=INNER, microbatch_size=2),
-        MAML(inner=INNER, checkpoints=4),
+        MAML(inner=INNER, microbatch_size=2, checkpoints=4),
         MAML(inner=INNER, linearize=False),
+        MAML(inner=INNER, linearize=1),
     ):
         assert all("linearize" not in options for options in measured(engine) + predicted(engine))
+        assert costs_of(engine).numbers_of_graphs == [0]
+
+
+@pytest.mark.parametrize(("steps", "some"), [(9, [4, 2]), (4, [2, 1]), (3, [1]), (2, [1]), (1, [])])
+def test_half_and_a_quarter_of_the_graphs_are_predicted(steps, some):
+    inner = GradientDescent(lr=0.1, steps=steps)
+
+    def numbers(**options):
+        return [repr(each["linearize"]) for each in predicted(MAML(inner=inner, chunk_size=1, **options)) if each]
+
+    assert numbers(checkpoints=2) == numbers(storage="disk") == list(map(repr, some))
+    found = [each.get("linearize") for each in predicted(MAML(inner=inner, chunk_size=1))]
+    assert [repr(each) for each in found if each is not None] == list(map(repr, [True, *some, False]))
+    assert costs_of(MAML(inner=inner)).numbers_of_graphs == [steps, *some, 0]
+    assert costs_of(MAML(inner=inner, checkpoints=2)).numbers_of_graphs == [0]

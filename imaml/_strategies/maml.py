@@ -57,12 +57,12 @@ class MAML(MetaGradient):
             same as "device" elsewhere. "disk": in a file of the temporary folder (TMPDIR) that no name leads to, so
             that nothing is left behind; an OSError says how much room is missing. The device then holds the state at
             hand, whatever K.
-        linearize: Of how many of the last steps to keep the graph, so that the product there costs about one gradient
-            less. True: of all; False: of none. The other steps are evaluated anew, from states that `checkpoints` and
-            `storage` speak of; True leaves none to these. A graph is of the whole support set, so that
-            `microbatch_size` excludes it. 1 is one step, though Python says that it equals True. None: all where
-            `chunk_size`, `checkpoints` and `storage` are left open and the graphs are small, at most 192 MiB; as many
-            as seem to fit with `chunk_size="auto"`. The modes other than reverse-over-reverse always evaluate anew.
+        linearize: How many of the last steps keep their graph, so that the product there costs about one gradient less;
+            True for all, False for none. The other steps are evaluated anew from their states, of which `checkpoints`
+            and `storage` speak: True leaves them none. 1 is one step, although `1 == True` in Python. A graph is of the
+            whole support set, so that `microbatch_size` excludes it. None, with `checkpoints` and `storage` left open:
+            all where they take at most 192 MiB, or as many as fit with `chunk_size="auto"`, and none in chunks of a
+            given size. The modes other than reverse-over-reverse always evaluate anew.
         hvp: How Hessian-vector products are computed. "auto" uses "reverse-over-reverse", or "finite-difference" where
             the model has an operation without second derivatives; the report says which. "forward-over-reverse" is
             exact too. Finite differences are inexact, and useless in float32 for a convolutional network with ReLU:

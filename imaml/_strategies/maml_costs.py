@@ -85,7 +85,7 @@ class MAMLCosts(Costs):
         tape = self._tape
         if tape.steps == 0:
             return max(self.inner_peak(chunk), self.query_peak(chunk))
-        counts = sweep(tape.by_states, tape.checkpoints, are_first=tape.graphs == 0)
+        counts = sweep(tape.by_states, tape.checkpoints)
         cotangents = chunk["query"].held + chunk.vector * chunk.facts.damped
         peaks = self._with_graphs(chunk, counts, cotangents) if tape.graphs else []
         return max(peaks + (self._with_states(chunk, counts, cotangents) if tape.by_states else []))

@@ -78,13 +78,12 @@ class Sweep:
     """and when it is differentiated, after the last."""
 
 
-def sweep(steps: int, checkpoints: int | None, *, are_first: bool = True) -> Sweep:
+def sweep(steps: int, checkpoints: int | None) -> Sweep:
     """Count along the moves, without taking any.
 
     Args:
         steps: K.
         checkpoints: As `MAML.checkpoints`.
-        are_first: Whether no other steps, which follow these in the inner loop, are differentiated before.
 
     Returns:
         The counts.
@@ -107,8 +106,6 @@ def sweep(steps: int, checkpoints: int | None, *, are_first: bool = True) -> Swe
                     forward = max(forward, held(step))
                 else:
                     again = max(again or 0, held(step, before))
-                if what is Do.END and not are_first:
-                    before = steps
             case Do.REVERSE:
                 if before is not None:
                     point, reverse = max(point, held(step, before)), max(reverse, held(step))

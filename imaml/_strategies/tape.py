@@ -80,7 +80,7 @@ class Tape:
         return state[0], chain((points.pop() for _ in range(self.graphs)), earlier)
 
     def _states_backwards(self, problem: Problem, before: Callable[[], State], kept: Store) -> Iterator[State]:
-        """Yield the state before the first graph, then that before each step, the last first; `before` gives that."""
+        """Yield the state after these steps, then that before each, the last first; `before` gives the first."""
         state = before()
         if self.by_states == 0:
             yield state

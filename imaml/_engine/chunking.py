@@ -37,7 +37,7 @@ class Chunking:
     query_tasks: int
     """Tasks whose query gradient is computed at once."""
     graphs: int
-    """Of how many inner steps, the last ones, the graph is kept for the reverse sweep of MAML, at most."""
+    """How many of the last inner steps have their graph kept for the reverse sweep of MAML, at most."""
 
 
 ONE_BY_ONE = Chunking(1, 1, graphs=0)

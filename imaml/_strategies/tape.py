@@ -30,7 +30,7 @@ class Tape:
     steps: int
     """How many are."""
     graphs: int
-    """Of how many of these, the last ones, the graph of the gradient is kept, which serves the product too."""
+    """How many of the last of these have the graph of their gradient kept, which serves the product too."""
     checkpoints: int | None
     """How many states of the others are put away at most, besides the first; None: all."""
     storage: Storage

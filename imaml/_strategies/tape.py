@@ -61,10 +61,10 @@ class Tape:
         before, last = _before(problem, self.first), self.first + self.by_states
         with store(self.storage, problem.snapshot.like.device, self.most_states) as kept:
             states = self._states_backwards(problem, before, kept)
-            backwards = zip(reversed(range(self.first, last)), states, strict=True)
+            backwards = reversed(range(self.first, last))
             # Neither phi nor a state has a name here, which would keep it through the sweep.
             yield self._with_graphs(
-                problem, next(states), mode, (Point.at(problem, state, step, mode) for step, state in backwards)
+                problem, next(states), mode, (Point.at(problem, next(states), step, mode) for step in backwards)
             )
 
     def _with_graphs(

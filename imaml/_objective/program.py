@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from imaml._objective.blocks import Blocks, blocks_of
+from imaml._objective.blocks import Blocks, blocks_of, listed
 from imaml._objective.buffers import BufferPolicy, check_buffers, statistics
 from imaml._objective.faithful import Survey
 from imaml._tasks import Batch
@@ -63,7 +63,7 @@ class ModelProgram(Program):
     model: nn.Module
 
     def __init__(self, model: nn.Module, buffers: BufferPolicy | None, recompute: Blocks) -> None:
-        blocks = recompute if isinstance(recompute, str) or not isinstance(recompute, Iterable) else tuple(recompute)
+        blocks = listed(recompute)
         blocks_of(model, blocks)
         self.model, self.buffers, self.recompute = model, buffers, blocks
 

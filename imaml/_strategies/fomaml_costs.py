@@ -20,4 +20,5 @@ class FOMAMLCosts(Costs):
     def work(self, facts: Facts) -> Work:
         """K + 1 gradients."""
         gradients, hvps = self.inner_counts(facts)
-        return Work(gradients=gradients + 1, hvps=hvps, equivalents=gradients + 1 + facts.product(Graph.KEPT) * hvps)
+        equivalents = facts.gradient * (gradients + 1) + facts.product(Graph.KEPT) * hvps
+        return Work(gradients=gradients + 1, hvps=hvps, equivalents=equivalents)

@@ -14,7 +14,8 @@ from imaml.planning._costs import ChunkUse, Costs, Facts, Stages, Work
 from imaml.planning._solve import Solve, solve
 
 _GAUSS_NEWTON = 1
-"""What a product with J'BJ costs, in gradients: three passes through a model that is kept as a linear map."""
+"""What a product with J'BJ costs, in gradients: three passes through a model that is kept as a linear map. One whose
+blocks are recomputed is kept as little as for a product with H."""
 
 
 class ImplicitCosts(Costs):
@@ -89,6 +90,8 @@ class ImplicitCosts(Costs):
         gradients += 4 if self.engine._has_bound else 2
         each = mixed = facts.product(self.engine._graph)
         if self.engine.curvature == "ggn":
-            each, mixed = _GAUSS_NEWTON, facts.product(Graph.REBUILT)
-        equivalents = gradients + facts.product(Graph.KEPT) * inner_hvps + each * hvps + mixed * bool(facts.shared)
+            each = facts.product(Graph.KEPT) if facts.recomputes else _GAUSS_NEWTON
+            mixed = facts.product(Graph.REBUILT)
+        inner = facts.gradient * gradients + facts.product(Graph.KEPT) * inner_hvps
+        equivalents = inner + each * hvps + mixed * bool(facts.shared)
         return Work(gradients=gradients, hvps=inner_hvps + hvps + bool(facts.shared), equivalents=equivalents)

@@ -160,7 +160,7 @@ class MAMLCosts(Costs):
         gradients = tape.first + tape.graphs + sweep(tape.by_states, tape.checkpoints).steps + 1
         if facts.needs_gradient:
             gradients, anew = gradients + tape.by_states, once
-        equivalents = gradients + tape.graphs * once + tape.by_states * anew
+        equivalents = facts.gradient * gradients + tape.graphs * once + tape.by_states * anew
         state = facts.adapted * facts.dtype.itemsize * (1 + self._buffers)
         transfer = _MOVED[tape.storage] * tape.most_states * state
         return Work(gradients=gradients, hvps=tape.steps, equivalents=equivalents, transfer=transfer)

@@ -59,7 +59,8 @@ class MetaGradient(Strategy):
 
     With `chunk_size="auto"` it is the most whose peak, as `plan` predicts it, fits into four fifths of the memory that
     is free when an engine first sees its shapes. On a CPU it is at most as many as None takes, since more are slower
-    there. Graphs are kept where they fit too. Which it is may change with the free memory.
+    there. Graphs are kept where they fit too. Where not even one task fits, modules are recomputed, if `recompute` is
+    left open and there are any that `plan` would list. Which it is may change with the free memory.
 
     With `chunk_size=1` tasks run one by one, without `torch.func.vmap`. A model that cannot be vectorised (LSTM,
     control flow that depends on the data) runs task by task in any case, though the graphs of a chunk are held
@@ -68,6 +69,10 @@ class MetaGradient(Strategy):
     Microbatches: gradients and products accumulate over slices of `microbatch_size` examples, so that the memory is
     that of one slice. The numbers are the same where the loss is a mean over independent examples; the first two slices
     are compared the first time, unless there is dropout.
+
+    Recomputation: the activations of the modules that `recompute` names are not kept, but computed again in derivatives
+    of every order, besides those of `Objective(recompute=...)`. The numbers are the same. It is an option of the engine
+    too, so that a forecast can recommend it.
 
     Compilation: with `compile=True` the derivatives of the losses are traced and compiled by TorchInductor, once for
     each shape. That is about twice as fast where calls are many and tensors small, for some ten seconds of compilation
@@ -92,6 +97,8 @@ class MetaGradient(Strategy):
             or a function of the objective's meta-parameters that returns either. None: no proximal term.
         chunk_size: How many tasks run at once, vectorised: a number, "auto", or None, which goes by shapes alone.
         microbatch_size: How many examples of a support or query set are seen at once. None: all.
+        recompute: Modules of the objective's model to recompute, as in `Objective(recompute=...)`. None leaves it open
+            to `plan` and `chunk_size="auto"`, and recomputes nothing otherwise; [] closes it.
         on_nonfinite: What a task leads to whose support loss, query loss or meta-gradient is NaN or infinite, or whose
             inner loop diverges: "raise" an error, or "skip" it. The mean is then over the other tasks, as if it had not
             been given, and `report.skipped` names it; the cost is that of its chunk, which is computed anew without it.
@@ -188,14 +195,20 @@ class MetaGradient(Strategy):
         """Predict what a call takes, in the settings that the engine leaves open, before any of them runs.
 
         Open are `chunk_size` where it is None or "auto", and for `MAML` `checkpoints`, `linearize` and `storage`, for
-        `ImplicitMAML` `linearize`, where they are at their defaults. All settings give the same numbers.
+        `ImplicitMAML` `linearize`, where they are at their defaults. So is `recompute`, for an objective of a model
+        that neither recomputes anything itself nor is compiled or sharded. All settings give the same numbers.
+
+        One choice of modules to recompute is looked at, where one saves memory: a type of modules, or what a list of
+        them holds. It is the one that leaves the least of a gradient's graph by a forward pass, and that has the same
+        gradient; one that is refused gives way to the next best.
 
         The peak comes from a model of each strategy: how many states, graphs and vectors it holds beside an inner step,
         a query gradient or a Hessian-vector product. What these take is measured, for one, two and three tasks, and
         continued along a line.
 
-        Cost: at most 4 gradients and 4 products for each of these, six tasks in all. The model, `.grad`s and random
-        states are not changed.
+        Cost: at most 4 gradients and 4 products for each of these, six tasks in all. With modules to recompute it is as
+        much again, of recomputed ones, and a few gradients of a task. The model, `.grad`s and random states are not
+        changed.
 
         Args:
             objective: Model and loss.

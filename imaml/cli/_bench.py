@@ -6,13 +6,16 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import islice
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from imaml import ImplicitMAML
-from imaml.cli._bench_costs import Candidate, Cost, measure
+from imaml import ImplicitMAML, MetaGradient
+from imaml._tasks import group as by_shape
+from imaml.cli._bench_costs import RAISED, Candidate, Cost, measure
 from imaml.cli._bench_figures import scatter
 from imaml.cli._bench_options import Bench
 from imaml.cli._engines import engines
@@ -23,6 +26,8 @@ from imaml.cli._options import MachineOptions
 from imaml.cli._page import Drawing, Section, save_figures, write_page
 from imaml.cli._progress import log_shown, say
 from imaml.cli._result import NAMES
+from imaml.planning._blocks import worth_recomputing
+from imaml.planning._forecast import as_written
 from imaml.planning._predict import costs_of
 from imaml.planning._settings import few
 from imaml.training import make_folder, replace_file
@@ -101,11 +106,20 @@ def _candidates(made: Made, options: Bench, console: Console) -> Iterator[Candid
             continue
         if isinstance(engine, ImplicitMAML):  # the same tasks are solved over and over
             engine = replace(engine, warm_start=False, on_failure="ignore")
-        for changes in few(costs_of(engine), made.device, len(made.tasks)):
+        for changes in (*few(costs_of(engine), made.device, len(made.tasks)), *_recomputing(engine, made)):
             changed = replace(engine, **changes)
             if not changes or changed != engine and not changes.keys() & fixed:
-                setting = ", ".join([NAMES[strategy], *(f"{option}={value!r}" for option, value in changes.items())])
+                setting = ", ".join([NAMES[strategy], *([as_written(changes)] if changes else [])])
                 yield Candidate(strategy=strategy, setting=setting, engine=changed)
+
+
+def _recomputing(engine: MetaGradient, made: Made) -> list[dict[str, Any]]:
+    """The leanest setting that recomputes, where the engine leaves that open and it may pay."""
+    batch = by_shape(made.tasks)[0][1]
+    try:
+        return [{"chunk_size": 1, "recompute": b} for b in islice(worth_recomputing(engine, made.objective, batch), 1)]
+    except RAISED:  # by the problem, whose own row will say so
+        return []
 
 
 def _advice(costs: list[Cost], limit: float | None) -> Iterator[str]:

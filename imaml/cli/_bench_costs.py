@@ -17,7 +17,7 @@ from imaml.cli._options import Strategy
 from imaml.inner import InnerOptimizer
 from imaml.measure import peak_memory, timed_in_turn
 
-_RAISED = (TypeError, ValueError, RuntimeError, FloatingPointError)
+RAISED = (TypeError, ValueError, RuntimeError, FloatingPointError)
 """By a problem that a strategy is not for."""
 
 
@@ -87,7 +87,7 @@ def measure(
         with console.status(f"{one.setting}: error"):
             try:
                 costs[one.setting] = replace(cost, error=_error(made, one.engine, exact))
-            except _RAISED as error:
+            except RAISED as error:
                 costs[one.setting] = replace(cost, reason="unknown", failure=f"in float64, {_sentence(error)}")
     return list(costs.values())
 
@@ -103,7 +103,7 @@ def _peak(made: Made, candidate: Candidate, limit: float | None) -> Cost:
         size = peak_memory(call, device=made.device)
     except torch.OutOfMemoryError:
         return replace(cost, reason="out of memory")
-    except _RAISED as error:
+    except RAISED as error:
         return replace(cost, reason="failed", failure=_sentence(error))
     return replace(cost, bytes=size, reason=f"over {limit:g} MB" if limit is not None and size > 1e6 * limit else None)
 

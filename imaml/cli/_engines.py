@@ -18,7 +18,7 @@ DEFAULTS: dict[Strategy, EngineOptions] = {
     "fomaml": EngineOptions(inner_lr=0.01, inner_steps=5),
     "imaml": EngineOptions(inner_lr=0.01, inner_steps=5, regularization=2.0, cg_steps=5),
 }
-_OF_THE_PROBLEM = ("regularization", "microbatch_size", "hvp", "on_nonfinite", "compile", "compile_budget")
+_OF_THE_PROBLEM = ("regularization", "microbatch_size", "recompute", "hvp", "on_nonfinite", "compile", "compile_budget")
 """What the strategies have in common, and the problem's own engine passes on to the others."""
 
 

@@ -60,12 +60,23 @@ class Facts:
     """Gradients and products of an inner step."""
     without_path: Collection[str] = ()
     """Meta-parameters that no derivative leads to."""
+    recomputes: bool = False
+    """Whether modules, taken for the whole model, are recomputed."""
 
-    def product(self, graph: Graph) -> int:
-        """What a product with the Hessian costs, in gradients."""
+    @property
+    def gradient(self) -> float:
+        """What a gradient costs, in gradients that recompute nothing."""
+        return 4 / 3 if self.recomputes else 1
+
+    def product(self, graph: Graph) -> float:
+        """What a product with the Hessian costs, in gradients that recompute nothing."""
         # One pass back through a computation costs twice that computation. So with a forward pass of 1 a gradient is 3,
-        # and its own derivative 6 more, or 9 where the graph is rebuilt. Finite differences are two gradients.
-        return 3 if graph is Graph.REBUILT and self.mode != "finite-difference" else 2
+        # and its own derivative 6 more, or 9 where the graph is rebuilt. Finite differences are two gradients. With
+        # blocks that are recomputed a gradient is 4, and a product about 15, by the flops of residual blocks.
+        if self.mode == "finite-difference":
+            return 2 * self.gradient
+        rebuilt = 5 if self.recomputes else 3
+        return rebuilt if graph is Graph.REBUILT else rebuilt - self.gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +178,7 @@ class Costs(ABC):
             mode=record.mode or facts.mode,
             is_vectorised=record.is_vectorised,
             without_path=record.without_path(problem.snapshot.objective.meta, through),
+            recomputes=bool(problem.snapshot.survey.recomputed),
         )
 
     def _inner_loop(self, problem: Problem, stages: Stages) -> Facts:

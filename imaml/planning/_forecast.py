@@ -25,7 +25,8 @@ class Prediction:
     """As `Report.hvps`; the most, where a solver may stop early."""
     gradient_equivalents: float
     """The arithmetic of both, in gradients of one task: a Hessian-vector product counts 3, or 2 where the graph of the
-    gradient is kept or by finite differences, or 1 with a Gauss-Newton matrix."""
+    gradient is kept or by finite differences, or 1 with a Gauss-Newton matrix. With blocks that are recomputed a
+    gradient counts 4/3 and a product 5, or 11/3 with a kept graph."""
     rank: float
     """What settings are ordered by, ascending: the arithmetic with what vectorising saves; no unit."""
 
@@ -47,7 +48,7 @@ class Setting(Prediction, Generic[Engine]):
     @property
     def name(self) -> str:
         """The options as they are written."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items()) or "as it is"
+        return as_written(self.options) or "as it is"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ class Forecast(Generic[Engine]):
     """How many tasks a call has."""
     gradients: int
     hvps: int
-    """What the forecast itself took, for one, two and three tasks."""
+    """What the forecast itself took, for one, two and three tasks, in stages; see `MetaGradient.plan`."""
 
     @property
     def best(self) -> Setting[Engine] | None:
@@ -122,6 +123,17 @@ class Forecast(Generic[Engine]):
             for row in rows
         ]
         return "\n".join([*(line.rstrip() for line in lines), self.advice])
+
+
+def as_written(options: Mapping[str, object]) -> str:
+    """Options as in a call, with types by their names."""
+    return ", ".join(f"{name}={_value(value)}" for name, value in options.items())
+
+
+def _value(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_value, value))}]"
+    return value.__name__ if isinstance(value, type) else repr(value)
 
 
 _LEANER = 0.9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from math import ceil
 
@@ -16,6 +17,7 @@ from imaml._sharding.runs import run_of
 from imaml._tasks import Task, TaskBatch
 from imaml._tasks import group as by_shape
 from imaml._torch import tree_leaves
+from imaml.planning._blocks import REFUSALS, worth_recomputing
 from imaml.planning._bytes import free, parse
 from imaml.planning._forecast import Engine, Forecast, Setting
 from imaml.planning._predict import ProbedTasks, costs_of, predict
@@ -38,21 +40,35 @@ def forecast(
     batches = [look(engine, objective, batch, room_of(device)) for batch in groups]
     for key in set[str].intersection(*(set(batch.probe.facts.without_path) for batch in batches)):
         raise no_gradient(key, engine._without_path)
+    ways = [(engine, batches), *recomputing(engine, objective, groups, room_of(device))]
     tensors = [] if isinstance(tasks, TaskBatch) else tree_leaves([(batch.support, batch.query) for batch in groups])
     stacked = sum(t.numel() * t.element_size() for t in tensors)
     settings: list[Setting[Engine]] = []
-    for options in every(costs_of(engine), device, max(map(len, groups))):
-        chosen = replace(engine, **options) if options else engine
-        found = predict(chosen, batches, [chunking(chosen, batch, limit) for batch in batches], stacked=stacked)
-        fits = limit is None or found.peak_bytes <= limit
-        settings.append(Setting(engine=chosen, options=options, fits=fits, **vars(found)))
+    for way, looks in ways:
+        changes = {} if way is engine else {"recompute": way.recompute}
+        for options in every(costs_of(way), device, max(map(len, groups))):
+            chosen = replace(way, **options) if options else way
+            found = predict(chosen, looks, [chunking(chosen, look, limit) for look in looks], stacked=stacked)
+            fits = limit is None or found.peak_bytes <= limit
+            settings.append(Setting(engine=chosen, options=changes | options, fits=fits, **vars(found)))
     return Forecast(
         settings=tuple(sorted(settings, key=lambda setting: (setting.rank, setting.peak_bytes))),
         memory=limit,
         tasks=sum(map(len, groups)),
-        gradients=sum(batch.probe.gradients for batch in batches),
-        hvps=sum(batch.probe.hvps for batch in batches),
+        gradients=sum(look.probe.gradients for _, looks in ways for look in looks),
+        hvps=sum(look.probe.hvps for _, looks in ways for look in looks),
     )
+
+
+def recomputing(
+    engine: Engine, objective: Objective, groups: Sequence[TaskBatch], room: float | None
+) -> list[tuple[Engine, list[ProbedTasks]]]:
+    """The engine with modules that are worth recomputing, if it leaves that open and there are any, and its looks."""
+    for blocks in worth_recomputing(engine, objective, groups[0]):
+        leaner = replace(engine, recompute=blocks)
+        with suppress(*REFUSALS):  # found where tasks are vectorised, or in second derivatives
+            return [(leaner, [look(leaner, objective, batch, room) for batch in groups])]
+    return []
 
 
 def look(engine: Strategy, objective: Objective, batch: TaskBatch, room: float | None) -> ProbedTasks:
@@ -74,12 +90,24 @@ def look(engine: Strategy, objective: Objective, batch: TaskBatch, room: float |
 
 def automatic(engine: Strategy, objective: Objective, batch: TaskBatch, shapes: Hashable) -> Chunking:
     """How tasks run with `chunk_size="auto"`; looked at once for these shapes, and again for more tasks up to three."""
-    key = (shapes, min(len(batch), MOST_TASKS))
-    if key not in engine._memory.looks:
+    key, looks = (shapes, min(len(batch), MOST_TASKS)), engine._memory.looks
+    if key not in looks:
         room = room_of(device_of(objective))
-        engine._memory.looks[key] = look(engine, objective, batch, room), room
-    found, room = engine._memory.looks[key]
-    return auto(engine, replace(found, tasks=len(batch)), room)
+        looks[key] = look(engine, objective, batch, room), room
+    found, room = looks[key]
+    found = replace(found, tasks=len(batch))
+    chosen = auto(engine, found, room)
+    peak = predict(engine, [found], [chosen]).peak_bytes
+    if room is None or peak <= room:
+        return chosen
+    if (key, "recompute") not in looks:  # a second probe, and only where nothing fits without
+        looks[key, "recompute"] = recomputing(engine, objective, [batch], room)
+    for leaner, [again] in looks[key, "recompute"]:
+        again = replace(again, tasks=len(batch))
+        one = auto(leaner, again, room)
+        if predict(leaner, [again], [one]).peak_bytes < peak:
+            return replace(one, recompute=leaner.recompute)
+    return chosen
 
 
 def device_of(objective: Objective) -> torch.device:

@@ -66,7 +66,7 @@ class Forecast(Generic[Engine]):
     """How many tasks a call has."""
     gradients: int
     hvps: int
-    """What the forecast itself took, for one, two and three tasks, in stages; see `MetaGradient.plan`."""
+    """What its probes took, for one, two and three tasks."""
 
     @property
     def best(self) -> Setting[Engine] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from imaml.models import MLP, Conv4
 
 LR = 0.01
 Problem = tuple[Objective, TaskBatch]
+Recompute = Sequence[str | type[nn.Module]]
 
 
 class LSTM(nn.Module):
@@ -75,17 +76,19 @@ def images(queries: int, adapt: list[str] | None = None) -> Problem:
     return Objective(Conv4(5), F.cross_entropy, adapt=adapt), tasks
 
 
-def tokens() -> Problem:
+def tokens(layers: int = 2, recompute: Recompute = ()) -> Problem:
     tasks = _tasks(6, 8, 8, lambda t, n: torch.randint(1000, (t, n, 32)))
-    return Objective(Transformer(vocabulary=1000, width=64, layers=2), F.cross_entropy), tasks
+    model = Transformer(vocabulary=1000, width=64, layers=layers)
+    return Objective(model, F.cross_entropy, recompute=recompute), tasks
 
 
 def sequences() -> Problem:
     return Objective(LSTM(), F.cross_entropy), _tasks(6, 5, 10, lambda t, n: torch.randn(t, n, 8, 16))
 
 
-def pictures() -> Problem:
-    return Objective(Residual(), F.cross_entropy), _tasks(6, 5, 15, lambda t, n: torch.randn(t, n, 3, 16, 16))
+def pictures(recompute: Recompute = ()) -> Problem:
+    tasks = _tasks(6, 5, 15, lambda t, n: torch.randn(t, n, 3, 16, 16))
+    return Objective(Residual(), F.cross_entropy, recompute=recompute), tasks
 
 
 MODELS: dict[str, Callable[[], Problem]] = {
@@ -96,6 +99,8 @@ MODELS: dict[str, Callable[[], Problem]] = {
     "transformer": tokens,
     "LSTM": sequences,
     "GroupNorm, skips": pictures,
+    "transformer, recomputed": lambda: tokens(4, [nn.TransformerEncoderLayer]),
+    "GroupNorm, recomputed": lambda: pictures(["blocks.*"]),
 }
 
 

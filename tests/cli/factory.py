@@ -13,6 +13,19 @@ def make():
         return torch.randn(2, 4, 2), torch.randn(2, 4, 2)
     return Objective(model, F.mse_loss), TaskBatch(support=batch(), query=batch())
 
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wide, self.back = nn.Linear(2, 32), nn.Linear(32, 2)
+    def forward(self, x):
+        return x + self.back(torch.tanh(self.wide(x)))
+
+def deep():
+    torch.manual_seed(0)
+    def batch():
+        return torch.randn(2, 300, 2), torch.randn(2, 300, 2)
+    return Objective(nn.Sequential(*(Layer() for _ in range(4))), F.mse_loss), TaskBatch(support=batch(), query=batch())
+
 def with_unused():
     objective, tasks = make()
     return Objective(objective.model, F.mse_loss, meta={"log_lr": torch.tensor(-2.0, requires_grad=True)}), tasks

@@ -86,6 +86,13 @@ def test_every_setting_is_measured_and_the_exact_ones_are_exact(run, capsys):
     assert "FOMAML, chunk_size=1" in printed and "iMAML: use" in printed
 
 
+def test_a_setting_that_recomputes_is_measured_where_it_may_pay(run):
+    code, rows = run("user_bench:deep", "--strategies", "fomaml")
+    sizes = {row["setting"]: row["bytes"] for row in rows}
+    assert code == 0 and list(sizes)[-1] == "FOMAML, chunk_size=1, recompute=[Layer]"
+    assert sizes["FOMAML, chunk_size=1, recompute=[Layer]"] < sizes["FOMAML, chunk_size=1"]
+
+
 def test_the_inner_loop_of_a_given_engine_and_fixed_options_are_kept(run):
     _, rows = run("user_bench:with_engine", "--strategies", "maml", "fomaml", "--chunk-size", "1")
     assert [row["setting"] for row in rows] == ["MAML", "MAML, hvp='forward-over-reverse'", "FOMAML"]

@@ -54,6 +54,12 @@ def test_every_strategy_has_settings_and_advice(run, capsys):
     assert " no " not in out.split("Use ")[0] and captured.err == ""
 
 
+def test_settings_that_recompute_are_listed(run, capsys):
+    assert run("user_plan:deep", "--strategies", "maml", "--memory", "1kB") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "The leanest is recompute=[Layer], " in out
+
+
 def test_a_limit_and_options_that_are_given(run, capsys):
     args = ("user_plan:make", "--memory", "100B", "--strategies", "maml", "--checkpoints", "1", "--chunk-size", "1")
     assert run(*args) == 0

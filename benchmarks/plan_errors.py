@@ -99,7 +99,7 @@ MODELS: dict[str, Callable[[], Problem]] = {
     "transformer": tokens,
     "LSTM": sequences,
     "GroupNorm, skips": pictures,
-    "transformer, recomputed": lambda: tokens(4, [nn.TransformerEncoderLayer]),
+    "transformer, recomputed": lambda: tokens(3, [nn.TransformerEncoderLayer]),
     "GroupNorm, recomputed": lambda: pictures(["blocks.*"]),
 }
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, get_args
 
 import torch
-from torch import Tensor
 
 from imaml._curvature.product import HvpMode, check_mode
 from imaml._engine.problem import Problem
@@ -149,32 +147,23 @@ class MAML(MetaGradient):
         with tape.recorded(problem, self.hvp) as (phi, points):
             query = problem.judge(phi)
             cotangent, shared, damping, outcome = query.adapted, query.shared, problem.damping, problem.outcome(query)
-            buffers = (torch.zeros_like(cotangent),) * problem.optimizer.buffers
+            buffers = [torch.zeros_like(cotangent)] * problem.optimizer.buffers
             del query, phi  # they would live through the sweep
             pulled_by_theta = 0 if damping is None else torch.zeros_like(cotangent)
             # The adjoint written out: an unrolled graph would hold all steps, and torch.utils.checkpoint, which
             # recomputes under a nested autograd.grad, can raise the peak.
             for point in points:
-                (cotangent, *rest), w = point.pull_through_update((cotangent, *buffers))
-                buffers = tuple(rest)
-                own = _own(cotangent, (w, *buffers))
-                cotangent, mixed = point.curvature.product(w, mixed=shared is not None, into=own)
-                del point, own  # or the state would stand beside the one before it
+                (cotangent, *buffers), w, mixed = point.pull_back((cotangent, *buffers), mixed=shared is not None)
+                del point  # like w below: they would stand beside those of the step before
                 if damping is not None:
                     cotangent.addcmul_(w, damping)
                     pulled_by_theta -= damping * w
                 if shared is not None and mixed is not None:
                     shared.add_(mixed)
+                del w
         if tape.first == 0:
             cotangent = problem.optimizer.pull_through_start(lambda: problem.theta, (cotangent, *buffers))
         return Pullback(cotangent + pulled_by_theta, shared, outcome)
-
-
-def _own(vector: Tensor, others: Sequence[Tensor]) -> Tensor:
-    """The vector, or a copy where it shares memory, with itself or with others, so that it may be written to."""
-    own = vector.untyped_storage().data_ptr()
-    shares = any(own == other.untyped_storage().data_ptr() for other in others)
-    return vector.clone(memory_format=torch.contiguous_format) if shares or 0 in vector.stride() else vector
 
 
 _WITH_GRAPHS: dict[str, tuple[object, str]] = {"microbatch_size": (None, "each of the whole support set")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from imaml._curvature.curvature import Curvature
@@ -50,3 +51,16 @@ class Point:
             rates["regularization"] = w * (self.state[0] - problem.theta)
         problem.hyper.add(rates, self.step)
         return before, w
+
+    def pull_back(self, cotangents: State, *, mixed: bool) -> tuple[State, Tensor, Tensor | None]:
+        """The cotangents of s_k as far as they go through this step, that of g_k, and the mixed product with it.
+
+        The product is added to the cotangent of phi_k, where that shares no memory: a vector less.
+        """
+        (mine, *buffers), w = self.pull_through_update(cotangents)
+        self.gradient = None  # it has served
+        pointer = mine.untyped_storage().data_ptr()
+        if 0 in mine.stride() or any(pointer == t.untyped_storage().data_ptr() for t in (w, *buffers)):
+            mine = mine.clone(memory_format=torch.contiguous_format)
+        product, by_shared = self.curvature.product(w, mixed=mixed, into=mine)
+        return (product, *buffers), w, by_shared

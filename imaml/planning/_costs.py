@@ -72,11 +72,13 @@ class Facts:
         """What a product with the Hessian costs, in gradients that recompute nothing."""
         # One pass back through a computation costs twice that computation. So with a forward pass of 1 a gradient is 3,
         # and its own derivative 6 more, or 9 where the graph is rebuilt. Finite differences are two gradients. With
-        # blocks that are recomputed a gradient is 4, and a product about 15, by the flops of residual blocks.
+        # blocks that are recomputed a gradient is 4, and a product about 15, by the flops of residual blocks, or 12 by
+        # forward-over-reverse, which rebuilds it.
         if self.mode == "finite-difference":
             return 2 * self.gradient
-        rebuilt = 5 if self.recomputes else 3
-        return rebuilt if graph is Graph.REBUILT else rebuilt - self.gradient
+        if graph is not Graph.REBUILT:
+            return (5 if self.recomputes else 3) - self.gradient
+        return (4 if self.mode == "forward-over-reverse" else 5) if self.recomputes else 3
 
 
 @dataclass(frozen=True, kw_only=True)

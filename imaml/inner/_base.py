@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 from imaml._numbers import check_integer, check_number
 from imaml.inner._hyper import Hyper, check_hyper
 from imaml.inner._inner_problem import InnerProblem, State
+
+BLOCK = 2**20
+"""Entries of a vector that are pulled back at a time, where that is possible: the graph of an update is long."""
 
 Rates = Mapping[str, float | Tensor]
 """Every hyper-parameter at one step: a number, or a tensor that broadcasts against `(tasks, n)`."""
@@ -85,6 +89,8 @@ class InnerOptimizer(InnerSolver):
     """Whether U is linear in state and gradient, so that its derivative needs neither."""
     is_deterministic: ClassVar[bool] = False
     """Whether U draws no random numbers; those that it may draw are the same whenever a step is taken again."""
+    is_elementwise: ClassVar[bool] = False
+    """Whether no entry of U depends on another or on chance, so that it can be differentiated block by block."""
     positive: ClassVar[tuple[str, ...]] = ("lr",)
     nonnegative: ClassVar[tuple[str, ...]] = ()
     """The hyper-parameters, by range."""
@@ -110,7 +116,7 @@ class InnerOptimizer(InnerSolver):
         """How many vectors besides phi the state has; all start at zero."""
         return 0
 
-    def said_of_update(self, name: Literal["is_linear", "is_deterministic", "pullback"]) -> Any:
+    def said_of_update(self, name: Literal["is_linear", "is_deterministic", "is_elementwise", "pullback"]) -> Any:
         """What a class says of its own `update`; where another class brings the `update`, what `InnerOptimizer` says.
 
         Looked up at each use, since an `update` may be set on a class or on an optimiser at any time.
@@ -155,18 +161,36 @@ class InnerOptimizer(InnerSolver):
             del gradient, following
         return state[0]
 
-    @torch.enable_grad()
     def pullback(
         self, state: State, gradient: Tensor, cotangents: State, step: int, at: Rates, learned: frozenset[str]
     ) -> tuple[State, Tensor, dict[str, Tensor]]:
         """The cotangents of s, of g and of the learned hyper-parameters, for those of U(s, g)."""
-        points = [t.detach().requires_grad_() for t in (*state, gradient)]
-        mine = learned & set(self.hyperparameters)
-        rates = {n: v.detach().requires_grad_() for n, v in at.items() if n in mine and isinstance(v, Tensor)}
-        following = self.update(tuple(points[:-1]), points[-1], step, dict(at) | rates)
-        found = _pulled(following, cotangents, [*points, *rates.values()])
-        size = len(state)
-        return found[:size], found[size], dict(zip(rates, found[size + 1 :], strict=True))
+        points, own, n = (*state, gradient), learned & set(self.hyperparameters), gradient.shape[-1]
+        rates = {name: rate for name, rate in at.items() if name in own and isinstance(rate, Tensor)}
+        # DTensors are left whole: a slice of one would be gathered from all processes.
+        in_blocks = self.said_of_update("is_elementwise") and all(type(t) is Tensor for t in (*points, *cotangents))
+        if n <= BLOCK or not in_blocks:
+            found = self._pullback(points, cotangents, step, at, rates)
+        else:
+            found = [torch.zeros_like(t) for t in (*points, *rates.values())]
+            for first in range(0, n, BLOCK):
+                part = partial(_columns, of=n, first=first)
+                some = {name: part(rate) if isinstance(rate, Tensor) else rate for name, rate in at.items()}
+                mine = {name: part(rate) for name, rate in rates.items()}
+                pulled = self._pullback([*map(part, points)], tuple(map(part, cotangents)), step, some, mine)
+                for total, t in zip(found, pulled, strict=True):
+                    part(total).add_(t)
+        return tuple(found[: len(state)]), found[len(state)], dict(zip(rates, found[len(points) :], strict=True))
+
+    @torch.enable_grad()
+    def _pullback(
+        self, points: Sequence[Tensor], cotangents: State, step: int, at: Rates, learned: Mapping[str, Tensor]
+    ) -> list[Tensor]:
+        """The cotangents of state, gradient and learned hyper-parameters, at once."""
+        leaves = [t.detach().requires_grad_() for t in points]
+        rates = {name: rate.detach().requires_grad_() for name, rate in learned.items()}
+        following = self.update(tuple(leaves[:-1]), leaves[-1], step, dict(at) | rates)
+        return list(_pulled(following, cotangents, [*leaves, *rates.values()]))
 
     @torch.enable_grad()
     def pull_through_start(self, theta: Callable[[], Tensor], cotangents: State) -> Tensor:
@@ -175,6 +199,11 @@ class InnerOptimizer(InnerSolver):
             return cotangents[0]  # phi is theta, and the buffers are zeros
         point = theta().detach().requires_grad_()
         return _pulled(self.start(point), cotangents, [point])[0]
+
+
+def _columns(tensor: Tensor, *, of: int, first: int) -> Tensor:
+    """A block of the entries of what broadcasts against `(tasks, of)`."""
+    return tensor[..., first : first + BLOCK] if tensor.ndim and tensor.shape[-1] == of else tensor
 
 
 def _pulled(outputs: State, cotangents: State, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

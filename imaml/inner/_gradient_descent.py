@@ -37,6 +37,7 @@ class GradientDescent(InnerOptimizer):
 
     is_linear: ClassVar[bool] = True
     is_deterministic: ClassVar[bool] = True
+    is_elementwise: ClassVar[bool] = True
     nonnegative: ClassVar[tuple[str, ...]] = ("momentum", "weight_decay")
 
     momentum: Hyper = 0.0

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from imaml import FOMAML, MAML, Adam, AdamW, GradientDescent, ImplicitMAML, Objective, RMSprop, verify
+from imaml.inner import _base
+from imaml.measure import peak_memory
 from tests.inner import cases, unrolled
 from tests.inner.cases import OPTIMIZERS, RATES, STEPS, close
 
@@ -44,6 +46,34 @@ def test_meta_gradients_are_those_of_an_unrolled_loop(name, rate, settings):
     engine = MAML(inner=ours(lr=lr, steps=STEPS, **options), **settings)
     got = engine.value_and_grad(Objective(model, F.mse_loss, meta=meta), tasks)[1]
     close(got, by_hand(model, tasks, name, meta, rates))
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_update_is_pulled_back_in_blocks(name, rate, monkeypatch):
+    monkeypatch.setattr(_base, "BLOCK", 4)
+    test_meta_gradients_are_those_of_an_unrolled_loop(name, rate, {})
+
+
+def test_the_graph_of_an_update_is_short():
+    n = 2**22
+    state, gradient, cotangents = ((torch.rand(1, n),) * 3, torch.rand(1, n), (torch.rand(1, n),) * 3)
+    adam = Adam(lr=0.1, steps=1)
+    call = lambda: adam.pullback(state, gradient, cotangents, 0, {"lr": 0.1}, frozenset())  # noqa: E731
+    call()
+    assert peak_memory(call) < 8 * 4 * n  # four cotangents, and the graph of a quarter
+
+
+def test_an_update_of_ones_own_is_not_cut_into_blocks(monkeypatch):
+    class Clipped(Adam):
+        def update(self, state, gradient, step, at):
+            return super().update(state, gradient / gradient.norm(dim=-1, keepdim=True), step, at)
+
+    task = [torch.rand(1, 9, dtype=torch.float64) for _ in range(7)]
+    at = (tuple(task[:3]), task[3], tuple(task[4:]), 0, {"lr": 0.1}, frozenset())
+    whole = Clipped(lr=0.1, steps=1).pullback(*at)
+    monkeypatch.setattr(_base, "BLOCK", 4)
+    assert torch.equal(Clipped(lr=0.1, steps=1).pullback(*at)[1], whole[1])
 
 
 @pytest.mark.parametrize("rate", ["number", "per parameter"])

@@ -153,7 +153,8 @@ class MAML(MetaGradient):
             # The adjoint written out: an unrolled graph would hold all steps, and torch.utils.checkpoint, which
             # recomputes under a nested autograd.grad, can raise the peak.
             for point in points:
-                (cotangent, *buffers), w, mixed = point.pull_back((cotangent, *buffers), mixed=shared is not None)
+                (cotangent, *buffers), w = point.pull_through_update((cotangent, *buffers))
+                cotangent, mixed = point.add_product((cotangent, *buffers), w, mixed=shared is not None)
                 del point  # like w below: they would stand beside those of the step before
                 if damping is not None:
                     cotangent.addcmul_(w, damping)

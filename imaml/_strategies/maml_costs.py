@@ -175,5 +175,6 @@ def _pull_back(point: Point, stages: Stages, name: str) -> None:
     """One step of the sweep, from cotangents that it gives back."""
     cotangents: State = tuple(torch.ones_like(part) for part in point.state)
     with stages.account.stage(name):
-        found = point.pull_back(cotangents, mixed=bool(point.problem.snapshot.shared))
-    del cotangents, found
+        cotangents, w = point.pull_through_update(cotangents)
+        product = point.add_product(cotangents, w, mixed=bool(point.problem.snapshot.shared))
+    del cotangents, w, product

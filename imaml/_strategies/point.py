@@ -52,15 +52,21 @@ class Point:
         problem.hyper.add(rates, self.step)
         return before, w
 
-    def pull_back(self, cotangents: State, *, mixed: bool) -> tuple[State, Tensor, Tensor | None]:
-        """The cotangents of s_k as far as they go through this step, that of g_k, and the mixed product with it.
+    def add_product(self, cotangents: State, w: Tensor, *, mixed: bool) -> tuple[Tensor, Tensor | None]:
+        """H w + a, and the mixed product with w.
 
-        The product is added to the cotangent of phi_k, where that shares no memory: a vector less.
+        Args:
+            cotangents: a and those of the optimiser's buffers, as `pull_through_update` gives them. The sum is put in
+                the place of a, where that shares no memory: a vector less.
+            w: The cotangent of g_k.
+            mixed: Whether the mixed product is wanted.
+
+        Returns:
+            The cotangent of phi_k, and the mixed product.
         """
-        (mine, *buffers), w = self.pull_through_update(cotangents)
         self.gradient = None  # it has served
+        mine, *others = cotangents
         pointer = mine.untyped_storage().data_ptr()
-        if 0 in mine.stride() or any(pointer == t.untyped_storage().data_ptr() for t in (w, *buffers)):
+        if 0 in mine.stride() or any(pointer == t.untyped_storage().data_ptr() for t in (w, *others)):
             mine = mine.clone(memory_format=torch.contiguous_format)
-        product, by_shared = self.curvature.product(w, mixed=mixed, into=mine)
-        return (product, *buffers), w, by_shared
+        return self.curvature.product(w, mixed=mixed, into=mine)

@@ -106,6 +106,11 @@ class Derivatives:
             return ForwardOverReverse(part, phi, step)
         return ReverseOverReverse(part, phi, step, graph)
 
+    @property
+    def is_forward(self) -> bool:
+        """What `settle` has found, as far as it is known."""
+        return bool(self._found.is_transpose)
+
     def settle(self, part: Slice, phi: Tensor, step: int) -> bool:
         """Whether products are to be those of forward-over-reverse, which is found out once.
 

@@ -32,7 +32,7 @@ from imaml._torch import (
 
 Outputs = tuple[Tensor | None, ...]
 Tangents = Mapping[int, Tensor]
-"""Those of some tensors, by position."""
+"""Tangents of some tensors, by position."""
 
 
 class TangentsAlone:
@@ -148,7 +148,7 @@ class _Along:
     moving: tuple[int, ...]
     """Positions of the inputs that have a tangent."""
     dropped: Set[int]
-    """Of those whose gradient is not read, but its tangent."""
+    """Positions of the inputs whose gradient is not read, but its tangent."""
 
 
 class _Moved(torch.autograd.Function):
@@ -184,7 +184,7 @@ class _Moved(torch.autograd.Function):
 
 
 def _whole(outputs: Outputs) -> list[Tensor]:
-    """Those that have no derivative."""
+    """Outputs that have no derivative."""
     return [y for y in outputs if y is not None and not (y.is_floating_point() or y.is_complex())]
 
 
@@ -213,7 +213,7 @@ def _pushed_forward(block: Block, xs: Sequence[Tensor], moving: Tangents) -> tup
 
 
 def _pushed_by_reverse(block: Block, xs: Sequence[Tensor], moving: Tangents) -> tuple[Outputs, Outputs]:
-    """The same, where an operation has no forward mode: J x' is the derivative of <x', J' u> by u."""
+    """What `_pushed_forward` gives, where an operation has no forward mode: J x' is the derivative of <x', J' u> by u."""
     with torch.enable_grad(), MathAttention():
         xs = [x.detach().requires_grad_(i in moving) for i, x in enumerate(xs)]
         ys = block(*xs)

@@ -36,6 +36,8 @@ class ImplicitCosts(Costs):
         graph: Graph = self.engine._graph
         if stages.missing(graph.value):
             phi = stages.after
+            if graph is Graph.REBUILT:
+                problem.settle(self.engine.hvp)
             with stages.account.stage(graph.value):
                 curvature, gradient = self.engine._curvature(problem, phi)
             stages.product(f"{graph.value} product", curvature, torch.ones_like(phi), mixed=False)

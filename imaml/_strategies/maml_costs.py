@@ -75,6 +75,7 @@ class MAMLCosts(Costs):
             _pull_back(point, stages, "kept product")
             del point, following
         if tape.by_states and stages.missing("rebuilt"):
+            problem.settle(mode)
             with stages.account.stage("rebuilt"):
                 point = Point.at(problem, state, last, mode)
             _pull_back(point, stages, "rebuilt product")

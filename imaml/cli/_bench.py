@@ -26,7 +26,7 @@ from imaml.cli._options import MachineOptions
 from imaml.cli._page import Drawing, Section, save_figures, write_page
 from imaml.cli._progress import log_shown, say
 from imaml.cli._result import NAMES
-from imaml.planning._blocks import worth_recomputing
+from imaml.planning._candidates import worth_recomputing
 from imaml.planning._forecast import as_written
 from imaml.planning._predict import costs_of
 from imaml.planning._settings import few

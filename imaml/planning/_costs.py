@@ -62,6 +62,8 @@ class Facts:
     """Meta-parameters that no derivative leads to."""
     recomputes: bool = False
     """Whether modules, taken for the whole model, are recomputed."""
+    is_forward: bool = False
+    """Whether products with them that keep no graph are by forward-over-reverse."""
 
     @property
     def gradient(self) -> float:
@@ -78,7 +80,7 @@ class Facts:
             return 2 * self.gradient
         if graph is not Graph.REBUILT:
             return (5 if self.recomputes else 3) - self.gradient
-        return (4 if self.mode == "forward-over-reverse" else 5) if self.recomputes else 3
+        return (4 if self.is_forward else 5) if self.recomputes else 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +183,7 @@ class Costs(ABC):
             is_vectorised=record.is_vectorised,
             without_path=record.without_path(problem.snapshot.objective.meta, through),
             recomputes=bool(problem.snapshot.survey.recomputed),
+            is_forward=record.mode == "forward-over-reverse" or problem.derivatives.is_forward,
         )
 
     def _inner_loop(self, problem: Problem, stages: Stages) -> Facts:

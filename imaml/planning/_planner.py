@@ -17,8 +17,8 @@ from imaml._sharding.runs import run_of
 from imaml._tasks import Task, TaskBatch
 from imaml._tasks import group as by_shape
 from imaml._torch import tree_leaves
-from imaml.planning._blocks import REFUSALS, worth_recomputing
 from imaml.planning._bytes import free, parse
+from imaml.planning._candidates import REFUSALS, worth_recomputing
 from imaml.planning._forecast import Engine, Forecast, Setting
 from imaml.planning._predict import ProbedTasks, costs_of, predict
 from imaml.planning._probe import MOST_TASKS, probe

@@ -116,7 +116,7 @@ def test_gradcheck_of_the_gradient_and_gradgradcheck_of_the_loss(model, tasks):
     tolerances = {"eps": 1e-6, "atol": 1e-6, "rtol": 1e-4, "fast_mode": True}
     assert torch.autograd.gradcheck(lambda p: SupportGradient.apply(p, support), phi, **tolerances)
     assert torch.autograd.gradgradcheck(
-        lambda p: support.whole.losses(support.snapshot.layout.views(p), [], tasks.support, 0)[0].sum(),
+        lambda p: support.whole.losses(support.whole.views(p), [], tasks.support, 0)[0].sum(),
         phi,
         **tolerances,
     )

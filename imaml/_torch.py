@@ -401,7 +401,7 @@ _INSTEAD: dict[str, Any] = {"CheckpointFunction": _Plain, "_CheckpointFrame": _r
 
 
 def _standing_in(name: str, instead: Any) -> Any:
-    """The same, but what torch has where a thread calls torch's own checkpoint."""
+    """What stands in torch's place, but what torch has where a thread calls torch's own checkpoint."""
     if isinstance(instead, type):
         return instead
     return lambda *args, **kwargs: (_taken.before[name] if _native.is_on else instead)(*args, **kwargs)

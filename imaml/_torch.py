@@ -268,18 +268,16 @@ def take_over(checkpoint: Callable[..., Any], attention: Callable[..., Any]) -> 
     """
     with _taken.lock:
         if _taken.times == 0:
-            members, instead = vars(_checkpoint), dict(_INSTEAD)
-            if _DECORATED in members:
-                instead[_DECORATED] = partial(_decorated, checkpoint)
-            _taken.before = {name: members[name] for name in instead}
-            members.update({name: _standing_in(name, it) for name, it in instead.items()})
+            members, _taken.checkpoint = vars(_checkpoint), checkpoint
+            _taken.before = {name: members[name] for name in _INSTEAD}
+            members.update(_STAND_INS)
             _taken.attention, _functional.scaled_dot_product_attention = (
                 _functional.scaled_dot_product_attention,
                 attention,
             )
             if _INNER is not None:
                 _taken.hook = vars(_INNER).get(_HOOK)
-                setattr(_INNER, _HOOK, partial(_checkpointed, checkpoint))
+                setattr(_INNER, _HOOK, _checkpointed)
         _taken.times += 1
 
 
@@ -322,6 +320,7 @@ class _Taken:
 
     def __init__(self) -> None:
         self.lock, self.times = threading.Lock(), 0
+        self.checkpoint: Any = None
         self.before: dict[str, Any] = {}
         self.hook: Any = None
         self.attention: Any = None
@@ -345,18 +344,17 @@ _OPTIONS = (
 ).split()
 
 
-def _checkpointed(recompute: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+def _checkpointed(*args: Any, **kwargs: Any) -> Any:
     """`torch.utils.checkpoint.checkpoint`; all that its options say of how to recompute holds here anyway."""
     if not args and "function" not in kwargs:  # it decorates
         assert _INNER is not None
         return _INNER(**kwargs)
     options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
     function, *own = args or [kwargs.pop("function")]
-    return _decorated(recompute, function, own, kwargs, **options)
+    return _decorated(function, own, kwargs, **options)
 
 
 def _decorated(
-    recompute: Callable[..., Any],
     function: Callable[..., Any],
     args: Sequence[Any],
     kwargs: dict[str, Any],
@@ -370,7 +368,7 @@ def _decorated(
             f"The checkpoint of {name} has a `context_fn`, whose contexts derivatives of higher order cannot have. "
             "Expected none: leave it out, or call the function without a checkpoint."
         )
-    return recompute(function, *args, **kwargs)
+    return _taken.checkpoint(function, *args, **kwargs)
 
 
 class _Plain:
@@ -397,11 +395,14 @@ def _recomputed(*_: Any) -> NoReturn:
 _INSTEAD: dict[str, Any] = {"CheckpointFunction": _Plain, "_CheckpointFrame": _recomputed} | {
     name: _plain for name in vars(_checkpoint) if name.startswith("_checkpoint_without_reentrant_generator")
 }
-"""What stands in torch's module where there is to be no recomputation."""
+if hasattr(_checkpoint, _DECORATED):
+    _INSTEAD[_DECORATED] = _decorated
+"""What is called in place of torch's own functions."""
 
 
-def _standing_in(name: str, instead: Any) -> Any:
-    """What stands in torch's place, but what torch has where a thread calls torch's own checkpoint."""
-    if isinstance(instead, type):
-        return instead
-    return lambda *args, **kwargs: (_taken.before[name] if _native.is_on else instead)(*args, **kwargs)
+def _called(name: str, *args: Any, **kwargs: Any) -> Any:
+    return (_taken.before if _native.is_on else _INSTEAD)[name](*args, **kwargs)
+
+
+_STAND_INS = {name: it if isinstance(it, type) else partial(_called, name) for name, it in _INSTEAD.items()}
+"""What stands in torch's module: a thread that calls torch's own checkpoint finds its functions there."""

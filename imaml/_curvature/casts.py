@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from imaml._torch import CAST, TorchDispatchMode
 
@@ -24,6 +25,7 @@ class Casts(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Sequence[Any], args: Any = (), kwargs: Any = None) -> Any:
         """Call `func`."""
         found = func(*args, **(kwargs or {}))
-        if func is CAST and args[0].requires_grad and found.is_floating_point():
+        # Decompositions that forward mode loads cast plain numbers too.
+        if func is CAST and isinstance(args[0], Tensor) and args[0].requires_grad and found.is_floating_point():
             self.dtypes.add(found.dtype)
         return found

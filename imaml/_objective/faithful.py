@@ -35,18 +35,6 @@ _sharded = _Sharded()
 """The evaluations of a thread that are of a sharded model."""
 
 
-def _begin(evaluation: Conditions, survey: Survey) -> None:
-    begin(evaluation)
-    if survey.is_sharded:
-        _sharded.open.append((evaluation, survey))
-
-
-def _end(evaluation: Conditions, survey: Survey) -> None:
-    end(evaluation)
-    if survey.is_sharded:
-        _sharded.open.pop()
-
-
 def _recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What becomes of a checkpoint of the model or of the loss, and of a module that is to be recomputed."""
     if not _sharded.open or not torch.is_grad_enabled():
@@ -75,10 +63,14 @@ class faithful:  # noqa: N801
     def __enter__(self) -> None:
         self._mode.__enter__()
         take_over(_recompute, lean_attention)
-        _begin(self, self._survey)
+        begin(self)
+        if self._survey.is_sharded:
+            _sharded.open.append((self, self._survey))
 
     def __exit__(self, *error: Any) -> None:
-        _end(self, self._survey)
+        if self._survey.is_sharded:
+            _sharded.open.pop()
+        end(self)
         give_back()
         self._mode.__exit__(*error)
 
@@ -250,10 +242,14 @@ class Running:
         for mode in self._modes:
             mode.__enter__()
         self._swapped.__enter__()
-        _begin(self, self._survey)
+        begin(self)
+        if self._survey.is_sharded:
+            _sharded.open.append((self, self._survey))
 
     def __exit__(self, *error: Any) -> None:
-        _end(self, self._survey)
+        if self._survey.is_sharded:
+            _sharded.open.pop()
+        end(self)
         self._swapped.__exit__()
         for mode in reversed(self._modes):
             mode.__exit__(*error)

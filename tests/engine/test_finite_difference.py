@@ -9,8 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from imaml import FOMAML, MAML, GradientDescent, ImplicitMAML, Objective, TaskBatch
+from imaml._curvature.casts import Casts
 from imaml._curvature.finite_difference import FiniteDifference
 from imaml._losses.gradient import Gradient
+from imaml._torch import CAST
 from imaml_solvers import Status
 from tests.losses import curvature, loss_of
 
@@ -245,3 +247,12 @@ def test_the_report_says_what_the_estimate_is():
     engine = MAML(inner=INNER, hvp="finite-difference")
     report = engine(Objective(perceptron(), F.cross_entropy), classification()).report
     assert f"relative error about {report.hvp_error:.1g}" in str(report)
+
+
+def test_a_plain_number_that_is_cast_is_no_rounding_of_a_tensor():
+    """Decompositions that torch loads for forward mode do that, in `kl_div` for one."""
+    with Casts() as casts:
+        assert CAST(3, dtype=F64) == 3
+        assert not casts.dtypes
+        torch.ones(1, requires_grad=True).to(F64)
+    assert casts.dtypes == {F64}

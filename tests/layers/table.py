@@ -40,8 +40,8 @@ BLOCK = "as a block"
 COLUMNS = ("Layer", *(f"`{mode}`" for mode in MODES), BLOCK, "Notes")
 SOLVER = CG(max_steps=40, rtol=1e-11)
 LAZY = "as the other once a forward pass has initialised it; refused before"
-RANDOM, NO_ORACLE = "random", "no oracle"
-"""Notes that the page explains."""
+RANDOM, NO_ORACLE, DIFFERENCES = "random", "no oracle", "differences"
+"""Words that the page explains."""
 Gradients = dict[str, Tensor]
 
 
@@ -78,9 +78,7 @@ def as_a_block(name: str) -> tuple[str, list[str]]:
             except (RuntimeError, ValueError, TypeError) as error:
                 found.add("refused")
                 notes.append(_brief(error))
-    return next(
-        word for word in ("WRONG", "refused", "falls back", "finite differences", "–", "exact") if word in found
-    ), notes
+    return next(word for word in ("WRONG", "refused", "falls back", "same", "–", "exact") if word in found), notes
 
 
 def _line(name: str, *cells: str) -> str:
@@ -105,8 +103,8 @@ def _cell(trial: Trial, mode: HvpMode) -> tuple[str, list[str]]:
             except (RuntimeError, ValueError, TypeError) as error:
                 found.add("refused")
                 notes.append(_brief(error))
-    worst = next(word for word in ("WRONG", "refused", "finite differences", "works") if word in found)
-    is_asked_for = worst == "finite differences" and mode == "finite-difference"
+    worst = next(word for word in ("WRONG", "refused", DIFFERENCES, "works") if word in found)
+    is_asked_for = worst == DIFFERENCES and mode == "finite-difference"
     return "works" if is_asked_for else worst, notes
 
 
@@ -155,7 +153,7 @@ class Trial:
             return "falls back"
         if error > (SAME if is_exact else INEXACT):
             return "WRONG"
-        return "exact" if is_exact else "finite differences"
+        return "exact" if is_exact else "same"
 
     def _training(self, engine: MAML, blocks: list[str] | None) -> tuple[Report, Gradients]:
         torch.manual_seed(1)
@@ -179,7 +177,7 @@ class Trial:
 
 
 def _verdict(error: float, mode: str | None) -> str:
-    found = "finite differences" if mode == "finite-difference" else "works"
+    found = DIFFERENCES if mode == "finite-difference" else "works"
     return found if error <= (EXACT if found == "works" else INEXACT) else "WRONG"
 
 

@@ -28,18 +28,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 
 from benchmarks.ratios import seconds
 from imaml import MAML, Adam, Objective, Report, TaskBatch
 from imaml.measure import peak_memory
+from imaml.nn import chunked_cross_entropy
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PAGES = [Path(__file__).parents[1] / "docs" / name for name in ("guide.md", "numerics.md")]
 INNER = Adam(lr=1e-5, steps=4, eps=1e-6)  # float32 leaves percents of error with eps = 1e-8
 LENGTH = 256
-SLICE = 64
-"""Tokens whose logits exist at a time."""
 FEW, MANY = {"layers": (2, 4), "steps": (1, 2), "examples": (1, 2)}, {"layers": 30, "steps": 4, "examples": 8}
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
@@ -64,14 +62,8 @@ class LanguageModel(nn.Module):
         hidden = self.model.model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)
         target, weight = tokens[:, 1:].flatten(), self.model.lm_head.weight
         if not self._recomputes:
-            return _cross_entropy(hidden, weight, target) / len(target)
-        parts = zip(hidden.split(SLICE), target.split(SLICE), strict=True)
-        sums = [checkpoint(_cross_entropy, part, weight, its, use_reentrant=False) for part, its in parts]
-        return torch.stack(sums).sum() / len(target)
-
-
-def _cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(hidden @ weight.T, target, reduction="sum")
+            return F.cross_entropy(hidden @ weight.T, target)
+        return chunked_cross_entropy(hidden, weight, target)
 
 
 def itself(loss: Tensor, _: Tensor) -> Tensor:

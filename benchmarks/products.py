@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from benchmarks.ratios import HEADER, Cost, gradient
 from benchmarks.workloads import WORKLOADS
 from imaml import GradientDescent, MetaGradient, Objective, Pullback
-from imaml._curvature.curvature import HvpMode
-from imaml._curvature.exact_products import Graph
+from imaml._curvature.product import Graph, HvpMode
 from imaml._engine.problem import Problem
 
 LAYERS = [nn.TransformerEncoderLayer]
@@ -28,6 +27,7 @@ SETTINGS: dict[str, tuple[list[type[nn.Module]], int | None]] = {
     "as it is": ([], None),
     "`microbatch_size=1`": ([], 1),
     "layers recomputed": (LAYERS, None),
+    "layers recomputed, `microbatch_size=4`": (LAYERS, 4),
     "layers recomputed, `microbatch_size=1`": (LAYERS, 1),
 }
 

@@ -34,11 +34,15 @@ def engines(*steps: int) -> dict[str, tuple[MetaGradient, Any]]:
     return {
         f"`MAML`, {few.steps} steps": (MAML(inner=few, **states), ()),
         "the same, layers recomputed": (MAML(inner=few, **states), LAYERS),
+        "the same, and `microbatch_size=4`": (MAML(inner=few, microbatch_size=4, **states), LAYERS),
         "the same, and `microbatch_size=1`": (MAML(inner=few, microbatch_size=1, **states), LAYERS),
         f"`MAML`, {many.steps} steps, `checkpoints=4`": (MAML(inner=many, checkpoints=4, **states), ()),
         f"{many.steps} steps, layers recomputed": (MAML(inner=many, checkpoints=4, **states), LAYERS),
+        "the same, `microbatch_size=4`": (MAML(inner=many, checkpoints=4, microbatch_size=4, **states), LAYERS),
         "`ImplicitMAML`, 5 CG steps": (implicit(), ()),
         "5 CG steps, layers recomputed": (implicit(), LAYERS),
+        "5 CG steps, layers recomputed, `linearize=False`": (implicit(linearize=False), LAYERS),
+        "5 CG steps, layers recomputed, `microbatch_size=4`": (implicit(microbatch_size=4), LAYERS),
     }
 
 

@@ -213,7 +213,7 @@ def _pushed_forward(block: Block, xs: Sequence[Tensor], moving: Tangents) -> tup
 
 
 def _pushed_by_reverse(block: Block, xs: Sequence[Tensor], moving: Tangents) -> tuple[Outputs, Outputs]:
-    """What `_pushed_forward` gives, where an operation has no forward mode: J x' is the derivative of <x', J' u> by u."""
+    """The result of `_pushed_forward` where an operation has no forward mode: J x' is that of <x', J' u> by u."""
     with torch.enable_grad(), MathAttention():
         xs = [x.detach().requires_grad_(i in moving) for i, x in enumerate(xs)]
         ys = block(*xs)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from imaml._objective.blocks import Blocks, blocks_of
 from imaml._objective.buffers import BufferPolicy, Constants, HeldBuffers, Statistics, power_iterations
 from imaml._objective.exact import ExactDerivatives
-from imaml._objective.recompute import Conditions, Swapped, begin, end, lean_attention, recompute
+from imaml._objective.recompute import Conditions, Swapped, begin, end, lean_attention, name_of, recompute
 from imaml._torch import give_back, is_compiled, is_sharded, recompute_by_torch, take_over
 
 # The guards are classes: a generator as a context manager takes three times the calls, in every evaluation.
@@ -40,7 +40,7 @@ def _recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not _sharded.open or not torch.is_grad_enabled():
         return recompute(function, *args, **kwargs)
     evaluation, survey = _sharded.open[-1]
-    survey.recomputed.add(getattr(function, "__qualname__", type(function).__name__))
+    survey.recomputed.add(name_of(function))
     return recompute_by_torch(evaluation.again, partial(function, **kwargs), *args)
 
 
@@ -199,7 +199,7 @@ class _Forward:
 
     def __init__(self, module: nn.Module, before: Mapping[str, Any] | None) -> None:
         self._module, self._before, self._forward = module, before, module.forward
-        self.__qualname__ = getattr(module.forward, "__qualname__", type(module).__name__)
+        self.__qualname__ = name_of(module.forward)
 
     def __call__(self, made: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """What the module returns for the arguments, with these attributes."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from imaml._objective import attention
@@ -46,11 +47,22 @@ def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         ValueError: The function changes an argument in place; or, in a derivative, it reads a tensor that requires
             grad and is neither an argument nor a parameter of a module that it holds.
     """
-    name = getattr(function, "__qualname__", type(function).__name__)
+    name = name_of(function)
     conditions = _conditions.open[-1] if _conditions.open else None
     if not torch.is_grad_enabled() or inside_transform() or conditions and not conditions.recomputes(name):
         return function(*args, **kwargs)
     return _called(name, conditions, function, args, kwargs)
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """What the report and messages call a block: the class of a module, whatever way of calling it is given."""
+    while isinstance(function, partial):
+        function = function.func
+    owner = getattr(function, "__self__", None)
+    if isinstance(owner, nn.Module) and getattr(function, "__name__", "") != "forward":
+        return type(owner).__name__
+    name: str = getattr(function, "__qualname__", type(function).__name__)
+    return name
 
 
 def lean_attention(*args: Any, **kwargs: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,6 +35,8 @@ class Findings:
 
     is_transpose: bool | None = None
     """Whether forward-over-reverse agrees with reverse-over-reverse; None: not known."""
+    needs_tangents: bool | None = None
+    """Whether it has to be taken with care: see `Record`."""
 
 
 class Derivatives:
@@ -102,7 +105,12 @@ class Derivatives:
         Returns:
             The products.
         """
-        if mode == "forward-over-reverse" or mode == "auto" and graph is Graph.REBUILT and self.settle(part, phi, step):
+        if mode == "forward-over-reverse":
+            if self._found.needs_tangents is None:
+                self._found.needs_tangents = _needs_tangents(part, phi, step)
+            part.record.needs_tangents |= self._found.needs_tangents
+            return ForwardOverReverse(part, phi, step)
+        if mode == "auto" and graph is Graph.REBUILT and self.settle(part, phi, step):
             return ForwardOverReverse(part, phi, step)
         return ReverseOverReverse(part, phi, step, graph)
 
@@ -135,28 +143,46 @@ class Derivatives:
 
 def _agree(part: Slice, phi: Tensor, step: int) -> bool:
     """Whether the products of both modes with the gradient agree; not where there is none of a mode."""
-    adapted, _, losses, _ = part.at_leaves(phi, step, shared=False)
-    w = part.collect(differentiate(part, losses, adapted), phi)[0]
-    del adapted, losses
-    total, mixed = torch.zeros_like(w), list[Tensor | None]()
-    sizes = []
+    reverse = ReverseOverReverse(part, phi, step, Graph.REBUILT)
     try:
-        for product, sign in ((ForwardOverReverse(part, phi, step), 1), (_rebuilt(part, phi, step), -1)):
-            mixed.append(product(w, mixed=True, into=Sum(total, sign))[1])
-            sizes.append(total.norm())
+        return _alike(part, phi, step, lambda: ForwardOverReverse(part, phi, step), lambda: reverse)
     except RuntimeError as error:
         if not any(sign in str(error) for sign in LACKS_SECOND_DERIVATIVE):
             raise
         return False
+
+
+def _needs_tangents(part: Slice, phi: Tensor, step: int) -> bool:
+    """Whether forward mode loses tangents in silence, as in torch's backward formula of `linalg.solve` (torch 2.13)."""
+
+    def careful() -> Product:
+        part.record.needs_tangents = True
+        return ForwardOverReverse(part, phi, step)
+
+    before = part.record.needs_tangents
+    try:
+        return before or not _alike(part, phi, step, lambda: ForwardOverReverse(part, phi, step), careful)
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in LACKS_SECOND_DERIVATIVE):
+            raise
+        return False  # the product will say what there is to say
+    finally:
+        part.record.needs_tangents = before
+
+
+def _alike(part: Slice, phi: Tensor, step: int, *products: Callable[[], Product]) -> bool:
+    """Whether two kinds of products with the gradient are the same, but for rounding, the mixed ones too."""
+    adapted, _, losses, _ = part.at_leaves(phi, step, shared=False)
+    w = part.collect(differentiate(part, losses, adapted), phi)[0]
+    del adapted, losses
+    total, mixed, sizes = torch.zeros_like(w), list[Tensor | None](), list[Tensor]()
+    for product, sign in zip(products, (1, -1), strict=True):
+        mixed.append(product()(w, mixed=True, into=Sum(total, sign))[1])
+        sizes.append(total.norm())
     device = phi.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else phi.dtype
     close = torch.finfo(dtype).eps ** 0.5
-    alike = bool(sizes[1] <= close * sizes[0])
     first, second = mixed
     if first is None or second is None:
-        return alike and first is second
-    return alike and bool((first - second).norm() <= close * first.norm())
-
-
-def _rebuilt(part: Slice, phi: Tensor, step: int) -> Product:
-    return ReverseOverReverse(part, phi, step, Graph.REBUILT)
+        return first is second and bool(sizes[1] <= close * sizes[0])
+    return bool(sizes[1] <= close * sizes[0]) and bool((first - second).norm() <= close * first.norm())

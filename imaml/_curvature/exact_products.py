@@ -109,8 +109,10 @@ def _node(end: _End) -> Any:
     return end.grad_fn if isinstance(end, Tensor) else end and end.node
 
 
-def _dropped(edges: list[_End], i: int, gradient: Tensor) -> Tensor:
+def _dropped(edges: list[_End], i: int, gradient: Tensor | None) -> Tensor | None:
     """Note, as a hook of a leaf, where the graph of its gradient ends; let its numbers go, which no product reads."""
+    if gradient is None:  # from a block that does not depend on its input
+        return None
     if gradient.requires_grad:
         edges[i] = get_gradient_edge(gradient)
     return nothing_like(gradient)
@@ -134,7 +136,7 @@ class ForwardOverReverse:
     def __call__(self, w: Tensor, *, mixed: bool = False, into: Sum | None = None) -> tuple[Tensor, Tensor | None]:
         part, layout = self._part, self._part.snapshot.layout
         tangents: dict[int, Tensor] = {}
-        takes: list[Callable[[Tensor], Tensor]]
+        takes: list[Callable[[Tensor | None], Tensor | None]]
         takes = [partial(_keep, tangents, i) for i in range(len(layout.names) + len(part.snapshot.shared) * mixed)]
         if adds := all(dtype == layout.dtype for dtype in layout.dtypes):
             into = into or Sum(torch.zeros_like(w))
@@ -156,7 +158,7 @@ class ForwardOverReverse:
         product = layout.gather(found[: len(layout.names)], self._phi)
         return product if into is None else into.add(product, part), by_shared
 
-    def _run(self, w: Tensor, takes: Sequence[Callable[[Tensor], Tensor]]) -> None:
+    def _run(self, w: Tensor, takes: Sequence[Callable[[Tensor | None], Tensor | None]]) -> None:
         """One pass, in which the leaves hand out their gradients."""
         part, careful = self._part, self._part.record.needs_tangents
         adapted, shared = part.leaves(self._phi, shared=len(takes) > len(part.snapshot.layout.names))
@@ -180,7 +182,9 @@ def _tangent(gradient: Tensor) -> Tensor | None:
     return None if tangent is None else tangent.detach()
 
 
-def _keep(tangents: dict[int, Tensor], i: int, gradient: Tensor) -> Tensor:
+def _keep(tangents: dict[int, Tensor], i: int, gradient: Tensor | None) -> Tensor | None:
+    if gradient is None:  # from a block that does not depend on its input
+        return None
     if (tangent := _tangent(gradient)) is not None:
         tangents[i] = tangent
     return nothing_like(gradient)

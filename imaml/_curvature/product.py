@@ -53,7 +53,9 @@ class Sum:
         """Whether a part of it is there."""
         return bool(self._done)
 
-    def hooks(self, part: Slice, take: Callable[[Tensor], Tensor | None]) -> list[Callable[[Tensor], Tensor]]:
+    def hooks(
+        self, part: Slice, take: Callable[[Tensor], Tensor | None]
+    ) -> list[Callable[[Tensor | None], Tensor | None]]:
         """What the leaves of a slice, as `leaves` makes them, hand what they get to.
 
         Args:
@@ -65,7 +67,11 @@ class Sum:
         """
         return [partial(self._take, i, view, take) for i, view in enumerate(part.views(self.vector))]
 
-    def _take(self, i: int, mine: Tensor, take: Callable[[Tensor], Tensor | None], found: Tensor) -> Tensor:
+    def _take(
+        self, i: int, mine: Tensor, take: Callable[[Tensor], Tensor | None], found: Tensor | None
+    ) -> Tensor | None:
+        if found is None:  # from a block that does not depend on its input
+            return None
         part = take(found)
         if part is not None and i not in self._done:
             self._done.add(i)

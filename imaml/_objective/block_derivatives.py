@@ -99,7 +99,8 @@ class _Recompute(torch.autograd.Function):
     def forward(block: Block, *tensors: Tensor) -> Outputs:
         with AnyAttention():
             if isinstance(block, _Pullback):
-                return block(*tensors)
+                given = {id(t) for t in tensors}  # autograd saves no input that is an output too
+                return tuple(y.view_as(y) if y is not None and id(y) in given else y for y in block(*tensors))
             # With a graph, which ends with this function: an activation that leaves the block by another way than its
             # outputs, through a hook or an attribute, leads to these leaves, and a loss that reads it is refused.
             with torch.enable_grad():

@@ -38,7 +38,8 @@ def blocks_of(model: nn.Module, blocks: Blocks) -> list[nn.Module]:
     Raises:
         ValueError: An entry matches no module.
     """
-    named, chosen = {name: module for name, module in model.named_modules() if name}, set[nn.Module]()
+    named = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    chosen = set[nn.Module]()
     for block in blocks:
         if isinstance(block, str):
             found = [name for name in named if fnmatchcase(name, block)]
@@ -50,7 +51,7 @@ def blocks_of(model: nn.Module, blocks: Blocks) -> list[nn.Module]:
             )
         # The outermost ones: a block inside a block would be computed once more for little memory.
         chosen.update(named[n] for n in found if not any(n.startswith(f"{other}.") for other in found))
-    return [module for module in named.values() if module in chosen]
+    return [module for module in dict.fromkeys(named.values()) if module in chosen]
 
 
 def _close(block: str | type[nn.Module], named: Mapping[str, nn.Module]) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import cache, partial
 from inspect import getattr_static
-from types import CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,6 +50,25 @@ def modules_of(functions: Iterable[Callable[..., Any] | None]) -> list[nn.Module
             pending.extendleft(item._modules.values())
         pending += _held_by(item, type(item))
     return list(found.values())
+
+
+def as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with what its closure holds now: the variable of a loop, say, is another one later."""
+    if type(function) is partial:
+        return partial(as_it_is(function.func), *function.args, **function.keywords)
+    if type(function) is not FunctionType or not function.__closure__:
+        return function
+    cells = []
+    for cell in function.__closure__:
+        try:
+            cells.append(CellType(cell.cell_contents))
+        except ValueError:  # not assigned yet
+            cells.append(cell)
+    found = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
+    )
+    found.__kwdefaults__ = function.__kwdefaults__
+    return found
 
 
 def _held_by(item: Any, kind: type) -> Iterator[Any]:

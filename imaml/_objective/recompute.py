@@ -14,7 +14,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from imaml._objective import attention
 from imaml._objective.block_derivatives import Outputs, applied, writes
-from imaml._objective.reach import modules_of
+from imaml._objective.reach import as_it_is, modules_of
 from imaml._torch import TreeSpec, inside_transform, requires_grad, tree_flatten
 
 Place = tuple[dict[str, Any], str]
@@ -59,7 +59,7 @@ def name_of(function: Callable[..., Any]) -> str:
     while isinstance(function, partial):
         function = function.func
     owner = getattr(function, "__self__", None)
-    if isinstance(owner, nn.Module) and getattr(function, "__name__", "") != "forward":
+    if isinstance(owner, nn.Module) and getattr(function, "__name__", "") in ("__call__", "_wrapped_call_impl"):
         return type(owner).__name__
     name: str = getattr(function, "__qualname__", type(function).__name__)
     return name
@@ -84,6 +84,7 @@ def _called(
     leaves, structure = tree_flatten((args, kwargs))
     mine = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     held = _held(function)
+    first, later = [function], as_it_is(function)  # what the first call writes to variables is to be seen
 
     def run(tensors: Sequence[Tensor]) -> Any:
         found = list(leaves)
@@ -92,7 +93,7 @@ def _called(
         own, named = structure.unflatten(found)
         parameters = zip(held, tensors[len(mine) :], strict=True)
         with Swapped([(*place, tensor) for (_, places), tensor in parameters for place in places]):
-            return function(*own, **named)
+            return (first.pop() if first else later)(*own, **named)
 
     inputs = [*(leaves[i] for i in mine), *(tensor for tensor, _ in held)]
     leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # a block keeps them once

@@ -69,7 +69,8 @@ def test_a_checkpointed_decoder_with_tied_embeddings_has_the_meta_gradient_of_th
     engine = MAML(inner=inner, chunk_size=1, **options)
     objective, tasks = Objective(model, language_model.itself), language_model.tasks_of(tokens)
     _, found = engine.value_and_grad(objective, tasks)
-    assert engine(objective, tasks).report.recomputed == ("LlamaDecoderLayer",)
+    (name,) = engine(objective, tasks).report.recomputed
+    assert "LlamaDecoderLayer" in name
     assert found.keys() == dict(model.named_parameters()).keys()
     for gradient, exact in zip(found.values(), expected, strict=True):
         assert (gradient - exact).norm() <= 1e-10 * exact.norm()

@@ -220,3 +220,31 @@ def test_products_are_handed_out_block_by_block():
     product(w, into=Sum(total))
     vector = phi.numel() * 4
     assert peak_memory(lambda: product(w, into=Sum(total))) < 0.5 * vector
+
+
+LINEAR_ALGEBRA = {
+    "solve": lambda a: torch.linalg.solve(a, torch.ones(3, 1, dtype=a.dtype)),
+    "logdet": torch.logdet,
+    "slogdet": lambda a: torch.linalg.slogdet(a).logabsdet,
+    "det": torch.linalg.det,
+    "inverse": torch.linalg.inv,
+}
+
+
+@pytest.mark.parametrize("name", LINEAR_ALGEBRA)
+def test_formulas_of_torchs_that_lose_tangents_are_found_out(name):
+    def loss(params, batch):
+        a = torch.eye(3, dtype=F64) * 3 + params["w"] + batch
+        return LINEAR_ALGEBRA[name](a).square().sum() + params["w"].sin().sum()
+
+    torch.manual_seed(0)
+    params = {"w": 0.3 * torch.randn(3, 3, dtype=F64)}
+    x = 0.1 * torch.randn(2, 3, 3, 3, dtype=F64)
+    for chunk_size in (None, 1):
+        expected, found = (
+            MAML(inner=INNER, hvp=mode, chunk_size=chunk_size).value_and_grad(
+                Objective.from_function(loss, params), TaskBatch(support=x[0], query=x[1])
+            )[1]
+            for mode in ("reverse-over-reverse", "forward-over-reverse")
+        )
+        assert relative_error(found, expected) < 1e-12

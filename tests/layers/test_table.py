@@ -44,6 +44,4 @@ def test_rows_are_current(name) -> None:
 @pytest.mark.skipif(not IS_PINNED, reason="The table is of the pinned torch.")
 @pytest.mark.parametrize("name", [*SPECIMENS, *WITH_STATISTICS])
 def test_every_layer_is_as_a_block_what_the_table_says(name) -> None:
-    if name == "Identity":
-        pytest.xfail("A pullback that returns a cotangent as it is has no second derivative without vmap.")
     assert as_a_block(name)[0] == ROWS[name].split(" | ")[COLUMNS.index(BLOCK)]

@@ -61,9 +61,9 @@ class MAML(MetaGradient):
             whole support set, so that `microbatch_size` excludes it. None, with `checkpoints` and `storage` left open:
             all where they take at most 192 MiB, or as many as fit with `chunk_size="auto"`, and none in chunks of a
             given size. The modes other than reverse-over-reverse always evaluate anew.
-        hvp: How Hessian-vector products are computed. "auto" uses "reverse-over-reverse", or "finite-difference" where
-            the model has an operation without second derivatives; the report says which. "forward-over-reverse" is
-            exact too. Finite differences are inexact, and useless in float32 for a convolutional network with ReLU:
+        hvp: How Hessian-vector products are computed. "auto" uses "reverse-over-reverse"; "forward-over-reverse", which
+            is exact too, where blocks are recomputed, no graph is kept, and both agree; or "finite-difference" where
+            the model has an operation without second derivatives. The report says which. Finite differences are inexact, and useless in float32 for a convolutional network with ReLU:
             docs/numerics.md has figures.
     """
 

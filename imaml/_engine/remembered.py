@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from inspect import ismethod
 from typing import Any, ClassVar, TypeVar
@@ -29,20 +29,27 @@ class Recent(dict[K, V]):
             del self[next(iter(self))]
 
 
-@dataclass
-class Known:
-    """What an engine has found out about an objective."""
+class Known(Recent[Any, tuple[list[Callable[[], object]], Any]]):
+    """What was found out about some objects, by their addresses; forgotten when they end, and others may have these."""
 
-    sliced: Recent[Any, None] = field(default_factory=Recent)
-    """Shapes for which its losses are means of slices."""
-    derivatives: Findings = field(default_factory=Findings)
+    def of(self, parts: Sequence[object], modes: Hashable, make: Callable[[], V]) -> V:
+        """What is known of them.
 
+        Args:
+            parts: The objects.
+            modes: The state in which they are.
+            make: Makes what is known at first.
 
-@dataclass
-class _Objective:
-    known: Known
-    parts: list[Callable[[], object]]
-    """Its parts, which end when nobody else holds them, and whose addresses others may then have."""
+        Returns:
+            The same object as before, if they are the same and in this state.
+        """
+        key = (*map(id, parts), modes)
+        alive, found = self.get(key, ([], None))
+        if len(alive) != len(parts) or not all(ref() is part for ref, part in zip(alive, parts, strict=True)):
+            found = make()
+            self[key] = [_weak(part) for part in parts], found
+        known: V = found
+        return known
 
 
 @dataclass
@@ -52,8 +59,10 @@ class Memory:
     compiler: Compiler = field(default_factory=Compiler)
     chunkings: Recent[Any, Chunking] = field(default_factory=Recent)
     """How tasks run, by their shapes."""
-    objectives: Recent[Any, _Objective] = field(default_factory=Recent)
-    """What is known of an objective, by the addresses of its parts and the modes that the model is in."""
+    slices: Known = field(default_factory=Known)
+    """Shapes for which the losses of an objective are means of slices."""
+    derivatives: Known = field(default_factory=Known)
+    """What was found out about the derivatives of a model, or of a function."""
     looks: Recent[Any, Any] = field(default_factory=Recent)
     """What `chunk_size="auto"` has measured, by shapes."""
     alike: set[Any] = field(default_factory=set)
@@ -61,24 +70,23 @@ class Memory:
     said: set[type[Warning]] = field(default_factory=set)
     """Kinds of warnings that are said once."""
 
-    def of(self, objective: Objective) -> Known:
-        """What is known of an objective; of another one of the same model and losses too."""
-        parts, modes = _parts(objective)
-        key = (*map(id, parts), modes)
-        found = self.objectives.get(key)
-        if found is None or not all(alive() is part for alive, part in zip(found.parts, parts, strict=True)):
-            found = self.objectives[key] = _Objective(Known(), [_weak(part) for part in parts])
-        return found.known
+    def sliced(self, objective: Objective) -> Recent[Any, None]:
+        """Shapes for which its losses are means of slices; of another one of the same model and losses too."""
+        parts: list[object] = [objective.model]
+        for loss in (objective.loss, objective.outer_loss):
+            parts += [loss.__self__, loss.__func__] if ismethod(loss) else [loss]
+        return self.slices.of(parts, _modes(objective), Recent)
+
+    def findings(self, objective: Objective) -> Findings:
+        """What was found out about its derivatives: those of its model, whatever the loss."""
+        # Of functions that are made anew for every call the code stays.
+        loss = getattr(objective.loss, "__code__", objective.loss)
+        return self.derivatives.of([loss if objective.model is None else objective.model], _modes(objective), Findings)
 
 
-def _parts(objective: Objective) -> tuple[list[object], Hashable]:
-    """The model and the losses, which another objective of the same has too, and the modes that the model is in."""
-    model = objective.model
-    parts: list[object] = [] if model is None else [model]
-    for loss in (objective.loss, objective.outer_loss):
-        parts += [loss.__self__, loss.__func__] if ismethod(loss) else [loss]
-    modes = () if model is None else tuple(module.training for module in model.modules())
-    return parts, (getattr(objective._program, "buffers", None), modes)
+def _modes(objective: Objective) -> Hashable:
+    modules = () if objective.model is None else objective.model.modules()
+    return getattr(objective._program, "buffers", None), tuple(module.training for module in modules)
 
 
 def _weak(part: object) -> Callable[[], object]:

@@ -72,7 +72,7 @@ class Run:
     @classmethod
     def derivatives_of(cls, engine: Strategy, snapshot: Snapshot) -> Derivatives:
         """How losses are differentiated: decided here alone."""
-        found = engine._memory.of(snapshot.objective).derivatives
+        found = engine._memory.findings(snapshot.objective)
         if engine.compile:
             return Compiled(Session.of(engine._memory.compiler, snapshot, engine.compile_budget), found)
         return Derivatives(found)
@@ -214,7 +214,7 @@ class Run:
         """Raise unless the losses can be taken slice by slice, if they are; looked at once per objective and shapes."""
         if self.engine.microbatch_size is None:
             return
-        sliced, shapes = self.engine._memory.of(self.snapshot.objective).sliced, (signature(batch), query)
+        sliced, shapes = self.engine._memory.sliced(self.snapshot.objective), (signature(batch), query)
         if shapes in sliced:
             return
         trial = self._trial(differentiates=False)

@@ -63,8 +63,8 @@ class MAML(MetaGradient):
             given size. The modes other than reverse-over-reverse always evaluate anew.
         hvp: How Hessian-vector products are computed. "auto" uses "reverse-over-reverse"; "forward-over-reverse", which
             is exact too, where blocks are recomputed, no graph is kept, and both agree; or "finite-difference" where
-            the model has an operation without second derivatives. The report says which. Finite differences are inexact, and useless in float32 for a convolutional network with ReLU:
-            docs/numerics.md has figures.
+            the model has an operation without second derivatives. The report says which. Finite differences are
+            inexact, and useless in float32 for a convolutional network with ReLU: docs/numerics.md has figures.
     """
 
     _costs: ClassVar[type[Costs] | None] = MAMLCosts

@@ -63,8 +63,7 @@ def test_no_tensor_is_left_by_a_step_whatever_its_shapes(name, monkeypatch):
     train(range(5, 25))
     assert counts() == before
     assert len(engine._memory.chunkings) == (3 if engine.chunk_size is None else 0)
-    (known,) = (each.known for each in engine._memory.objectives.values())
-    assert len(known.sliced) == (3 if engine.microbatch_size else 0)
+    assert len(engine._memory.sliced(objective)) == (3 if engine.microbatch_size else 0)
 
 
 def test_warm_starts_keep_the_solutions_of_the_tasks_solved_last(monkeypatch):

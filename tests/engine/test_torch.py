@@ -90,6 +90,8 @@ def test_a_recomputation_that_gets_by_is_refused(monkeypatch):
             makes_a_frame = lambda *args, **kwargs: torch.utils.checkpoint._CheckpointFrame()  # noqa: E731
             monkeypatch.setitem(imaml._torch._INSTEAD, name, makes_a_frame)
     monkeypatch.setattr(imaml._torch, "_INNER", None)
+    for functions in (imaml._torch._INSTEAD, imaml._torch._STAND_INS):
+        monkeypatch.delitem(functions, imaml._torch._DECORATED, raising=False)
     with faithful(Survey.of(None)), pytest.raises(RuntimeError, match="in a way that is not known"):
         torch.utils.checkpoint.checkpoint(torch.tanh, torch.ones(2), use_reentrant=False)
 

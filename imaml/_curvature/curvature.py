@@ -88,9 +88,8 @@ class Curvature(LinearOperator):
             return self._by_slices(w, mixed=mixed, into=into)
         except RuntimeError as error:
             self._all = self._instead(error)
-        return self._all(
-            w, mixed=mixed, into=total
-        )  # after the except block, which holds the graphs of what has failed
+        # Not in the except block, which holds the graphs of what has failed.
+        return self._all(w, mixed=mixed, into=total)
 
     def _note(self, product: Product) -> None:
         if not self._gauss_newton:

@@ -4,6 +4,7 @@ Exact `MAML`, first-order `FOMAML` and `ImplicitMAML` share one interface, `Meta
 """
 
 from imaml import verify as verify
+from imaml._engine.inner_state import InnerState as InnerState
 from imaml._engine.problem import Problem as Problem
 from imaml._engine.report import MetaResult as MetaResult
 from imaml._engine.report import Pullback as Pullback
@@ -13,6 +14,7 @@ from imaml._errors import DivergenceError as DivergenceError
 from imaml._errors import NonFiniteError as NonFiniteError
 from imaml._errors import SolverError as SolverError
 from imaml._errors import SolverWarning as SolverWarning
+from imaml._minibatches import Minibatches as Minibatches
 from imaml._objective.bilevel import bilevel as bilevel
 from imaml._objective.objective import Objective as Objective
 from imaml._objective.recompute import recompute as recompute

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
 from numbers import Number
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,12 @@ def check_leaves(name: str, batch: Any) -> None:
         for leaf in tree_leaves(part):
             if leaf is not None or leaf is part:  # a type may have fields that are None
                 _check_leaf(name, leaf)
+
+
+def checksum(tensor: Tensor) -> tuple[torch.Size, str, int]:
+    """The shape and dtype of a tensor, with a sum of its bits: another one is another tensor, in any process."""
+    bits = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    return tensor.shape, str(tensor.dtype), crc32(bits)
 
 
 def _is_typed(part: Any) -> bool:

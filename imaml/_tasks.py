@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from imaml._leaves import check_leaves, objects, opened, wrapped
+from imaml._minibatches import Batch as Batch
+from imaml._minibatches import Minibatches, stacked
 from imaml._torch import tree_flatten, tree_map
-
-Batch = Any
-"""What a loss is evaluated on: tensors in any nesting of tuples, lists, dicts and other types that
-`torch.utils._pytree` knows, `(input, target)` as a rule."""
 
 
 def signature(tasks: Task | TaskBatch) -> tuple[Any, ...]:
-    """What a task, or each of a batch, is like."""
+    """What a task, or each of a batch, is like: one whose support set is a batch."""
     leaves, structure = tree_flatten(wrapped((tasks.support, tasks.query)))
     first = int(isinstance(tasks, TaskBatch))
     return (structure, *((leaf.shape[first:], leaf.dtype, leaf.device) for leaf in leaves))
@@ -26,6 +24,10 @@ def signature(tasks: Task | TaskBatch) -> tuple[Any, ...]:
 
 def check_tensors(name: str, batch: Batch) -> list[Tensor]:
     """The tensors of a batch; raises TypeError where a model cannot be given a leaf, ValueError where there is none."""
+    if isinstance(batch, Minibatches):
+        if name != "query":
+            return []  # looked at when they are fetched
+        raise TypeError("`query` is one batch, which judges the adapted parameters. Got Minibatches: pass a batch.")
     if isinstance(batch, (Task, TaskBatch)):
         raise TypeError(f"Every leaf of `{name}` must be a tensor. Got {type(batch).__name__}: pass its `support`.")
     check_leaves(name, batch)
@@ -41,7 +43,7 @@ def check_constant(tasks: TaskBatch | Sequence[Task]) -> None:
     """Raise ValueError where a tensor of a task requires grad: it would get no gradient, without a word."""
     for task in [tasks] if isinstance(tasks, TaskBatch) else tasks:
         for name in ("support", "query"):
-            for leaf in tree_flatten(getattr(task, name, None))[0]:
+            for leaf in tree_flatten(getattr(task, name, None))[0]:  # minibatches are looked at when they are fetched
                 if isinstance(leaf, Tensor) and leaf.requires_grad:
                     raise ValueError(
                         f"The tensors of a task are constants. Expected none that requires grad. Got one in `{name}`, "
@@ -62,9 +64,9 @@ class Task:
     writes to it stays.
 
     Args:
-        support: What the model adapts on, `(input, target)` as a rule. With a model objective `input` may be a tensor,
-            a tuple or list (positional arguments) or a dict (keyword arguments); anything else, a named tuple too, is
-            one argument.
+        support: What the model adapts on, `(input, target)` as a rule, or `Minibatches`, another one in each step. With
+            a model objective `input` may be a tensor, a tuple or list (positional arguments) or a dict (keyword
+            arguments); anything else, a named tuple too, is one argument.
         query: What the adapted model is judged by, nested likewise.
 
     Raises:
@@ -79,13 +81,20 @@ class Task:
         check_tensors("support", self.support)
         check_tensors("query", self.query)
 
+    def at(self, step: int) -> Task:
+        """The task as an inner step sees it: another one where its support set is minibatches."""
+        if not isinstance(self.support, Minibatches):
+            return self
+        return Task(support=self.support.at(step), query=self.query)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskBatch:
     """Holds many tasks of equal shapes, stacked: every tensor is `(tasks, ...)`.
 
     Args:
-        support: The support sets, stacked: `(xs, ys)` with `xs: (tasks, examples, ...)` as a rule.
+        support: The support sets, stacked: `(xs, ys)` with `xs: (tasks, examples, ...)` as a rule; or `Minibatches` of
+            such.
         query: The query sets, stacked likewise; their number of examples may differ from that of the support.
 
     Raises:
@@ -101,6 +110,8 @@ class TaskBatch:
         counts: dict[str, set[int]] = {}
         for name, batch in (("support", self.support), ("query", self.query)):
             leaves = check_tensors(name, batch)
+            if isinstance(batch, Minibatches):
+                continue
             if any(not isinstance(leaf, Tensor) for leaf in tree_flatten(batch)[0]):
                 if others := objects(batch):
                     raise TypeError(
@@ -111,10 +122,10 @@ class TaskBatch:
             if any(leaf.ndim == 0 for leaf in leaves):
                 raise ValueError(f"Every tensor of `{name}` must be (tasks, ...). Got a 0-dim tensor.")
             counts[name] = {leaf.shape[0] for leaf in leaves}
-        if len(counts["support"] | counts["query"]) > 1:
+        if len(set[int].union(*counts.values())) > 1:
             raise ValueError(
                 "Support and query must hold the same number of tasks in the first dimension of every tensor. "
-                f"Got {sorted(counts['support'])} in support and {sorted(counts['query'])} in query. "
+                f"Got {sorted(counts.get('support', []))} in support and {sorted(counts['query'])} in query. "
                 "For tasks of different sizes pass a list of Task."
             )
         if len(self) == 0:
@@ -122,7 +133,7 @@ class TaskBatch:
 
     def __len__(self) -> int:
         """The number of tasks."""
-        return int(tree_flatten(self.support)[0][0].shape[0])
+        return int(tree_flatten(self.query)[0][0].shape[0])
 
     @overload
     def __getitem__(self, index: int) -> Task: ...
@@ -135,13 +146,37 @@ class TaskBatch:
         if isinstance(index, slice):
             if index.indices(len(self)) == (0, len(self), 1):
                 return self
-            return TaskBatch(
-                support=tree_map(lambda t: t[index], self.support), query=tree_map(lambda t: t[index], self.query)
-            )
+            return self._with(lambda batch: tree_map(lambda t: t[index], batch))
         if not -len(self) <= index < len(self):
             raise IndexError(f"Task {index} of a batch of {len(self)}.")
-        support, query = (opened(tree_map(lambda t: t[index], batch)) for batch in (self.support, self.query))
+        support, query = self._each(lambda batch: opened(tree_map(lambda t: t[index], batch)))
         return Task(support=support, query=query)
+
+    def at(self, step: int) -> TaskBatch:
+        """The tasks as an inner step sees them: others where their support sets are minibatches.
+
+        Args:
+            step: Its number, counted from 0.
+
+        Returns:
+            Tasks whose support sets are batches.
+
+        Raises:
+            ValueError: There is none for this step, or one for another number of tasks.
+        """
+        if not isinstance(self.support, Minibatches):
+            return self
+        return TaskBatch(support=self.support.at(step), query=self.query)
+
+    def _each(self, change: Callable[[Batch], Batch]) -> tuple[Any, Batch]:
+        """What a function makes of the support and of the query sets."""
+        support = self.support
+        changed = support.map(change) if isinstance(support, Minibatches) else change(support)
+        return changed, change(self.query)
+
+    def _with(self, change: Callable[[Batch], Batch]) -> TaskBatch:
+        support, query = self._each(change)
+        return TaskBatch(support=support, query=query)
 
     def __iter__(self) -> Iterator[Task]:
         """The tasks, one by one."""
@@ -170,28 +205,50 @@ class TaskBatch:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
 
-        return TaskBatch(support=tree_map(move, self.support), query=tree_map(move, self.query))
+        return self._with(lambda batch: tree_map(move, batch))
 
     @classmethod
     def stack(cls, tasks: Sequence[Task]) -> TaskBatch:
-        """Stack tasks of equal shapes into a batch; raises ValueError where the shapes differ."""
+        """Stack tasks of equal shapes into a batch; raises ValueError where the shapes differ.
+
+        Args:
+            tasks: The tasks. Where all have minibatches, those of a step are stacked when it needs them, and must be of
+                equal shapes then.
+
+        Returns:
+            The batch.
+
+        Raises:
+            ValueError: The shapes differ, only some have minibatches, or several tasks hold an object each.
+        """
+        sources = [task.support for task in tasks if isinstance(task.support, Minibatches)]
+        if sources and len(sources) < len(tasks):
+            raise ValueError("Only tasks that all have minibatches, or all a fixed support set, can be stacked.")
+        if sources:
+            queries = cls.stack([Task(support=task.query, query=task.query) for task in tasks]).query
+            return cls(support=stacked(sources, _stacked_at_a_step), query=queries)
         if len({signature(task) for task in tasks}) != 1:
             raise ValueError(f"Only tasks of one shape can be stacked. Got {len(tasks)} tasks of different shapes.")
         if len(tasks) > 1 and (others := _objects(tasks[0])):
             raise ValueError(
                 f"Only tasks of tensors can be stacked. Got {len(tasks)} tasks with a {type(others[0]).__name__} each."
             )
-
-        def stacked(batches: list[Batch]) -> Batch:
-            batches = [wrapped(batch) for batch in batches]
-            columns = zip(*(tree_flatten(batch)[0] for batch in batches), strict=True)
-            return tree_flatten(batches[0])[1].unflatten([torch.stack(column) for column in columns])
-
-        return cls(support=stacked([t.support for t in tasks]), query=stacked([t.query for t in tasks]))
+        return cls(support=_stacked([t.support for t in tasks]), query=_stacked([t.query for t in tasks]))
 
 
-def _objects(task: Task) -> list[Any]:
-    return objects((task.support, task.query))
+def _stacked(batches: list[Batch]) -> Batch:
+    batches = [wrapped(batch) for batch in batches]
+    columns = zip(*(tree_flatten(batch)[0] for batch in batches), strict=True)
+    return tree_flatten(batches[0])[1].unflatten([torch.stack(column) for column in columns])
+
+
+def _stacked_at_a_step(batches: list[Batch]) -> Batch:
+    return TaskBatch.stack([Task(support=batch, query=batch) for batch in batches]).support
+
+
+def _objects(tasks: Task | TaskBatch) -> list[Any]:
+    fixed = tasks.query if isinstance(tasks.support, Minibatches) else (tasks.support, tasks.query)
+    return objects(fixed)
 
 
 def group(tasks: TaskBatch | Sequence[Task]) -> list[tuple[list[int], TaskBatch]]:
@@ -206,6 +263,6 @@ def group(tasks: TaskBatch | Sequence[Task]) -> list[tuple[list[int], TaskBatch]
         raise ValueError("Expected at least one task. Got an empty list.")
     positions: dict[tuple[Any, ...], list[int]] = {}
     for i, task in enumerate(tasks):
-        alone = (i,) if _objects(task) else ()
-        positions.setdefault((*signature(task), *alone), []).append(i)
+        alone = isinstance(task.support, Minibatches) or _objects(task)
+        positions.setdefault((i,) if alone else signature(task), []).append(i)
     return [(where, TaskBatch.stack([tasks[i] for i in where])) for where in positions.values()]

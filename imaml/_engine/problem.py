@@ -13,6 +13,7 @@ from imaml._curvature.curvature import Curvature
 from imaml._curvature.derivatives import Derivatives, Want
 from imaml._curvature.product import Graph, HvpMode
 from imaml._engine.chunking import Chunking
+from imaml._engine.inner_state import InnerState
 from imaml._engine.nonfinite import check_history, check_query
 from imaml._engine.report import Outcome
 from imaml._engine.stepper import Stepper
@@ -50,6 +51,14 @@ class Problem:
     """Lambda, the regularisation of each entry: 0-dim or `(n,)`; None for none."""
     positions: list[int]
     """Which tasks of the user's these are."""
+    first: int = 0
+    """The number, in the whole training, of the step that is the first here; steps are counted from 0 in a problem."""
+    started: InnerState | None = None
+    """Where the inner loop goes on from; None: from theta."""
+    final: State | None = None
+    """The state after the inner loop, where it is wanted."""
+    keeps_final: bool = False
+    """Whether it is."""
     support_losses: list[Tensor] = field(default_factory=list)
     """L_support `(tasks,)` before each inner step."""
     statistics: dict[str, Tensor] = field(init=False)
@@ -87,8 +96,35 @@ class Problem:
         return self.snapshot.layout
 
     @property
+    def initial(self) -> Tensor:
+        """Where the inner loop starts, `(tasks, n)`: theta, or the parameters of the state that it goes on from."""
+        return self.theta if self.started is None else self.started.flat(self.layout)[0].expand(self.tasks, -1)
+
+    def begin(self) -> State:
+        """The state of the inner optimiser before the first step."""
+        if self.started is None:
+            return self.optimizer.start(self.theta)
+        return tuple(t.expand(self.tasks, -1) for t in self.started.flat(self.layout))
+
+    def pull_through_begin(self, cotangents: State) -> Tensor:
+        """The cotangent of theta for those of the state before the first step.
+
+        A state to go on from counts as theta plus a constant, as that before the steps that `MAML(truncate=...)`
+        differentiates does.
+
+        Args:
+            cotangents: Of the parameters and of the optimiser's buffers.
+
+        Returns:
+            That of theta, `(tasks, n)`.
+        """
+        if self.started is not None:
+            return cotangents[0]
+        return self.optimizer.pull_through_start(lambda: self.theta, cotangents)
+
+    @property
     def theta(self) -> Tensor:
-        """Where the inner loop starts and what the proximal term pulls to, `(tasks, n)`, shared by the tasks.
+        """What the proximal term pulls to, and where the inner loop starts as a rule, `(tasks, n)`, of all tasks.
 
         It is held during an inner loop with a proximal term, and gathered anew otherwise: a vector less at the peak.
         """
@@ -99,13 +135,50 @@ class Problem:
 
     def adapt(self) -> Tensor:
         """The whole inner loop, keeping nothing but the adapted parameters `(tasks, n)`."""
-        return self.inner.run(self)
+        if isinstance(self.inner, InnerOptimizer) and type(self.inner).run is InnerOptimizer.run:
+            return self.keep(self.inner.last_state(self))
+        return self.keep((self.inner.run(self),))
+
+    def keep(self, state: State) -> Tensor:
+        """The parameters of the state after the inner loop, which is kept where it is wanted."""
+        self.final = state if self.keeps_final else None
+        return state[0]
+
+    def left(self, solution: Tensor | None) -> InnerState:
+        """The state after the inner loop, with the solution of the linear systems if there is one."""
+        assert self.final is not None
+        phi, *buffers = self.final
+        return InnerState(
+            parameters={n: t.clone() for n, t in self.layout.named(phi).items()},
+            buffers=tuple(b.expand(self.tasks, -1).clone() for b in buffers),
+            step=self.first + self.inner.steps,
+            solution=solution,
+            optimizer=type(self.inner).__name__,
+        )
+
+    def support_at(self, step: int) -> Loss:
+        """The support loss that a step sees."""
+        return self.support.at(self.first + step)
+
+    def at_the_end(self, batches: int | None) -> Problem:
+        """The same with the support loss as a whole in each step: the mean over its source, where it has one.
+
+        Args:
+            batches: How many of the next batches of the source stand for it; None: all.
+
+        Returns:
+            The problem after the inner loop.
+        """
+        if self.support.source is None:
+            return self
+        last = self.first + self.inner.steps
+        return replace(self, support=self.support.mean(None if batches is None else range(last, last + batches)))
 
     def gradient(self, phi: Tensor, step: int, support: Gradient | None = None) -> Tensor:
         """The gradient of the inner objective, proximal term included, `(tasks, n)`; from `support` if it is known."""
         if support is None:
             self.record.gradients += self.tasks
-            support = self.derivatives.gradient(self.support, phi, step)
+            support = self.derivatives.gradient(self.support_at(step), phi, step)
         self._remember(phi, step, support)
         return self.add_proximal(support.adapted, phi)
 
@@ -113,18 +186,19 @@ class Problem:
         """The inner objective `(tasks,)` and its gradient `(tasks, n)`; from `support` if that is known."""
         if support is None:
             self.record.gradients += self.tasks
-            support = self.derivatives.gradient(self.support, phi, step)
+            support = self.derivatives.gradient(self.support_at(step), phi, step)
         return support.losses + self._proximal(phi), self.gradient(phi, step, support)
 
     def value(self, phi: Tensor, step: int) -> Tensor:
         """The inner objective `(tasks,)`."""
-        return self.derivatives.value(self.support, phi, step)[0] + self._proximal(phi)
+        return self.derivatives.value(self.support_at(step), phi, step)[0] + self._proximal(phi)
 
     def curvature(
         self, phi: Tensor, step: int, mode: HvpMode, graph: Graph, *, gauss_newton: bool = False
     ) -> Curvature:
         """The curvature of the support loss at phi."""
-        return Curvature(self.derivatives, self.support, phi, step, mode=mode, graph=graph, gauss_newton=gauss_newton)
+        loss = self.support_at(step)
+        return Curvature(self.derivatives, loss, phi, step, mode=mode, graph=graph, gauss_newton=gauss_newton)
 
     def settle(self, mode: HvpMode) -> None:
         """Find out how products are computed, where that is open, as long as no vectors are held."""
@@ -157,7 +231,7 @@ class Problem:
     @property
     def stepper(self) -> Stepper:
         """The steps of the inner loop, where it can be differentiated."""
-        return Stepper(self.optimizer, self.hyper, self.snapshot, self.positions[0])
+        return Stepper(self.optimizer, self.hyper, self.snapshot, self.positions[0], self.first)
 
     @property
     def optimizer(self) -> InnerOptimizer:
@@ -168,8 +242,9 @@ class Problem:
     def one_by_one(self, run: Callable[[Problem], Tensor]) -> Tensor:
         """What a function makes of each task alone, as one."""
         found, alone = [], []
-        for _, support in self.support.split(1):
-            one = replace(self, support=support, support_losses=[])
+        for row, support in self.support.split(1):
+            started = None if self.started is None else self.started.of_tasks([row])
+            one = replace(self, support=support, support_losses=[], started=started)
             found.append(run(one))
             one._theta = None
             alone.append(one)
@@ -182,7 +257,7 @@ class Problem:
         if len(self.support_losses) != step or step >= self.inner.steps:
             return
         self.support_losses.append(support.losses)
-        for _, part in self.support.slices if self.statistics else ():
+        for _, part in self.support_at(step).slices if self.statistics else ():
             self.statistics = self._of_moving(part.statistics(phi, step, self.statistics))
 
     def _of_moving(self, statistics: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imaml._engine.inner_state import InnerState
 from imaml._losses.record import Record
 from imaml._losses.snapshot import Snapshot
 from imaml_solvers import Solution, Status
@@ -73,6 +74,9 @@ class Report(Outcome):
     recomputed: tuple[str, ...] = ()
     """Names of the blocks that derivatives computed again, of `Objective(recompute=...)`, `imaml.recompute` and
     `torch.utils.checkpoint`; empty where nothing was."""
+    curvature_batches: int | None = None
+    """How many minibatches stood for the whole source in `stationarity` and in the products after the inner loop, as
+    `ImplicitMAML(curvature_batches=...)` says; None: all of them, or there are none."""
     skipped: tuple[int, ...] = ()
     """Positions of the tasks that `on_nonfinite="skip"` left out of the mean, in ascending order."""
 
@@ -100,6 +104,7 @@ class Report(Outcome):
             unused=tuple(n for n in snapshot.layout.names if record.used and n not in record.used),
             buffers=record.mean_statistics(),
             recomputed=tuple(sorted(snapshot.survey.recomputed)),
+            curvature_batches=record.curvature_batches,
             skipped=tuple(skipped),
         )
 
@@ -127,6 +132,8 @@ class Report(Outcome):
         cost = f"{self.gradients} gradients, {self.hvps} Hessian-vector products"
         error = "" if self.hvp_error is None else f", relative error about {self.hvp_error:.1g}"
         lines.append(cost + (f" ({self.hvp_mode}{error})" if self.hvp_mode else ""))
+        if self.curvature_batches is not None:
+            lines.append(f"curvature of {self.curvature_batches} minibatches")
         if self.recomputed:
             lines.append(f"recomputed: {', '.join(self.recomputed)}")
         if self.unused:
@@ -160,6 +167,8 @@ class MetaResult:
     """The mean query loss after adaptation, 0-dim; its backward delivers the meta-gradient."""
     report: Report
     """What the call did, for every task."""
+    state: InnerState | None = None
+    """Where the inner trainings stand, with `return_state=True`; for `start=` of a call that goes on."""
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Self
 
@@ -14,6 +14,7 @@ from imaml._curvature.compiled import Compiled
 from imaml._curvature.compiler import Session
 from imaml._curvature.derivatives import Derivatives
 from imaml._engine.chunking import ONE_BY_ONE, Chunking, choose_chunking
+from imaml._engine.inner_state import InnerState
 from imaml._engine.nonfinite import check_chunk, check_some, skipping
 from imaml._engine.problem import Problem
 from imaml._engine.ranks import check_alike, check_group, over_ranks
@@ -26,11 +27,14 @@ from imaml._losses.record import Record
 from imaml._losses.replay import Replay, Role
 from imaml._losses.slice import Slice, outside_inference
 from imaml._losses.snapshot import Snapshot
+from imaml._losses.source import Source
+from imaml._minibatches import Batch, Minibatches
 from imaml._objective.meta import no_gradient
 from imaml._objective.objective import Objective
 from imaml._tasks import Task, TaskBatch, signature
 from imaml._tasks import group as by_shape
 from imaml.inner._hyper import Hyperparameters
+from imaml_solvers import Solution
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -50,6 +54,17 @@ class Run:
     derivatives: Derivatives
     layouts: list[Layout]
     """Layouts of the gradients that are wanted, for theta and for any shared parameters; empty for none."""
+    start: InnerState | None = None
+    """Where the inner trainings go on from; None: from theta."""
+    keeps_final: bool = False
+    """Whether their states are wanted."""
+    finals: list[tuple[list[int], InnerState]] = field(default_factory=list)
+    """These, with the positions of the tasks of each chunk so far."""
+
+    @property
+    def first(self) -> int:
+        """The number of the first step, in the whole training."""
+        return 0 if self.start is None else self.start.step
 
     @classmethod
     def of(
@@ -58,16 +73,22 @@ class Run:
         objective: Objective,
         *,
         derivatives: bool,
+        start: InnerState | None = None,
+        keeps_final: bool = False,
         layout_of: Callable[[Mapping[str, Tensor]], Layout] = Layout.of,
     ) -> Run:
         """Take the snapshot, and evaluate the hyper-parameters."""
+        if not isinstance(start, InnerState | None):
+            raise TypeError(f"`start` must be an InnerState, such as `result.state`. Got {type(start).__name__}.")
         snapshot = Snapshot.of(objective, layout_of, differentiates=derivatives).recomputing(engine.recompute)
-        given = {name: (hyper, engine.inner.steps) for name, hyper in engine.inner.hyperparameters.items()}
+        steps = engine.inner.steps + (0 if start is None else start.step)
+        given = {name: (hyper, steps) for name, hyper in engine.inner.hyperparameters.items()}
         if engine.regularization is not None:
             given["regularization"] = (engine.regularization, 1)
         hyper = Hyperparameters.of(given, objective.meta, snapshot.layout, snapshot.like)
         layouts = [layout for layout in (snapshot.layout, snapshot.shared_layout) if derivatives and layout.names]
-        return cls(engine, snapshot, Record(), hyper, cls.derivatives_of(engine, snapshot), layouts)
+        how = cls.derivatives_of(engine, snapshot)
+        return cls(engine, snapshot, Record(), hyper, how, layouts, start, keeps_final)
 
     @classmethod
     def derivatives_of(cls, engine: Strategy, snapshot: Snapshot) -> Derivatives:
@@ -79,6 +100,9 @@ class Run:
 
     def sums(self, groups: list[tuple[list[int], TaskBatch]]) -> tuple[list[Tensor], Report]:
         """Sums over tasks: the gradients for theta and for any shared ones, then `(3,)`: loss, skipped, kept."""
+        if self.start is not None:
+            tasks = sum(len(where) for where, _ in groups)
+            self.start.check(self.snapshot.layout, self.engine.inner, tasks, self.snapshot.like)
         positions: list[int] = []
         skipped: list[int] = []
         outcomes: list[Outcome] = []
@@ -120,21 +144,35 @@ class Run:
         tasks = batch if positions == where else TaskBatch.stack([batch[row] for row in rows])
         problem = self.problem(positions, tasks, chunking)
         if not self.layouts:
-            return [], problem.evaluate(problem.adapt())
+            outcome = problem.evaluate(problem.adapt())
+            self._keep_final(problem, None)
+            return [], outcome
         pullback = self.engine.pull_back(problem)
         check_chunk(pullback, positions, self.hyper, self.engine.on_nonfinite)
         self.engine._keep(problem, pullback)
+        self._keep_final(problem, pullback.solution)
         shared = [] if pullback.shared is None else [pullback.shared]
         return [pullback.theta.sum(0), *shared], self._outcome(pullback)
+
+    def _keep_final(self, problem: Problem, solution: Solution | None) -> None:
+        if self.keeps_final:
+            self.finals.append((problem.positions, problem.left(None if solution is None else solution.x)))
+
+    def state(self, report: Report) -> InnerState | None:
+        """Where all inner trainings stand after the call, where that is wanted and there is any."""
+        if not self.finals:
+            return None
+        return InnerState.joined(self.finals, len(report.query_loss), report.skipped)
 
     def _outcome(self, pullback: Pullback) -> Outcome:
         return pullback.outcome
 
     def _mark(self) -> Callable[[], None]:
         """What takes back all that a chunk adds to from here on, but what it cost."""
-        take_back = [self.record.mark(), self.hyper.mark()]
+        take_back, finals = [self.record.mark(), self.hyper.mark()], len(self.finals)
 
         def undo() -> None:
+            del self.finals[finals:]
             for each in take_back:
                 each()
 
@@ -187,6 +225,7 @@ class Run:
 
     def chunking(self, batch: TaskBatch) -> Chunking:
         """How tasks of these shapes run; looked at once per engine."""
+        batch = batch.at(self.first)  # a batch stands for those of all steps
         self.check(batch)
         size, known, snapshot = self.engine.chunk_size, self.engine._memory.chunkings, self.snapshot
         if isinstance(size, int):
@@ -214,6 +253,7 @@ class Run:
         """Raise unless the losses can be taken slice by slice, if they are; looked at once per objective and shapes."""
         if self.engine.microbatch_size is None:
             return
+        batch = batch.at(self.first)
         sliced, shapes = self.engine._memory.sliced(self.snapshot.objective), (signature(batch), query)
         if shapes in sliced:
             return
@@ -225,13 +265,19 @@ class Run:
         sliced[shapes] = None
 
     def problem(self, positions: list[int], batch: TaskBatch, chunking: Chunking) -> Problem:
-        """The inner problem and the query loss of these tasks."""
-        tasks, first, size = len(batch), positions[0], self.engine.microbatch_size
+        """The inner problem and the query loss of these tasks; raises ValueError where minibatches do not suffice."""
+        tasks, size = len(batch), self.engine.microbatch_size
         snapshot = self.snapshot.recomputing(chunking.recompute)
-        support, query = (
-            Loss(Slice(snapshot, self.record, outside_inference(examples), tasks, first, role), size)
-            for examples, role in ((batch.support, Role.SUPPORT), (batch.query, Role.QUERY))
-        )
+        source = Source(batch) if isinstance(batch.support, Minibatches) else None
+        if source is not None:
+            self._check_source(source.minibatches)
+        examples = batch.support if source is None else source.at(self.first)
+
+        def loss(examples: Batch, role: Role) -> Slice:
+            return Slice(snapshot, self.record, outside_inference(examples), tasks, positions[0], role)
+
+        support = Loss(loss(examples, Role.SUPPORT), size, source)
+        query = Loss(loss(batch.query, Role.QUERY), size)
         return Problem(
             support=support,
             query=query,
@@ -241,7 +287,30 @@ class Run:
             chunking=chunking,
             damping=self._damping(),
             positions=positions,
+            first=self.first,
+            started=None if self.start is None else self.start.of_tasks(positions),
+            keeps_final=self.keeps_final,
         )
+
+    def _check_source(self, source: Minibatches) -> None:
+        """Raise ValueError where a source of minibatches is too short, or has no indices for a weight per example."""
+        last = self.first + self.engine.inner.steps
+        if source.length is not None and source.length < last:
+            raise ValueError(
+                f"The source of minibatches ends before the last inner step. Expected {last} batches, for steps "
+                f"{self.first} to {last - 1}. Got {source.length}: pass more, or a function of the step that begins "
+                "again, such as lambda step: batches[step % len(batches)]."
+            )
+        if source.says_indices is not None or source.examples is None:
+            return
+        for name, tensor in self.snapshot.objective.meta.flat().items():
+            if tensor.ndim and len(tensor) == source.examples and len(tensor) > 1:
+                raise ValueError(
+                    f"The meta-parameter {name!r} has {len(tensor)} entries, as many as the data set has examples, of "
+                    "which each step sees a batch. Expected the indices of the examples in every batch. Got none: pass "
+                    "indices=True to Minibatches.of, and use them in the loss, or indices=False where it is no weight "
+                    "per example."
+                )
 
     def _damping(self) -> Tensor | None:
         """Lambda: 0-dim, or `(n,)` where given by name; None for no proximal term."""

@@ -26,6 +26,8 @@ class Stepper:
     snapshot: Snapshot
     start: int
     """Position of the first task, which keys random draws."""
+    first: int = 0
+    """The number of the first step in the whole training; the optimiser sees the number of a step there."""
 
     def take(self, state: State, gradient: Tensor, step: int) -> State:
         """The state after a step.
@@ -86,14 +88,16 @@ class Stepper:
         """The cotangents of s_k, of g_k and of the learned hyper-parameters, for those of s_{k+1}."""
         pullback = self.optimizer.said_of_update("pullback")
         with self._draws(step):
+            number = self.first + step
             found: tuple[State, Tensor, dict[str, Tensor]] = pullback(
-                state, gradient, cotangents, step, self.hyper.at(step), self.hyper.learned
+                state, gradient, cotangents, number, self.hyper.at(number), self.hyper.learned
             )
         return found
 
     def _update(self, state: State, gradient: Tensor, step: int) -> State:
         with torch.enable_grad(), self._draws(step):
-            return self.optimizer.update(state, gradient, step, self.hyper.at(step))
+            number = self.first + step
+            return self.optimizer.update(state, gradient, number, self.hyper.at(number))
 
     @property
     def _draws_nothing(self) -> bool:
@@ -110,7 +114,8 @@ class Stepper:
             ValueError: It does.
         """
         with self._draws(0):
-            alone = self.optimizer.update(tuple(t[:1] for t in state), gradient[:1], 0, self.hyper.at(0))
+            rates = self.hyper.at(self.first)
+            alone = self.optimizer.update(tuple(t[:1] for t in state), gradient[:1], self.first, rates)
         if self.snapshot.replay.draws:
             return
         tolerance = torch.finfo(gradient.dtype).eps ** 0.5
@@ -122,7 +127,7 @@ class Stepper:
         if agree(alone, tuple(t[:1] for t in following)):
             return
         with self._draws(0):
-            again = self.optimizer.update(state, gradient, 0, self.hyper.at(0))
+            again = self.optimizer.update(state, gradient, self.first, rates)
         if agree(again, following):  # else it is no function of its arguments, and says nothing of the tasks
             raise ValueError(
                 f"{name} mixes tasks. Expected that every row of a state and of the gradient, `(tasks, n)`, is a task "

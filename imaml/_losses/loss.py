@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from imaml._leaves import objects
 from imaml._losses.record import Record
 from imaml._losses.slice import Slice
 from imaml._losses.snapshot import Snapshot
+from imaml._losses.source import Source
 from imaml._tasks import Batch
 from imaml._torch import tree_leaves, tree_map
 
@@ -21,12 +23,47 @@ from imaml._torch import tree_leaves, tree_map
 class Loss:
     """L(phi) of every task of a chunk: the mean over its examples, slice by slice, so that one graph is held at a time.
 
-    One slice has all examples where no size is given.
+    One slice has all examples where no size is given. A step of the inner loop may see others: see `at`.
     """
 
     whole: Slice
     size: int | None = None
     """Examples of a slice; None: all."""
+    source: Source | None = None
+    """What the steps of the inner loop see; None: all the same."""
+
+    def at(self, step: int) -> Loss:
+        """The loss that a step of the training sees."""
+        return self if self.source is None else self._of(self.source.at(step))
+
+    def mean(self, batches: Sequence[int] | None) -> Loss:
+        """The loss that the steps see in the mean: over all of the source, or over these of its batches.
+
+        Args:
+            batches: Steps whose batches stand for the source; None: all examples, once.
+
+        Returns:
+            The mean, each batch counting by its number of examples; they are fetched one after another.
+
+        Raises:
+            ValueError: The source has no end, and no batches are named.
+        """
+        if self.source is None:
+            return self
+        if batches is not None:
+            end = self.source.minibatches.length
+            return MeanLoss(self, [partial(self.source.at, step % end if end else step) for step in batches])
+        count = self.source.minibatches.length_of_all
+        if count is None:
+            raise ValueError(
+                "The mean over a source of minibatches without an end is not known. Expected a sequence of batches or "
+                "Minibatches.of(dataset, ...). Got a function of the step: say how many of its batches stand for it, "
+                "with curvature_batches=m."
+            )
+        return MeanLoss(self, [partial(self.source.of_all, i) for i in range(count)])
+
+    def _of(self, batch: Batch) -> Loss:
+        return Loss(replace(self.whole, batch=batch), self.size)
 
     @property
     def snapshot(self) -> Snapshot:
@@ -64,7 +101,8 @@ class Loss:
             yield 0, self
             return
         for first in range(0, self.tasks, tasks):
-            yield first, replace(self, whole=self.whole.of_tasks(first, tasks))
+            source = None if self.source is None else self.source.of_tasks(first, tasks)
+            yield first, replace(self, whole=self.whole.of_tasks(first, tasks), source=source)
 
     def check(self, value: Callable[[Loss], Tensor]) -> None:
         """Raise unless the loss of two slices is the mean of their losses; a loss with random draws is not looked at.
@@ -97,7 +135,7 @@ class Loss:
                 f"`microbatch_size` slices every tensor of a task. Got a {type(others[0]).__name__}, which is passed "
                 "as it is: use microbatch_size=None."
             )
-        sizes = {tuple(t.shape[1:2]) for t in tree_leaves(self.batch)}
+        sizes = self._sizes()
         if len(sizes) != 1 or () in sizes:
             raise ValueError(
                 "`microbatch_size` slices every tensor of a task along its first dimension. Expected one number of "
@@ -106,6 +144,68 @@ class Loss:
         [(examples,)] = sizes
         return int(examples)
 
+    @property
+    def weight(self) -> int:
+        """Its number of examples, where that is one number: what it counts in a mean."""
+        sizes = self._sizes()
+        return 1 if len(sizes) != 1 or () in sizes else int(*sizes.pop())
+
+    def _sizes(self) -> set[tuple[int, ...]]:
+        return {tuple(t.shape[1:2]) for t in tree_leaves(self.batch)}
+
     def _slice(self, first: int, size: int) -> Slice:
         batch = tree_map(lambda t: t[:, first : first + size], self.batch)
         return replace(self.whole, batch=batch, part=(*self.whole.part, first))
+
+
+class MeanLoss(Loss):
+    """The mean of the losses on several batches, weighted by their numbers of examples."""
+
+    def __init__(self, like: Loss, fetch: Sequence[Callable[[], Batch]]) -> None:
+        super().__init__(like.whole, like.size)
+        object.__setattr__(self, "_fetch", fetch)
+
+    @cached_property
+    def slices(self) -> Sequence[tuple[float, Slice]]:
+        """See `Loss`; a batch is fetched when its slices are asked for."""
+        fetch: Sequence[Callable[[], Batch]] = vars(self)["_fetch"]
+        return _Fetched([partial(self._alone, i, get) for i, get in enumerate(fetch)])
+
+    def _alone(self, i: int, get: Callable[[], Batch]) -> Loss:
+        return Loss(replace(self.whole, batch=get(), part=(*self.whole.part, i)), self.size)
+
+
+class _Fetched(Sequence[tuple[float, Slice]]):
+    """The slices of several losses, of which the last is at hand."""
+
+    def __init__(self, losses: Sequence[Callable[[], Loss]]) -> None:
+        self._losses = losses
+        self._last: tuple[int, Loss] | None = None
+        self._parts: list[tuple[int, int, float]] = []
+        total = 0
+        for i in range(len(losses)):
+            loss = self._loss(i)
+            self._parts += [(i, j, loss.weight * weight) for j, (weight, _) in enumerate(loss.slices)]
+            total += loss.weight
+        self._parts = [(i, j, weight / total) for i, j, weight in self._parts]
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[float, Slice]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[tuple[float, Slice]]: ...
+
+    def __getitem__(self, index: int | slice) -> tuple[float, Slice] | Sequence[tuple[float, Slice]]:
+        if isinstance(index, slice):
+            return [self[k] for k in range(*index.indices(len(self)))]
+        i, j, weight = self._parts[index]
+        return weight, self._loss(i).slices[j][1]
+
+    def _loss(self, i: int) -> Loss:
+        if self._last is None or self._last[0] != i:
+            self._last = None  # before the next is there
+            self._last = i, self._losses[i]()
+        return self._last[1]

@@ -27,6 +27,8 @@ class Record:
     """Estimated relative error of those by finite differences; None before the first."""
     difference_move: float | None = None
     """How far those move phi, in its norms; None before the first."""
+    curvature_batches: int | None = None
+    """How many minibatches stand for a whole source in products after the inner loop; None: all, or there are none."""
     needs_shared: bool = False
     """Whether an evaluation by the adapted parameters alone needs to know that the shared ones require grad too: a
     forward pass asks, or differentiates by them."""

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
-from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -21,6 +20,7 @@ from imaml._curvature.derivatives import Derivatives
 from imaml._engine.chunking import ONE_BY_ONE, Chunking
 from imaml._engine.report import Outcome, Pullback, Report
 from imaml._engine.run import Run
+from imaml._leaves import checksum
 from imaml._losses.layout import Layout
 from imaml._losses.snapshot import Snapshot
 from imaml._objective.objective import Objective
@@ -42,8 +42,9 @@ class ShardedRun(Run):
         """As those of a whole model; raises ValueError, on all processes, where they have not the same tasks."""
         layout = self.snapshot.layout
         assert isinstance(layout, ShardedLayout)
-        tensors = [t for _, batch in groups for t in tree_leaves((batch.support, batch.query))]
-        mine = [(t.shape, str(t.dtype), _checksum(t)) for t in tensors]
+        first = [batch.at(self.first) for _, batch in groups]
+        tensors = [t for batch in first for t in tree_leaves((batch.support, batch.query))]
+        mine = [checksum(t) for t in tensors]
         everyone: list[Any] = [None] * layout.mesh.size()
         dist.all_gather_object(everyone, mine, group=layout.mesh.get_group())
         if any(theirs != mine for theirs in everyone):
@@ -75,10 +76,6 @@ class ShardedRun(Run):
         entries: dict[str, Any] = {f.name: getattr(pullback.outcome, f.name) for f in fields(Outcome)}
         entries |= {name: whole(tensor) for name, tensor in entries.items() if tensor is not None}
         return Outcome(**entries)
-
-
-def _checksum(tensor: Tensor) -> int:
-    return crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def layout_for(engine: Strategy, objective: Objective) -> Callable[[Mapping[str, Tensor]], Layout] | None:

@@ -14,6 +14,7 @@ from imaml._curvature.product import Graph, HvpMode, check_mode
 from imaml._engine.problem import Problem
 from imaml._engine.report import Pullback, Report
 from imaml._errors import SolverError, SolverWarning, warn
+from imaml._numbers import check_integer
 from imaml._strategies.error_bound import careful_eigenvalue, relative_bound, solution_error
 from imaml._strategies.implicit_costs import ImplicitCosts
 from imaml._strategies.meta_gradient import MetaGradient
@@ -78,7 +79,10 @@ class ImplicitMAML(MetaGradient):
         warm_start: Start a solve from the task's solution in an earlier call, where its support set is the same, as in
             bilevel problems or with few tasks that recur: fewer products where little has changed since. Keeps a vector
             `(n,)` of every task that the engine has solved, of the last ones where they exceed 1 GiB; costs two
-            products. The solve starts at zero all the same where the residual there is the smaller one.
+            products. The solve starts at zero all the same where the residual there is the smaller one. The
+            solution of a `start` comes before these.
+        curvature_batches: How many of the next batches stand for the whole, where the support sets are `Minibatches`:
+            the stationarity, H and the mixed product are those of their mean. None: all examples of the source.
         on_failure: What a solve that failed leads to: "raise" a `SolverError`, "warn" once per engine, or "ignore". The
             last good iterate is used, and the report has every task's status either way.
         error_bound: Fill `report.error_bound`, for one displaced evaluation. Not with "ggn", whose own error it could
@@ -99,6 +103,7 @@ class ImplicitMAML(MetaGradient):
     linearize: bool = True
     solver_dtype: torch.dtype | None = None
     warm_start: bool = False
+    curvature_batches: int | None = None
     on_failure: Literal["raise", "warn", "ignore"] = "warn"
     error_bound: bool = True
     _solutions: WarmStart = field(default_factory=WarmStart, init=False, repr=False, compare=False)
@@ -119,6 +124,8 @@ class ImplicitMAML(MetaGradient):
             )
         if self.solver_dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"`solver_dtype` must be torch.float32 or torch.float64. Got {self.solver_dtype}.")
+        if self.curvature_batches is not None:
+            check_integer("`curvature_batches`, unless None,", self.curvature_batches, least=1)
         if self.on_failure not in ("raise", "warn", "ignore"):
             raise ValueError(f"`on_failure` must be 'raise', 'warn' or 'ignore'. Got {self.on_failure!r}.")
 
@@ -130,7 +137,10 @@ class ImplicitMAML(MetaGradient):
         root = query.adapted.new_ones(()) if damping is None else damping.sqrt()
         weight = root / root.mean()  # 1 for a single lambda, where the system is I + H / lambda itself
         rhs = query.adapted.div_(weight)
-        curvature, gradient = self._curvature(problem, phi)
+        if problem.support.source is not None:
+            problem.record.curvature_batches = self.curvature_batches
+        at_the_end = problem.at_the_end(self.curvature_batches)
+        curvature, gradient = self._curvature(at_the_end, phi)
         stationarity, slope = gradient.norm(dim=-1), gradient / root if self._has_bound else None
         del gradient
         shift = 0.0 if damping is None else 1.0
@@ -149,7 +159,7 @@ class ImplicitMAML(MetaGradient):
         def look(displacement: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
             there = displacement.div_(root).add_(phi)
             v = problem.query_gradient(there).adapted.div_(weight)
-            curvature, gradient = self._curvature(problem, there)
+            curvature, gradient = self._curvature(at_the_end, there)
             return gradient.div_(root), lambda: v.sub_(_system(curvature, root, shift).mv(solution.x))
 
         bound = None
@@ -172,7 +182,8 @@ class ImplicitMAML(MetaGradient):
         dtype = self.solver_dtype or rhs.dtype
         if not self.warm_start:
             return _cast(self.solver.solve(op, rhs.to(dtype)), rhs.dtype)
-        start = self._solutions.of(problem.support.batch, rhs)
+        started = None if problem.started is None else problem.started.solution
+        start = self._solutions.of(problem.support.batch, rhs) if started is None else started.expand_as(rhs)
         if start is not None:
             worse = (rhs - op.mv(start)).norm(dim=-1, keepdim=True) > rhs.norm(dim=-1, keepdim=True)
             start = start.masked_fill(worse, 0).to(dtype)

@@ -163,7 +163,7 @@ class MAML(MetaGradient):
                     shared.add_(mixed)
                 del w
         if tape.first == 0:
-            cotangent = problem.optimizer.pull_through_start(lambda: problem.theta, (cotangent, *buffers))
+            cotangent = problem.pull_through_begin((cotangent, *buffers))
         return Pullback(cotangent + pulled_by_theta, shared, outcome)
 
 

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from imaml._engine.chunking import ONE_BY_ONE, Chunking
+from imaml._engine.inner_state import InnerState
 from imaml._engine.node import attach
 from imaml._engine.report import MetaResult
 from imaml._engine.run import Run
 from imaml._engine.strategy import Strategy
-from imaml._leaves import wrapped
+from imaml._minibatches import Minibatches, batch_at
 from imaml._objective.objective import Objective
 from imaml._sharding.runs import run_of
 from imaml._tasks import Batch, Task, TaskBatch, check_constant, check_tensors
 from imaml._tasks import group as by_shape
-from imaml._torch import tree_map
 from imaml.planning import Forecast
 
 if TYPE_CHECKING:
@@ -108,7 +108,13 @@ class MetaGradient(Strategy):
     """
 
     def __call__(
-        self, objective: Objective, tasks: TaskBatch | Sequence[Task], *, group: ProcessGroup | None = None
+        self,
+        objective: Objective,
+        tasks: TaskBatch | Sequence[Task],
+        *,
+        start: InnerState | None = None,
+        return_state: bool = False,
+        group: ProcessGroup | None = None,
     ) -> MetaResult:
         """Adapt to every task, and return the mean query loss with the meta-gradient behind it.
 
@@ -120,10 +126,15 @@ class MetaGradient(Strategy):
         Args:
             objective: Model and loss.
             tasks: A `TaskBatch`, or a list of `Task` whose shapes may differ.
+            start: Where the inner trainings stand that go on, of this rank's tasks; None: at theta. Its parameters
+                count as theta plus a constant, and its buffers as constants: the gradient says what a change of theta
+                would do that moved them by as much. Earlier steps are left out, as by `MAML(truncate=...)`.
+            return_state: Whether the result has the state after the last step: the adapted parameters and the buffers
+                of every task.
             group: The processes that share the work; None: this one alone.
 
         Returns:
-            The loss, over the tasks of all ranks, and a report, of this rank's.
+            The loss, over the tasks of all ranks, and a report, of this rank's, as is the state.
 
         Raises:
             NonFiniteError: A loss or the meta-gradient is NaN or infinite, or all tasks were skipped; or another rank
@@ -137,48 +148,59 @@ class MetaGradient(Strategy):
         parameters = objective.parameters() if isinstance(objective, Objective) else {}
         wanted = torch.is_grad_enabled() and any(p.requires_grad for p in parameters.values())
         with _plain_tensors():
-            run = self._run(objective, tasks, derivatives=wanted)
+            run = self._run(objective, tasks, derivatives=wanted, start=start, keeps_final=return_state)
             sums = run.sums(by_shape(tasks)) if group is None else run.sums_over_ranks(tasks, group)
             loss, gradients, report = run.means(*sums)
+            state = run.state(report)
         if wanted:
             loss = attach(loss, list(gradients.values()), list(parameters.values()))
-        return MetaResult(loss, report)
+        return MetaResult(loss, report, state)
 
     def value_and_grad(
-        self, objective: Objective, tasks: TaskBatch | Sequence[Task], *, group: ProcessGroup | None = None
+        self,
+        objective: Objective,
+        tasks: TaskBatch | Sequence[Task],
+        *,
+        start: InnerState | None = None,
+        group: ProcessGroup | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean query loss and the meta-gradient by parameter name, detached; `.grad` is not touched.
 
         Args:
             objective: Model and loss.
             tasks: As in a call.
+            start: As in a call.
             group: As in a call.
 
         Returns:
             The 0-dim loss, and one gradient per parameter of `objective.parameters()`, in its shape and dtype.
         """
         with _plain_tensors():
-            run = self._run(objective, tasks, derivatives=True)
+            run = self._run(objective, tasks, derivatives=True, start=start)
             sums = run.sums(by_shape(tasks)) if group is None else run.sums_over_ranks(tasks, group)
             loss, gradients, _ = run.means(*sums)
         return loss, gradients
 
-    def adapt(self, objective: Objective, support: Batch) -> dict[str, Tensor]:
+    def adapt(
+        self, objective: Objective, support: Batch | Minibatches, *, start: InnerState | None = None
+    ) -> dict[str, Tensor]:
         """Adapt to one task, and return its parameters by name, for deployment with `torch.func.functional_call`.
 
         Args:
             objective: Model and loss.
-            support: One task's support set, without a task dimension.
+            support: One task's support set, without a task dimension, or its minibatches.
+            start: As in a call.
 
         Returns:
             The adapted parameters, detached, in shape and dtype of the originals, and with `buffers="update"` the
             task's running statistics; the model is not changed.
         """
         check_tensors("support", support)
-        batch = tree_map(lambda t: t.unsqueeze(0), wrapped(support))
         with _plain_tensors():
-            run = run_of(self, objective, derivatives=False)
-            tasks = TaskBatch(support=batch, query=batch)
+            run = run_of(self, objective, derivatives=False, start=start)
+            tasks = TaskBatch.stack([Task(support=support, query=batch_at(support, run.first))])
+            if start is not None:
+                start.check(run.snapshot.layout, self.inner, 1, run.snapshot.like)
             run.check(tasks, query=False)
             try:
                 problem = run.problem([0], tasks, ONE_BY_ONE)
@@ -233,10 +255,18 @@ class MetaGradient(Strategy):
 
         return automatic(self, objective, batch, shapes)
 
-    def _run(self, objective: Objective, tasks: TaskBatch | Sequence[Task], *, derivatives: bool) -> Run:
+    def _run(
+        self,
+        objective: Objective,
+        tasks: TaskBatch | Sequence[Task],
+        *,
+        derivatives: bool,
+        start: InnerState | None = None,
+        keeps_final: bool = False,
+    ) -> Run:
         if derivatives and isinstance(tasks, Sequence | TaskBatch):
             check_constant(tasks)
-        return run_of(self, objective, derivatives=derivatives)
+        return run_of(self, objective, derivatives=derivatives, start=start, keeps_final=keeps_final)
 
 
 @contextmanager

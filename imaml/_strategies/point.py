@@ -49,7 +49,7 @@ class Point:
         before, w, rates = problem.stepper.pull_back(state, gradient, cotangents, self.step)
         if "regularization" in problem.hyper.learned:
             rates["regularization"] = w * (self.state[0] - problem.theta)
-        problem.hyper.add(rates, self.step)
+        problem.hyper.add(rates, problem.first + self.step)
         return before, w
 
     def add_product(self, cotangents: State, w: Tensor, *, mixed: bool) -> tuple[Tensor, Tensor | None]:

@@ -77,7 +77,7 @@ class Tape:
                 point, gradient = Point.with_gradient(problem, state, step, mode)
                 points.append(point)
                 state = problem.update(state, gradient, step)
-        return state[0], chain((points.pop() for _ in range(self.graphs)), earlier)
+        return problem.keep(state), chain((points.pop() for _ in range(self.graphs)), earlier)
 
     def _states_backwards(self, problem: Problem, before: Callable[[], State], kept: Store) -> Iterator[State]:
         """Yield the state after these steps, then that before each, the last first; `before` gives the first."""
@@ -104,7 +104,7 @@ def _before(problem: Problem, step: int) -> Callable[[], State]:
     """The state before an inner step; that before the first is gathered whenever it is asked for, and held by none."""
 
     def start() -> State:
-        return problem.optimizer.start(problem.theta)
+        return problem.begin()
 
     if step == 0:
         return start

@@ -146,7 +146,11 @@ class InnerOptimizer(InnerSolver):
 
     def run(self, problem: InnerProblem) -> Tensor:
         """All steps, keeping nothing but the last state."""
-        state = self.start(problem.theta)
+        return self.last_state(problem)[0]
+
+    def last_state(self, problem: InnerProblem) -> State:
+        """The state after all steps, which `run` gives the parameters of."""
+        state = problem.begin()
         for step in range(self.steps):
             if self.stationarity is None:
                 state = problem.update(state, problem.gradient(state[0], step), step)
@@ -159,7 +163,7 @@ class InnerOptimizer(InnerSolver):
             following = problem.update(state, gradient, step)
             state = tuple(torch.where(moving, t, s) for t, s in zip(following, state, strict=True))
             del gradient, following
-        return state[0]
+        return state
 
     def pullback(
         self, state: State, gradient: Tensor, cotangents: State, step: int, at: Rates, learned: frozenset[str]

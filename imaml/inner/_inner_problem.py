@@ -40,7 +40,16 @@ class InnerProblem(Protocol):
 
     @property
     def theta(self) -> Tensor:
-        """Where the proximal term pulls to, and where a solver starts, `(tasks, n)`: not to be written to."""
+        """What the proximal term pulls to, `(tasks, n)`: not to be written to."""
+        ...
+
+    @property
+    def initial(self) -> Tensor:
+        """Where a solver starts, `(tasks, n)`, likewise: theta, or where an inner training stands that goes on."""
+        ...
+
+    def begin(self) -> State:
+        """The state of the optimiser that solves this problem before the first step."""
         ...
 
     @property

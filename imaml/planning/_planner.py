@@ -33,7 +33,7 @@ def forecast(
 ) -> Forecast[Engine]:
     """See `MetaGradient.plan`."""
     limit = None if memory is None else parse(memory)
-    groups = [batch for _, batch in by_shape(tasks)]
+    groups = [batch.at(0) for _, batch in by_shape(tasks)]  # of minibatches the first stands for all
     device = device_of(objective)
     if limit is None and device.type != "cpu":
         limit = free(device)

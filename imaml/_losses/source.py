@@ -1,0 +1,69 @@
+"""The support sets of a chunk of tasks, where every inner step sees others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from imaml._leaves import checksum
+from imaml._losses.slice import outside_inference
+from imaml._minibatches import Batch, Minibatches
+from imaml._tasks import TaskBatch
+from imaml._torch import tree_leaves
+
+Sums = tuple[object, ...]
+
+
+@dataclass(eq=False)
+class Source:
+    """Fetches a batch when a step needs it, and checks that a step that comes back sees the one that it saw before."""
+
+    tasks: TaskBatch
+    """Whose support sets are minibatches."""
+    _seen: dict[tuple[str, int], Sums] = field(default_factory=dict)
+    _last: tuple[int, Batch] | None = None
+
+    @property
+    def minibatches(self) -> Minibatches:
+        """Where the batches come from."""
+        found = self.tasks.support
+        assert isinstance(found, Minibatches)
+        return found
+
+    def at(self, step: int) -> Batch:
+        """What the tasks see in a step of the training, `(tasks, ...)`; the last one is kept at hand.
+
+        Args:
+            step: Its number.
+
+        Returns:
+            The batch.
+
+        Raises:
+            ValueError: There is none, or another than before.
+        """
+        if self._last is None or self._last[0] != step:
+            self._last = None  # before the next is there
+            self._last = step, self._same(("inner step", step), self.minibatches.at)
+        return self._last[1]
+
+    def of_all(self, i: int) -> Batch:
+        """The i-th of the batches that hold every example once, likewise."""
+        return self._same(("batch", i), self.minibatches.of_all)
+
+    def _same(self, key: tuple[str, int], fetch: Callable[[int], Batch]) -> Batch:
+        batch = TaskBatch(support=fetch(key[1]), query=self.tasks.query).support
+        sums = tuple(checksum(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+        if self._seen.setdefault(key, sums) != sums:
+            raise ValueError(
+                f"The source of minibatches gave another batch for {key[0]} {key[1]} when it was asked again, as the "
+                "reverse sweep and the solver have to. Expected a function of the step. Got other numbers or shapes: "
+                "draw from a generator that is seeded by the step, or keep the batches in a list."
+            )
+        return outside_inference(batch)
+
+    def of_tasks(self, first: int, tasks: int) -> Source:
+        """The same for some of the tasks."""
+        return Source(self.tasks[first : first + tasks])

@@ -97,7 +97,7 @@ class Stepper:
     def _update(self, state: State, gradient: Tensor, step: int) -> State:
         with torch.enable_grad(), self._draws(step):
             number = self.first + step
-            return self.optimizer.update(state, gradient, number, self.hyper.at(number))
+            return self.optimizer.stepped(state, gradient, number, self.hyper.at(number))
 
     @property
     def _draws_nothing(self) -> bool:

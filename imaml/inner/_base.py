@@ -15,8 +15,9 @@ from imaml._numbers import check_integer, check_number
 from imaml.inner._hyper import Hyper, check_hyper
 from imaml.inner._inner_problem import InnerProblem, State
 
-BLOCK = 2**20
-"""Entries of a vector that are pulled back at a time, where that is possible: the graph of an update is long."""
+BLOCK = 2**16
+"""Entries that an update of long vectors handles at a time, where that is possible: what it makes in between is then
+small, and stays in the caches. A step of Adam and its derivative take a third of the time."""
 
 Rates = Mapping[str, float | Tensor]
 """Every hyper-parameter at one step: a number, or a tensor that broadcasts against `(tasks, n)`."""
@@ -168,23 +169,61 @@ class InnerOptimizer(InnerSolver):
     def pullback(
         self, state: State, gradient: Tensor, cotangents: State, step: int, at: Rates, learned: frozenset[str]
     ) -> tuple[State, Tensor, dict[str, Tensor]]:
-        """The cotangents of s, of g and of the learned hyper-parameters, for those of U(s, g)."""
-        points, own, n = (*state, gradient), learned & set(self.hyperparameters), gradient.shape[-1]
+        """The cotangents of s, of g and of the learned hyper-parameters, for those of U(s, g).
+
+        Args:
+            state: s.
+            gradient: G; the cotangent may be written in its place.
+            cotangents: Of U(s, g), which those of s may be written over: a long vector is expensive to make.
+            step: The number of the step, counted from 0.
+            at: Every hyper-parameter there.
+            learned: Names of those whose cotangents are wanted.
+
+        Returns:
+            The cotangents, those of the hyper-parameters by name, of shapes that summed are theirs.
+        """
+        points, own = (*state, gradient), learned & set(self.hyperparameters)
         rates = {name: rate for name, rate in at.items() if name in own and isinstance(rate, Tensor)}
-        # DTensors are left whole: a slice of one would be gathered from all processes.
-        in_blocks = self.said_of_update("is_elementwise") and all(type(t) is Tensor for t in (*points, *cotangents))
-        if n <= BLOCK or not in_blocks:
+        blocks = self._blocks((*points, *cotangents))
+        if not blocks:
             found = self._pullback(points, cotangents, step, at, rates)
         else:
-            found = [torch.zeros_like(t) for t in (*points, *rates.values())]
-            for first in range(0, n, BLOCK):
-                part = partial(_columns, of=n, first=first)
-                some = {name: part(rate) if isinstance(rate, Tensor) else rate for name, rate in at.items()}
+            found = _room((*cotangents, gradient))
+            sums = [torch.zeros_like(rate) for rate in rates.values()]
+            for part in blocks:
                 mine = {name: part(rate) for name, rate in rates.items()}
-                pulled = self._pullback([*map(part, points)], tuple(map(part, cotangents)), step, some, mine)
-                for total, t in zip(found, pulled, strict=True):
+                pulled = self._pullback([*map(part, points)], tuple(map(part, cotangents)), step, _each(part, at), mine)
+                for whole, t in zip(found, pulled, strict=False):
+                    part(whole).copy_(t)
+                for total, t in zip(sums, pulled[len(found) :], strict=True):
                     part(total).add_(t)
+            found += sums
         return tuple(found[: len(state)]), found[len(state)], dict(zip(rates, found[len(points) :], strict=True))
+
+    def stepped(self, state: State, gradient: Tensor, step: int, at: Rates) -> State:
+        """What `update` gives, block by block where that is possible."""
+        blocks = self._blocks((*state, gradient))
+        if not blocks:
+            return self.update(state, gradient, step, at)
+        found = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in state]
+        for part in blocks:
+            following = self.update(tuple(map(part, state)), part(gradient), step, _each(part, at))
+            for whole, t in zip(found, following, strict=True):
+                part(whole).copy_(t)
+        return tuple(found)
+
+    def _blocks(self, tensors: Sequence[Tensor]) -> list[Callable[[Tensor], Tensor]]:
+        """What takes a block of the entries of vectors `(tasks, n)`, for each block; none for short ones."""
+        tasks, n = tensors[0].shape
+        # DTensors are left whole: a slice of one would be gathered from all processes.
+        if (
+            tasks * n <= 4 * BLOCK
+            or not self.said_of_update("is_elementwise")
+            or any(type(t) is not Tensor for t in tensors)
+        ):
+            return []
+        width = max(BLOCK // tasks, BLOCK // 16, 1)  # not so narrow that the rows of many tasks become crumbs
+        return [partial(_columns, of=n, first=first, width=width) for first in range(0, n, width)]
 
     @torch.enable_grad()
     def _pullback(
@@ -205,9 +244,22 @@ class InnerOptimizer(InnerSolver):
         return _pulled(self.start(point), cotangents, [point])[0]
 
 
-def _columns(tensor: Tensor, *, of: int, first: int) -> Tensor:
+def _columns(tensor: Tensor, *, of: int, first: int, width: int) -> Tensor:
     """A block of the entries of what broadcasts against `(tasks, of)`."""
-    return tensor[..., first : first + BLOCK] if tensor.ndim and tensor.shape[-1] == of else tensor
+    return tensor[..., first : first + width] if tensor.ndim and tensor.shape[-1] == of else tensor
+
+
+def _room(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors themselves, to be written over; in place of those that share memory, others."""
+    found: list[Tensor] = []
+    for t in tensors:
+        shares = 0 in t.stride() or any(t.untyped_storage().data_ptr() == o.untyped_storage().data_ptr() for o in found)
+        found.append(torch.empty(t.shape, dtype=t.dtype, device=t.device) if shares else t)
+    return found
+
+
+def _each(part: Callable[[Tensor], Tensor], at: Rates) -> Rates:
+    return {name: part(rate) if isinstance(rate, Tensor) else rate for name, rate in at.items()}
 
 
 def _pulled(outputs: State, cotangents: State, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

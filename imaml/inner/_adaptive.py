@@ -25,22 +25,35 @@ def _check_fraction(name: str, value: float) -> None:
         raise ValueError(f"{name} must be >= 0 and < 1. Got {value}.")
 
 
-def _check_eps(eps: float) -> None:
+def check_betas(name: str, betas: object) -> None:
+    """Raise unless these are two decay rates of running means."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"`{name}` must be two numbers. Got {betas}.")
+    for beta in betas:
+        _check_fraction(f"Each of `{name}`", beta)
+
+
+def check_eps(eps: float, root: float = 0.0) -> None:
+    """Raise unless what is added to a divisor is positive, and what is added within its square root not negative."""
     if check_number("`eps`", eps) <= 0:
         raise ValueError(f"`eps` must be positive, or a gradient of zero divides by zero. Got {eps}.")
+    if check_number("`eps_root`", root) < 0:
+        raise ValueError(f"`eps_root` must be >= 0. Got {root}.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adam(InnerOptimizer):
     """Adapts by Adam, whose steps are scaled by running moments of the gradient.
 
-    Formula: phi <- phi - lr * m' / (sqrt(v') + eps). With h = g + weight_decay * phi: m <- b1 m + (1 - b1) h and v <-
-    b2 v + (1 - b2) h^2 from zero, m' = m / (1 - b1^k) and v' = v / (1 - b2^k) at step k = 1, 2, ...
+    Formula: phi <- phi - lr * m' / (sqrt(v' + eps_root) + eps). With h = g + weight_decay * phi: m <- b1 m + (1 - b1) h
+    and v <- b2 v + (1 - b2) h^2 from zero, m' = m / (1 - b1^k) and v' = v / (1 - b2^k) at step k = 1, 2, ...
 
-    Equal to `torch.optim.Adam`.
+    Equal to `torch.optim.Adam` with `eps_root=0`, and to `optax.adam`.
 
-    The update is steep at small gradients: its derivative by a gradient near zero is lr / eps at the first step. It is
-    finite at zero itself.
+    The update is steep at small gradients: its derivative by a gradient near zero is lr / (sqrt(eps_root) + eps) at the
+    first step. It is finite at zero itself. With eps = 1e-8 alone the rounding errors of float32 are multiplied by so
+    much, step after step, that little may be left of the meta-gradient of a long training. An eps_root of 1e-9 hardly
+    changes the training, and bounds that.
 
     Source: Kingma & Ba 2015.
 
@@ -48,6 +61,7 @@ class Adam(InnerOptimizer):
         lr: See `InnerOptimizer`, as for `steps`.
         betas: (b1, b2), each >= 0 and < 1.
         eps: > 0.
+        eps_root: >= 0; bounds the derivative, in long trainings and in float32.
         weight_decay: >= 0.
 
     Raises:
@@ -61,16 +75,14 @@ class Adam(InnerOptimizer):
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    eps_root: float = 0.0
     weight_decay: Hyper = 0.0
 
     def __post_init__(self) -> None:
         """Check the configuration; raises TypeError or ValueError."""
         super().__post_init__()
-        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
-            raise ValueError(f"`betas` must be two numbers. Got {self.betas}.")
-        for beta in self.betas:
-            _check_fraction("Each of `betas`", beta)
-        _check_eps(self.eps)
+        check_betas("betas", self.betas)
+        check_eps(self.eps, self.eps_root)
 
     @property
     def buffers(self) -> int:
@@ -88,7 +100,7 @@ class Adam(InnerOptimizer):
         first, second = self.betas
         mean = torch.lerp(mean, gradient, 1 - first)
         square = second * square + (1 - second) * gradient.square()
-        root = safe_sqrt(square / (1 - second ** (step + 1))) + self.eps
+        root = safe_sqrt(square / (1 - second ** (step + 1)) + self.eps_root) + self.eps
         return phi - at["lr"] / (1 - first ** (step + 1)) * mean / root, mean, square
 
 
@@ -106,6 +118,7 @@ class AdamW(Adam):
         lr: See `InnerOptimizer`, as for `steps`.
         betas: See `Adam`.
         eps: See `Adam`.
+        eps_root: See `Adam`.
         weight_decay: >= 0.
 
     Raises:
@@ -128,10 +141,10 @@ class AdamW(Adam):
 class RMSprop(InnerOptimizer):
     """Adapts by RMSprop, whose steps are divided by a running root mean square of the gradient.
 
-    Formula: phi <- phi - lr * d with d = h / (sqrt(v) + eps). With h = g + weight_decay * phi: v <- alpha v + (1 -
-    alpha) h^2 from zero. With momentum mu the step is along the buffer b <- mu b + d.
+    Formula: phi <- phi - lr * d with d = h / (sqrt(v + eps_root) + eps). With h = g + weight_decay * phi: v <-
+    alpha v + (1 - alpha) h^2 from zero. With momentum mu the step is along the buffer b <- mu b + d.
 
-    Equal to `torch.optim.RMSprop`, not centred.
+    Equal to `torch.optim.RMSprop` with `eps_root=0`, not centred.
 
     Source: Hinton 2012.
 
@@ -139,6 +152,7 @@ class RMSprop(InnerOptimizer):
         lr: See `InnerOptimizer`, as for `steps`.
         alpha: >= 0 and < 1.
         eps: > 0.
+        eps_root: >= 0, see `Adam`.
         momentum: mu >= 0.
         weight_decay: >= 0.
 
@@ -153,6 +167,7 @@ class RMSprop(InnerOptimizer):
 
     alpha: float = 0.99
     eps: float = 1e-8
+    eps_root: float = 0.0
     momentum: Hyper = 0.0
     weight_decay: Hyper = 0.0
 
@@ -160,7 +175,7 @@ class RMSprop(InnerOptimizer):
         """Check the configuration; raises TypeError or ValueError."""
         super().__post_init__()
         _check_fraction("`alpha`", self.alpha)
-        _check_eps(self.eps)
+        check_eps(self.eps, self.eps_root)
 
     @property
     def buffers(self) -> int:
@@ -173,7 +188,7 @@ class RMSprop(InnerOptimizer):
         if not is_off(self.weight_decay):
             gradient = gradient + at["weight_decay"] * phi
         square = self.alpha * square + (1 - self.alpha) * gradient.square()
-        direction = gradient / (safe_sqrt(square) + self.eps)
+        direction = gradient / (safe_sqrt(square + self.eps_root) + self.eps)
         if momentum:
             direction = at["momentum"] * momentum[0] + direction
             momentum = [direction]

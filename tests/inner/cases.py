@@ -9,7 +9,7 @@ from imaml import Adam, AdamW, GradientDescent, RMSprop, TaskBatch
 from tests.inner import unrolled
 
 STEPS = 4
-# name: the library's, torch's, and the same by hand
+# name: the library's, torch's if there is an equal one, and the same by hand
 OPTIMIZERS = {
     "gradient descent": (GradientDescent, torch.optim.SGD, {}, unrolled.sgd()),
     "momentum": (GradientDescent, torch.optim.SGD, {"momentum": 0.8}, unrolled.sgd(0.8)),
@@ -34,6 +34,8 @@ OPTIMIZERS = {
         {"alpha": 0.6, "momentum": 0.5},
         unrolled.rmsprop(0.6, momentum=0.5),
     ),
+    "adamw, eps_root": (AdamW, None, {"eps_root": 1e-3}, unrolled.adam(decay=0.01, decoupled=True, root=1e-3)),
+    "rmsprop, eps_root": (RMSprop, None, {"eps_root": 1e-3}, unrolled.rmsprop(root=1e-3)),
 }
 
 

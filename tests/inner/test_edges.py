@@ -176,9 +176,10 @@ def test_momentum_and_weight_decay_one_without_the_other(kind, settings):
     cases.close(engine.value_and_grad(Objective(model, F.mse_loss), tasks)[1], expected)
 
 
+@pytest.mark.parametrize("root", [0.0, 0.0625])
 @pytest.mark.parametrize("kind", [Adam, AdamW, RMSprop])
-def test_the_derivative_of_an_adaptive_step_at_a_gradient_of_zero(kind):
-    """g / (c |g| + eps) has the derivative 1 / eps at 0, whatever c."""
+def test_the_derivative_of_an_adaptive_step_at_a_gradient_of_zero(kind, root):
+    """g / (sqrt(c g^2 + root) + eps) has the derivative 1 / (sqrt(root) + eps) at 0, whatever c."""
     start = {"w": torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)}
     objective = Objective.from_function(
         lambda params, batch: ((params["w"] - batch) ** 2).sum() / 2,
@@ -186,9 +187,9 @@ def test_the_derivative_of_an_adaptive_step_at_a_gradient_of_zero(kind):
         outer_loss=lambda params, batch: (params["w"] * batch).sum(),
     )
     target = start["w"].detach()
-    inner = kind(lr=0.1, steps=1, eps=0.5, weight_decay=0.0)
+    inner = kind(lr=0.1, steps=1, eps=0.5, eps_root=root, weight_decay=0.0)
     found = MAML(inner=inner).value_and_grad(objective, [Task(support=target, query=target)])[1]["w"]
-    torch.testing.assert_close(found, (1 - 0.1 / 0.5) * target, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found, (1 - 0.1 / (root**0.5 + 0.5)) * target, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1])

@@ -19,7 +19,7 @@ def sgd(momentum=0.0, nesterov=False, decay=0.0):
     return update
 
 
-def adam(betas=(0.9, 0.999), eps=1e-8, decay=0.0, decoupled=False):
+def adam(betas=(0.9, 0.999), eps=1e-8, decay=0.0, decoupled=False, root=0.0):
     def update(p, g, memory, k, lr):
         if decoupled:
             p = p * (1 - lr * decay)
@@ -27,16 +27,16 @@ def adam(betas=(0.9, 0.999), eps=1e-8, decay=0.0, decoupled=False):
             g = g + decay * p
         memory["m"] = betas[0] * memory.get("m", 0) + (1 - betas[0]) * g
         memory["v"] = betas[1] * memory.get("v", 0) + (1 - betas[1]) * g**2
-        return p - lr * (memory["m"] / (1 - betas[0] ** k)) / ((memory["v"] / (1 - betas[1] ** k)) ** 0.5 + eps)
+        return p - lr * (memory["m"] / (1 - betas[0] ** k)) / ((memory["v"] / (1 - betas[1] ** k) + root) ** 0.5 + eps)
 
     return update
 
 
-def rmsprop(alpha=0.99, eps=1e-8, momentum=0.0, decay=0.0):
+def rmsprop(alpha=0.99, eps=1e-8, momentum=0.0, decay=0.0, root=0.0):
     def update(p, g, memory, k, lr):
         g = g + decay * p
         memory["v"] = alpha * memory.get("v", 0) + (1 - alpha) * g**2
-        memory["b"] = momentum * memory.get("b", 0) + g / (memory["v"] ** 0.5 + eps)
+        memory["b"] = momentum * memory.get("b", 0) + g / ((memory["v"] + root) ** 0.5 + eps)
         return p - lr * memory["b"]
 
     return update

@@ -65,6 +65,8 @@ class Problem:
     """Running statistics of each task so far, from the model's own, where they follow the inner loop."""
     stopped: Tensor | None = None
     """Which tasks have stopped early, `(tasks,)`; None for none."""
+    watch: Callable[[Tensor, int], None] | None = None
+    """Is shown phi before each inner step, once, when the step has its gradient; None: nobody watches."""
     _theta: Tensor | None = None
     _is_over: bool = False
 
@@ -259,6 +261,8 @@ class Problem:
         self.support_losses.append(support.losses)
         for _, part in self.support_at(step).slices if self.statistics else ():
             self.statistics = self._of_moving(part.statistics(phi, step, self.statistics))
+        if self.watch is not None:
+            self.watch(phi, step)
 
     def _of_moving(self, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.stopped is None:
@@ -271,14 +275,24 @@ class Problem:
     def judge(self, phi: Tensor) -> Gradient:
         """The query loss at the adapted parameters, with its gradient v."""
         self.finish()
-        gradient = self.query_gradient(phi, shared=True, metric=True)
-        check_query(gradient.losses, self.positions, self.inner.steps, self._than_lr)
+        return self.judge_after(self.inner.steps, phi)
+
+    def judge_after(self, step: int, phi: Tensor) -> Gradient:
+        """The same at the parameters after so many inner steps, whether these are all or not."""
+        gradient = self.query_gradient(phi, shared=True, metric=step == self.inner.steps, step=step)
+        self.check_query(gradient.losses, step)
         return gradient
 
-    def query_gradient(self, phi: Tensor, *, shared: bool = False, metric: bool = False) -> Gradient:
-        """The query loss and its derivatives, unchecked."""
+    def check_query(self, losses: Tensor, step: int) -> None:
+        """Raise NonFiniteError where a query loss after so many inner steps is NaN or infinite."""
+        check_query(losses, self.positions, step, self._than_lr)
+
+    def query_gradient(
+        self, phi: Tensor, *, shared: bool = False, metric: bool = False, step: int | None = None
+    ) -> Gradient:
+        """The query loss and its derivatives, unchecked, with the random draws after `step` inner steps (None: all)."""
         self.record.gradients += self.tasks
-        want, step = Want(shared, metric), self.inner.steps
+        want, step = Want(shared, metric), self.inner.steps if step is None else step
         parts = [
             self.derivatives.gradient(part, phi[first : first + part.tasks], step, want)
             for first, part in self.query.split(self.chunking.query_tasks)
@@ -289,7 +303,7 @@ class Problem:
         """The query loss alone."""
         self.finish()
         losses, metric = self.derivatives.value(self.query, phi, self.inner.steps)
-        check_query(losses, self.positions, self.inner.steps, self._than_lr)
+        self.check_query(losses, self.inner.steps)
         return Outcome(query_loss=losses, support_loss=self.history(), metric=metric)
 
     def outcome(self, query: Gradient, **solve: Tensor | None) -> Outcome:

@@ -21,11 +21,13 @@ class Outcome:
     """The part of a report that has an entry per task. Tensors are detached, in the order of the tasks."""
 
     query_loss: Tensor
-    """L_query after adaptation, `(tasks,)`."""
+    """L_query after adaptation, `(tasks,)`; with `MAML(outer_steps=...)` the weighted sum of those of a task."""
     support_loss: Tensor
     """L_support before each inner step, without the proximal term, `(steps, tasks)`; NaN after an early stop."""
     metric: Tensor | None = None
     """The objective's metric on the query set after adaptation, `(tasks,)`; None without a metric."""
+    outer_losses: Tensor | None = None
+    """L_query after each of the `outer_steps`, ascending, `(outer steps, tasks)`; None where there are none."""
     stationarity: Tensor | None = None
     """Norm of the gradient of L_support + proximal term at the adapted parameters, `(tasks,)`: how far the inner loop
     is from the stationary point that implicit differentiation assumes. None for strategies that do not assume one."""
@@ -40,11 +42,12 @@ class Outcome:
     see `ImplicitMAML`, which may be told to leave it out. inf: nothing can be said."""
 
     @classmethod
-    def of_no_task(cls, snapshot: Snapshot, steps: int) -> Outcome:
+    def of_no_task(cls, snapshot: Snapshot, steps: int, outer_losses: int | None) -> Outcome:
         """The outcome of a rank without a task, with tensors of length 0."""
         none = snapshot.like.new_zeros(0)
         metric = None if snapshot.objective.metric is None else none
-        return Outcome(query_loss=none, support_loss=none.expand(steps, 0), metric=metric)
+        outer = None if outer_losses is None else none.expand(outer_losses, 0)
+        return Outcome(query_loss=none, support_loss=none.expand(steps, 0), metric=metric, outer_losses=outer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +117,9 @@ class Report(Outcome):
         lines = [f"query loss {kept.query_loss.mean().item():.6g} (mean of {len(kept.query_loss)} tasks)"]
         if self.skipped:
             lines.append(f"skipped as not finite: tasks {', '.join(map(str, self.skipped))}")
+        if kept.outer_losses is not None:
+            means = ", ".join(f"{loss.mean().item():.6g}" for loss in kept.outer_losses)
+            lines.append(f"after each of the outer steps {means}")
         if kept.metric is not None:
             lines.append(f"metric {kept.metric.double().mean().item():.6g}")
         if kept.stationarity is not None:

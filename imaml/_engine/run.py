@@ -83,8 +83,7 @@ class Run:
         snapshot = Snapshot.of(objective, layout_of, differentiates=derivatives).recomputing(engine.recompute)
         steps = engine.inner.steps + (0 if start is None else start.step)
         given = {name: (hyper, steps) for name, hyper in engine.inner.hyperparameters.items()}
-        if engine.regularization is not None:
-            given["regularization"] = (engine.regularization, 1)
+        given |= {name: (hyper, 1) for name, hyper in engine._hyperparameters.items()}
         hyper = Hyperparameters.of(given, objective.meta, snapshot.layout, snapshot.like)
         layouts = [layout for layout in (snapshot.layout, snapshot.shared_layout) if derivatives and layout.names]
         how = cls.derivatives_of(engine, snapshot)
@@ -144,7 +143,7 @@ class Run:
         tasks = batch if positions == where else TaskBatch.stack([batch[row] for row in rows])
         problem = self.problem(positions, tasks, chunking)
         if not self.layouts:
-            outcome = problem.evaluate(problem.adapt())
+            outcome = self.engine.evaluate(problem)
             self._keep_final(problem, None)
             return [], outcome
         pullback = self.engine.pull_back(problem)
@@ -179,7 +178,7 @@ class Run:
         return undo
 
     def _no_task(self) -> Outcome:
-        return Outcome.of_no_task(self.snapshot, self.engine.inner.steps)
+        return Outcome.of_no_task(self.snapshot, self.engine.inner.steps, self.engine._outer_losses)
 
     def _zeros(self) -> list[Tensor]:
         return [layout.gather([None] * len(layout.names), self.snapshot.like) for layout in self.layouts]

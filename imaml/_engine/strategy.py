@@ -14,7 +14,7 @@ from imaml._engine.chunking import Chunking
 from imaml._engine.nonfinite import OnNonfinite, check_on_nonfinite
 from imaml._engine.problem import Problem
 from imaml._engine.remembered import Memory
-from imaml._engine.report import Pullback, Report
+from imaml._engine.report import Outcome, Pullback, Report
 from imaml._numbers import check_integer, check_number
 from imaml._objective.blocks import Blocks, listed
 from imaml._objective.objective import Objective
@@ -88,6 +88,27 @@ class Strategy(ABC):
         Returns:
             The meta-gradient of each task; NaN and infinity in it are found by the caller.
         """
+
+    def evaluate(self, problem: Problem) -> Outcome:
+        """Adapt and judge without derivatives, for one chunk of tasks: what a call under `torch.no_grad()` does.
+
+        Args:
+            problem: The chunk, as in `pull_back`.
+
+        Returns:
+            The query losses that `pull_back` differentiates.
+        """
+        return problem.evaluate(problem.adapt())
+
+    @property
+    def _hyperparameters(self) -> dict[str, Hyper]:
+        """What may be a function of meta-parameters besides those of the inner loop, and is one for all its steps."""
+        return {} if self.regularization is None else {"regularization": self.regularization}
+
+    @property
+    def _outer_losses(self) -> int | None:
+        """How many query losses a task has, where the report is to have each of them."""
+        return None
 
     @abstractmethod
     def _choose(self, objective: Objective, batch: TaskBatch, shapes: Hashable) -> Chunking:

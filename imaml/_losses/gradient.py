@@ -23,6 +23,13 @@ class Gradient:
         others = (None if t is None else t * weight for t in (self.shared, self.metric))
         return Gradient(self.losses * weight, self.adapted, *others)
 
+    def weighted(self, weight: float | Tensor) -> Gradient:
+        """The gradients, which are overwritten, times a number; losses and metric as they are."""
+        for gradient in (self.adapted, self.shared):
+            if gradient is not None:
+                gradient.mul_(weight)
+        return self
+
     @classmethod
     def sum(cls, adapted: Tensor, parts: Sequence[Gradient]) -> Gradient:
         """Add up those of several slices of the same tasks, whose gradients by the adapted parameters are one sum."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, get_args
 
@@ -9,13 +10,15 @@ import torch
 
 from imaml._curvature.product import HvpMode, check_mode
 from imaml._engine.problem import Problem
-from imaml._engine.report import Pullback
+from imaml._engine.report import Outcome, Pullback
 from imaml._numbers import check_integer
 from imaml._strategies.maml_costs import MAMLCosts
 from imaml._strategies.meta_gradient import MetaGradient
+from imaml._strategies.outer_steps import OuterLoss, check_outer_steps, name_of
 from imaml._strategies.storage import Storage
 from imaml._strategies.tape import Tape
 from imaml.inner import InnerOptimizer
+from imaml.inner._hyper import Hyper
 from imaml.planning._costs import Costs
 
 
@@ -61,6 +64,10 @@ class MAML(MetaGradient):
             whole support set, so that `microbatch_size` excludes it. None, with `checkpoints` and `storage` left open:
             all where they take at most 192 MiB, or as many as fit with `chunk_size="auto"`, and none in chunks of a
             given size. The modes other than reverse-over-reverse always evaluate anew.
+        outer_steps: Weights of the query losses after so many inner steps, such as {2: 0.2, 5: 0.8}; 0 is before any,
+            and K after all. What is differentiated is their weighted sum, by one sweep: a gradient for each of these,
+            and not an engine. A weight is a number, or a function of the objective's meta-parameters that is learned
+            with them. The metric is that at the end. None: {K: 1}.
         hvp: How Hessian-vector products are computed. "auto" uses "reverse-over-reverse"; "forward-over-reverse", which
             is exact too, where blocks are recomputed, no graph is kept, and both agree; or "finite-difference" where
             the model has an operation without second derivatives. The report says which. Finite differences are
@@ -73,6 +80,7 @@ class MAML(MetaGradient):
     checkpoints: int | None = None
     storage: Storage = "device"
     linearize: bool | int | None = None
+    outer_steps: Mapping[int, Hyper] | None = None
     hvp: HvpMode = "auto"
 
     def __post_init__(self) -> None:
@@ -103,6 +111,9 @@ class MAML(MetaGradient):
             check_integer("`checkpoints`, unless None,", self.checkpoints, least=0)
         if not isinstance(self.linearize, bool | None):
             check_integer("`linearize`, unless None, True or False,", self.linearize, least=0)
+        if self.outer_steps is not None:
+            found = check_outer_steps(self.outer_steps, self.inner.steps, self._tape(graphs=0).first)
+            object.__setattr__(self, "outer_steps", found)
         for name, (only, reason) in self._without_graphs.items() if self.linearize else ():
             raise ValueError(
                 f"linearize={self.linearize!r} keeps the graphs of inner steps, {reason}. Expected {name}={only!r}. "
@@ -140,19 +151,42 @@ class MAML(MetaGradient):
         stored = tape.most_states if self.storage == "device" else 0
         return min(stored + tape.graphs, max(tape.steps - 1, 0)) * (1 + self.inner.buffers)
 
+    @property
+    def _hyperparameters(self) -> dict[str, Hyper]:
+        weights = {} if self.outer_steps is None else self.outer_steps
+        return super()._hyperparameters | {name_of(step): weight for step, weight in weights.items()}
+
+    @property
+    def _outer_losses(self) -> int | None:
+        return None if self.outer_steps is None else len(self.outer_steps)
+
+    def _outer_loss(self, problem: Problem) -> OuterLoss:
+        return OuterLoss(problem, (problem.inner.steps,) if self.outer_steps is None else tuple(self.outer_steps))
+
+    def evaluate(self, problem: Problem) -> Outcome:
+        outer = self._outer_loss(problem)
+        problem.watch = lambda phi, step: outer.value(step, phi)
+        phi = problem.adapt()
+        problem.finish()
+        outer.value(problem.inner.steps, phi)
+        outer.check()
+        return outer.outcome(lists=self.outer_steps is not None)
+
     def pull_back(self, problem: Problem) -> Pullback:
         tape = self._tape(graphs=problem.chunking.graphs)
         if tape.by_states:
             problem.settle(self.hvp)
         with tape.recorded(problem, self.hvp) as (phi, points):
-            query = problem.judge(phi)
-            cotangent, shared, damping, outcome = query.adapted, query.shared, problem.damping, problem.outcome(query)
+            outer = self._outer_loss(problem)
+            query = outer.at_the_end(phi)
+            cotangent, shared, damping = query.adapted, query.shared, problem.damping
             buffers = [torch.zeros_like(cotangent)] * problem.optimizer.buffers
             del query, phi  # they would live through the sweep
             pulled_by_theta = 0 if damping is None else torch.zeros_like(cotangent)
             # The adjoint written out: an unrolled graph would hold all steps, and torch.utils.checkpoint, which
             # recomputes under a nested autograd.grad, can raise the peak.
             for point in points:
+                step, phi = point.step, point.state[0]
                 (cotangent, *buffers), w = point.pull_through_update((cotangent, *buffers))
                 cotangent, mixed = point.add_product((cotangent, *buffers), w, mixed=shared is not None)
                 del point  # like w below: they would stand beside those of the step before
@@ -161,9 +195,11 @@ class MAML(MetaGradient):
                     pulled_by_theta -= damping * w
                 if shared is not None and mixed is not None:
                     shared.add_(mixed)
-                del w
+                outer.add(step, phi, cotangent, shared)
+                del w, phi
         if tape.first == 0:
             cotangent = problem.pull_through_begin((cotangent, *buffers))
+        outcome = outer.outcome(lists=self.outer_steps is not None)
         return Pullback(cotangent + pulled_by_theta, shared, outcome)
 
 

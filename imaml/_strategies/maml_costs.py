@@ -88,17 +88,26 @@ class MAMLCosts(Costs):
             return max(self.inner_peak(chunk), self.query_peak(chunk))
         counts = sweep(tape.by_states, tape.checkpoints)
         cotangents = chunk["query"].held + chunk.vector * chunk.facts.damped
+        outer = self._of_outer_steps(chunk, counts, cotangents)
         peaks = self._with_graphs(chunk, counts, cotangents) if tape.graphs else []
-        return max(peaks + (self._with_states(chunk, counts, cotangents) if tape.by_states else []))
+        return max(peaks + outer + (self._with_states(chunk, counts, cotangents) if tape.by_states else []))
+
+    def _of_outer_steps(self, chunk: ChunkUse, counts: Sweep, cotangents: float) -> list[float]:
+        """At the query losses before the end: what is left of graphs and states, phi among these."""
+        tape, left = self._tape, [self._given(chunk)] * (self._tape.by_states > 0)
+        left += [self._always(chunk) + self._stored(chunk, counts.at[step]) for step in range(1, tape.by_states)]
+        left += [self._below_graphs(chunk, counts) + graphs * chunk["kept"].held for graphs in range(tape.graphs)]
+        swept = cotangents + self._of_buffers(chunk)[1]
+        steps = [step - tape.first for step in self.engine.outer_steps or ()]
+        return [left[step] + swept + chunk["query"].peak for step in steps if step < tape.steps]
 
     def _with_graphs(self, chunk: ChunkUse, counts: Sweep, cotangents: float) -> list[float]:
         """On the way to the end and at the last step, then at the one before; the first graph holds its state too."""
         tape, graph, product, state = self._tape, chunk["kept"], chunk["kept product"], self._state(chunk)
         zeros, buffers = self._of_buffers(chunk)
-        theta, before = chunk.theta * chunk.facts.damped, self._always(chunk) + self._stored(chunk, counts.forward)
+        theta, before = chunk.theta * chunk.facts.damped, self._below_graphs(chunk, counts)
         if tape.by_states < 2:  # the state at hand is the first
-            theta, before = theta * (tape.first > 0), self._given(chunk)
-        before += state * (tape.by_states > 0)
+            theta *= tape.first > 0
         left = before + tape.graphs * graph.held - state
         return [
             before + theta + (tape.graphs - 1) * graph.held + graph.peak,
@@ -106,6 +115,12 @@ class MAMLCosts(Costs):
             left + cotangents + zeros + product.peak,
             left - graph.held + cotangents + buffers + chunk.vector + product.peak if tape.graphs > 1 else 0,
         ]
+
+    def _below_graphs(self, chunk: ChunkUse, counts: Sweep) -> float:
+        """What is held of the steps before those with graphs, and the state that these begin with."""
+        by_states = self._tape.by_states
+        stored = self._given(chunk) if by_states < 2 else self._always(chunk) + self._stored(chunk, counts.forward)
+        return stored + self._state(chunk) * (by_states > 0)
 
     def _with_states(self, chunk: ChunkUse, counts: Sweep, cotangents: float) -> list[float]:
         """As `_with_graphs`, without graphs: before a step is differentiated, the one before still has its state."""
@@ -156,15 +171,16 @@ class MAMLCosts(Costs):
         return buffers
 
     def work(self, facts: Facts) -> Work:
-        """K + 1 gradients, those of recomputed steps, and K products."""
+        """K gradients, those of recomputed steps and of the query losses, and K products."""
+        judged = 1 if self.engine.outer_steps is None else len(self.engine.outer_steps)
         tape, once, anew = self._tape, facts.product(Graph.ONCE), facts.product(Graph.REBUILT)
-        gradients = tape.first + tape.graphs + sweep(tape.by_states, tape.checkpoints).steps + 1
+        gradients = tape.first + tape.graphs + sweep(tape.by_states, tape.checkpoints).steps + judged
         if facts.needs_gradient:
             gradients, anew = gradients + tape.by_states, once
         equivalents = facts.gradient * gradients + tape.graphs * once + tape.by_states * anew
         state = facts.adapted * facts.dtype.itemsize * (1 + self._buffers)
         transfer = _MOVED[tape.storage] * tape.most_states * state
-        return Work(gradients=gradients, hvps=tape.steps, equivalents=equivalents, transfer=transfer)
+        return Work(gradients=gradients, hvps=tape.steps, equivalents=equivalents, judged=judged, transfer=transfer)
 
 
 def _some(steps: int) -> list[int]:

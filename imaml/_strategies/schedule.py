@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from checkpoint_schedules import Copy, Forward, Move, MultistageCheckpointSchedule, Reverse
@@ -76,6 +76,8 @@ class Sweep:
     """when the next to differentiate is looked at, with that of the step before likewise,"""
     reverse: int = 0
     """and when it is differentiated, after the last."""
+    at: Mapping[int, int] = field(default_factory=dict)
+    """Stored states when each of the steps has been differentiated, with its own."""
 
 
 def sweep(steps: int, checkpoints: int | None) -> Sweep:
@@ -89,6 +91,7 @@ def sweep(steps: int, checkpoints: int | None) -> Sweep:
         The counts.
     """
     kept: set[int] = set()
+    at: dict[int, int] = {}
     taken, forward, again, point, reverse, before = 0, 0, None, 0, 0, None
 
     def held(*at: int) -> int:
@@ -109,5 +112,6 @@ def sweep(steps: int, checkpoints: int | None) -> Sweep:
             case Do.REVERSE:
                 if before is not None:
                     point, reverse = max(point, held(step, before)), max(reverse, held(step))
+                at[step] = held(step)
                 before = step
-    return Sweep(taken, forward, again, point, reverse)
+    return Sweep(taken, forward, again, point, reverse, at)

@@ -29,6 +29,8 @@ class Work:
     hvps: int
     equivalents: float
     """Both, in gradients."""
+    judged: int = 1
+    """How many of the gradients are those of the query loss."""
     transfer: float = 0.0
     """What moving states costs, as that of a gradient whose graph has so many bytes."""
 

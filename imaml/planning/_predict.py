@@ -60,8 +60,9 @@ def predict(
         gradients += batch.tasks * work.gradients
         hvps += batch.tasks * work.hvps
         equivalents += batch.tasks * work.equivalents
-        rank += (work.equivalents - facts.gradient) * _time(batch, chunking.tasks, Role.SUPPORT)
-        rank += facts.gradient * _time(batch, min(chunking.tasks, chunking.query_tasks), Role.QUERY)
+        judging = facts.gradient * work.judged
+        rank += (work.equivalents - judging) * _time(batch, chunking.tasks, Role.SUPPORT)
+        rank += judging * _time(batch, min(chunking.tasks, chunking.query_tasks), Role.QUERY)
         rank += batch.tasks * work.transfer
     return Prediction(
         peak_bytes=round(stacked + max(peaks)),

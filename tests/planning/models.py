@@ -42,6 +42,9 @@ def problem(name: str) -> tuple[Objective, TaskBatch]:
     if name == "mlp":
         support, query = ((torch.randn(TASKS, n, 1), torch.randn(TASKS, n, 1)) for n in (10, 4))
         return Objective(MLP(), F.mse_loss), TaskBatch(support=support, query=query)
+    if name == "many queries":
+        support, query = ((torch.randn(TASKS, n, 1), torch.randn(TASKS, n, 1)) for n in (5, 400))
+        return Objective(MLP(), F.mse_loss), TaskBatch(support=support, query=query)
     if name.startswith("tokens"):
         support, query = ((torch.randint(30, (TASKS, n, 7)), labels(n)) for n in (3, 5))
         recompute = [nn.TransformerEncoderLayer] if "recomputed" in name else []

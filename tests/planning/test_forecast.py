@@ -43,6 +43,7 @@ def of_engine(forecast):
     return setting
 
 
+ALONG = {0: 0.2, 1: 0.3, 3: 0.1, 4: 0.4}
 CASES = [
     ("mlp", MAML(inner=descent())),
     ("mlp", MAML(inner=descent(1), linearize=False, chunk_size=4)),
@@ -60,6 +61,16 @@ CASES = [
     ("mlp", MAML(inner=descent(), storage="disk", chunk_size=4)),
     ("mlp", MAML(inner=descent(9), storage="cpu", chunk_size=4)),
     ("mlp", MAML(inner=descent(), hvp="finite-difference", chunk_size=2)),
+    ("mlp", MAML(inner=descent(), outer_steps=ALONG, linearize=True, chunk_size=4)),
+    ("mlp", MAML(inner=descent(9, momentum=0.9), outer_steps=ALONG, regularization=0.1, linearize=3, chunk_size=2)),
+    ("mlp", MAML(inner=Adam(lr=0.01, steps=9), outer_steps=ALONG, checkpoints=2, chunk_size=2)),
+    ("conv", MAML(inner=descent(4), outer_steps=ALONG, linearize=False, chunk_size=2)),
+    ("conv", MAML(inner=descent(4), outer_steps=ALONG, linearize=1, chunk_size=2)),
+    ("many queries", MAML(inner=descent(4), outer_steps=ALONG, linearize=False, chunk_size=2)),
+    ("many queries", MAML(inner=descent(9), outer_steps=ALONG, checkpoints=1, chunk_size=2)),
+    ("many queries", MAML(inner=descent(4, momentum=0.9), outer_steps=ALONG, linearize=True, chunk_size=2)),
+    ("many queries", MAML(inner=descent(4), outer_steps=ALONG, linearize=2, truncate=4, chunk_size=2)),
+    ("many queries", MAML(inner=descent(6), outer_steps={3: 0.5, 6: 0.5}, linearize=2, truncate=4, chunk_size=2)),
     ("mlp", FOMAML(inner=descent(9, stationarity=1e-9), chunk_size=6)),
     ("mlp", FOMAML(inner=TorchOptimizer(torch.optim.LBFGS, steps=5, max_iter=2), chunk_size=2)),
     ("mlp", implicit(chunk_size=4)),

@@ -85,7 +85,7 @@ class DifferentiatesUnderNoGrad(MAML):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SwallowsNaN(MAML):
     def pull_back(self, problem):
-        problem.judge = lambda phi: problem.query_gradient(phi, shared=True, metric=True)
+        problem.check_query = lambda losses, step: None
         pulled = super().pull_back(problem)
         return Pullback(pulled.theta.nan_to_num(), pulled.shared, pulled.outcome)
 

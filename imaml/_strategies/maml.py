@@ -195,8 +195,9 @@ class MAML(MetaGradient):
                     pulled_by_theta -= damping * w
                 if shared is not None and mixed is not None:
                     shared.add_(mixed)
+                del w
                 outer.add(step, phi, cotangent, shared)
-                del w, phi
+                del phi
         if tape.first == 0:
             cotangent = problem.pull_through_begin((cotangent, *buffers))
         outcome = outer.outcome(lists=self.outer_steps is not None)

@@ -94,12 +94,18 @@ class MAMLCosts(Costs):
 
     def _of_outer_steps(self, chunk: ChunkUse, counts: Sweep, cotangents: float) -> list[float]:
         """At the query losses before the end: what is left of graphs and states, phi among these."""
-        tape, left = self._tape, [self._given(chunk)] * (self._tape.by_states > 0)
+        tape, swept = self._tape, cotangents + self._of_buffers(chunk)[1]
+        left = [self._given(chunk)] * (tape.by_states > 0)
         left += [self._always(chunk) + self._stored(chunk, counts.at[step]) for step in range(1, tape.by_states)]
-        left += [self._below_graphs(chunk, counts) + graphs * chunk["kept"].held for graphs in range(tape.graphs)]
-        swept = cotangents + self._of_buffers(chunk)[1]
+        if tape.graphs:  # the buffers of the state are gone with the graph
+            phi = self._below_graphs(chunk, counts) - self._of_buffers(chunk)[1]
+            left += [phi + graphs * chunk["kept"].held for graphs in range(tape.graphs)]
         steps = [step - tape.first for step in self.engine.outer_steps or ()]
         return [left[step] + swept + chunk["query"].peak for step in steps if step < tape.steps]
+
+    @property
+    def _judges_the_end(self) -> bool:
+        return self.engine.outer_steps is None or self.engine.inner.steps in self.engine.outer_steps
 
     def _with_graphs(self, chunk: ChunkUse, counts: Sweep, cotangents: float) -> list[float]:
         """On the way to the end and at the last step, then at the one before; the first graph holds its state too."""
@@ -111,7 +117,7 @@ class MAMLCosts(Costs):
         left = before + tape.graphs * graph.held - state
         return [
             before + theta + (tape.graphs - 1) * graph.held + graph.peak,
-            before + tape.graphs * graph.held + chunk["query"].peak,
+            before + tape.graphs * graph.held - buffers + chunk["query"].peak * self._judges_the_end,
             left + cotangents + zeros + product.peak,
             left - graph.held + cotangents + buffers + chunk.vector + product.peak if tape.graphs > 1 else 0,
         ]
@@ -132,7 +138,7 @@ class MAMLCosts(Costs):
         peaks = [given + step.peak, stepping + stored(counts.forward) + step.peak]
         if tape.graphs == 0:
             peaks += [
-                always + stored(counts.forward) + self.query_peak(chunk),
+                always + stored(counts.forward) + self.query_peak(chunk) * self._judges_the_end,
                 always + stored(counts.forward) + cotangents + zeros + max(point.peak, point.held + product.peak),
             ]
         if tape.steps > 1:

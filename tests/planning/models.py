@@ -43,7 +43,7 @@ def problem(name: str) -> tuple[Objective, TaskBatch]:
         support, query = ((torch.randn(TASKS, n, 1), torch.randn(TASKS, n, 1)) for n in (10, 4))
         return Objective(MLP(), F.mse_loss), TaskBatch(support=support, query=query)
     if name == "many queries":
-        support, query = ((torch.randn(TASKS, n, 1), torch.randn(TASKS, n, 1)) for n in (5, 400))
+        support, query = ((torch.randn(TASKS, n, 1), torch.randn(TASKS, n, 1)) for n in (2, 150))
         return Objective(MLP(), F.mse_loss), TaskBatch(support=support, query=query)
     if name.startswith("tokens"):
         support, query = ((torch.randint(30, (TASKS, n, 7)), labels(n)) for n in (3, 5))

@@ -43,6 +43,7 @@ def of_engine(forecast):
     return setting
 
 
+MOMENTUM = descent(4, momentum=0.9)
 ALONG = {0: 0.2, 1: 0.3, 3: 0.1, 4: 0.4}
 CASES = [
     ("mlp", MAML(inner=descent())),
@@ -66,11 +67,12 @@ CASES = [
     ("mlp", MAML(inner=Adam(lr=0.01, steps=9), outer_steps=ALONG, checkpoints=2, chunk_size=2)),
     ("conv", MAML(inner=descent(4), outer_steps=ALONG, linearize=False, chunk_size=2)),
     ("conv", MAML(inner=descent(4), outer_steps=ALONG, linearize=1, chunk_size=2)),
-    ("many queries", MAML(inner=descent(4), outer_steps=ALONG, linearize=False, chunk_size=2)),
-    ("many queries", MAML(inner=descent(9), outer_steps=ALONG, checkpoints=1, chunk_size=2)),
-    ("many queries", MAML(inner=descent(4, momentum=0.9), outer_steps=ALONG, linearize=True, chunk_size=2)),
-    ("many queries", MAML(inner=descent(4), outer_steps=ALONG, linearize=2, truncate=4, chunk_size=2)),
-    ("many queries", MAML(inner=descent(6), outer_steps={3: 0.5, 6: 0.5}, linearize=2, truncate=4, chunk_size=2)),
+    ("many queries", MAML(inner=MOMENTUM, outer_steps=ALONG, checkpoints=1, chunk_size=2)),
+    ("many queries", MAML(inner=MOMENTUM, outer_steps={3: 0.5, 4: 0.5}, regularization=0.1, linearize=False)),
+    ("many queries", MAML(inner=MOMENTUM, outer_steps={2: 0.5}, regularization=0.1, linearize=1, truncate=2)),
+    ("many queries", MAML(inner=MOMENTUM, outer_steps={3: 0.5, 4: 0.5}, regularization=0.1, linearize=2)),
+    ("many queries", MAML(inner=descent(1, momentum=0.5), outer_steps={0: 0.5, 1: 0.5}, linearize=False)),
+    ("many queries", MAML(inner=descent(1, momentum=0.5), outer_steps={0: 0.5, 1: 0.5}, linearize=True)),
     ("mlp", FOMAML(inner=descent(9, stationarity=1e-9), chunk_size=6)),
     ("mlp", FOMAML(inner=TorchOptimizer(torch.optim.LBFGS, steps=5, max_iter=2), chunk_size=2)),
     ("mlp", implicit(chunk_size=4)),

@@ -44,18 +44,19 @@ class Compiled(Derivatives):
 
         def plain(part: Slice, phi: Tensor, *weights: Tensor) -> Outputs:
             found = uncompiled(part, phi, step, Want(want.shared, weights=weights[0] if weights else None))
-            return found.losses, found.adapted, found.shared
+            return found.losses, found.adapted, found.shared, found.initial
 
         if compiler.is_on:
             given, made = (phi,) if want.weights is None else (phi, want.weights), compiler.made
             name = f"gradient {want.shared and bool(part.snapshot.shared)}"
-            losses, adapted, by_shared = self._derive(part, name, plain, given)
+            losses, adapted, by_shared, initial = self._derive(part, name, plain, given)
             assert losses is not None
             assert adapted is not None
             if compiler.made > made or self._is_still(part, losses, phi, step):
                 is_judged = want.metric and part.snapshot.objective.metric is not None
                 metric = self.value_of(part, phi, step)[1] if is_judged else None
-                return Gradient(losses, adapted if into is None else into.add(adapted, part), by_shared, metric)
+                vector = adapted if into is None else into.add(adapted, part)
+                return Gradient(losses, vector, by_shared, metric, initial)
         return uncompiled(part, phi, step, want, into)
 
     def product_of(self, part: Slice, phi: Tensor, step: int, graph: Graph, mode: HvpMode) -> Product:
@@ -113,17 +114,20 @@ class Compiled(Derivatives):
             return plain(part, *given)
         shape, key = self._shape(part), (name, len(given))
         constants = session.frozen | snapshot.constants.fresh()
-        tensors = [*_plain(given), *_plain(snapshot.shared), *_plain(constants.values()), *shape.data]
+        own = [*snapshot.shared, *snapshot.initial]
+        tensors = [*_plain(given), *_plain(own), *_plain(constants.values()), *shape.data]
         if key not in shape.functions:
             used, used_shared = set[str](), set[str]()
 
             def traced(*tensors: Tensor) -> Outputs:
                 parts = iter(tensors[len(given) :])
-                shared = [next(parts) for _ in snapshot.shared]
+                shared, initial = ([next(parts) for _ in some] for some in (snapshot.shared, snapshot.initial))
                 arguments = _Arguments({name: next(parts) for name in constants})
                 inside = replace(
                     part,
-                    snapshot=replace(snapshot, shared=shared, constants=arguments, differentiates=False),
+                    snapshot=replace(
+                        snapshot, shared=shared, initial=initial, constants=arguments, differentiates=False
+                    ),
                     record=replace(record, used=used, used_shared=used_shared),
                     batch=shape.structure.unflatten(list(parts)),
                     writes={},

@@ -22,7 +22,7 @@ class Want:
     """What is asked of first derivatives besides the losses and their gradient by the adapted parameters."""
 
     shared: bool = False
-    """The gradient by the shared parameters, summed over tasks."""
+    """The gradient by the shared parameters, and by the initial ones where a loss takes these, summed over tasks."""
     metric: bool = False
     """The metric, if there is one."""
     weights: Tensor | None = None
@@ -85,9 +85,15 @@ class Derivatives:
                     leaf.register_hook(hook)
             grads = differentiate(part, weighted, adapted + others if want.shared else adapted)
         if into is not None and hooked:
-            return Gradient(losses.detach(), into.vector, part.collect_shared(grads[len(adapted) :]), figure)
-        vector, by_shared = part.collect(grads, phi)
-        return Gradient(losses.detach(), vector if into is None else into.add(vector, part), by_shared, figure)
+            rest = grads[len(adapted) :]
+            shared, initial = part.collect_shared(rest), part.collect_initial(rest)
+            return Gradient(losses.detach(), into.vector, shared, figure, initial)
+        vector, shared = part.collect(grads, phi)
+        initial, vector = (
+            part.collect_initial(grads[len(adapted) :]),
+            vector if into is None else into.add(vector, part),
+        )
+        return Gradient(losses.detach(), vector, shared, figure, initial)
 
     def product_of(self, part: Slice, phi: Tensor, step: int, graph: Graph, mode: HvpMode) -> Product:
         """The exact Hessian of one slice at phi, with the gradient unless it is rebuilt.

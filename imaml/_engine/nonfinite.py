@@ -109,11 +109,20 @@ def _marked(positions: list[int], marks: Tensor) -> list[int]:
     return [position for position, mark in zip(positions, marks.tolist(), strict=True) if mark]
 
 
-def check_chunk(pullback: Pullback, positions: list[int], hyper: Hyperparameters, how: OnNonfinite) -> None:
+def check_chunk(
+    pullback: Pullback, direct: Tensor | None, positions: list[int], hyper: Hyperparameters, how: OnNonfinite
+) -> None:
     """Raise unless what a strategy made of a chunk is finite.
 
     A solve that met NaN left its last good iterate, which may be zero: `on_failure` has the say, unless such tasks are
     to be skipped.
+
+    Args:
+        pullback: What it made.
+        direct: The derivative of the query losses by theta itself, which goes past it.
+        positions: Positions of the tasks.
+        hyper: Hyper-parameters, with what has been added up for them.
+        how: As the engine has it.
 
     Raises:
         NonFiniteError: It is not; of all tasks where a sum over them is not.
@@ -128,6 +137,12 @@ def check_chunk(pullback: Pullback, positions: list[int], hyper: Hyperparameters
             f"The meta-gradient of task {tasks[0]} is not finite although its losses are: look for an operation with "
             "an infinite second derivative, such as sqrt or norm at 0.",
             tasks,
+        )
+    if direct is not None and not bool(direct.isfinite().all()):
+        raise NonFiniteError(
+            f"The derivative of the query losses of tasks {positions[0]} to {positions[-1]} by `initial` is not finite "
+            "although the losses are: look for an operation with an infinite derivative, such as sqrt or norm at 0.",
+            positions,
         )
     if pullback.shared is not None and not (bool(pullback.shared.isfinite().all()) and hyper.is_finite):
         raise NonFiniteError(

@@ -65,6 +65,9 @@ class Problem:
     """Running statistics of each task so far, from the model's own, where they follow the inner loop."""
     stopped: Tensor | None = None
     """Which tasks have stopped early, `(tasks,)`; None for none."""
+    direct: Tensor | None = None
+    """The derivative of the query losses by theta itself, past the inner loop, `(n,)` and summed over tasks, where they
+    take `initial`: `judge` adds it up, and the engine adds it to the meta-gradient whatever the strategy."""
     watch: Callable[[Tensor, int], None] | None = None
     """Is shown phi before each inner step, once, when the step has its gradient; None: nobody watches."""
     _theta: Tensor | None = None
@@ -277,10 +280,15 @@ class Problem:
         self.finish()
         return self.judge_after(self.inner.steps, phi)
 
-    def judge_after(self, step: int, phi: Tensor) -> Gradient:
-        """The same at the parameters after so many inner steps, whether these are all or not."""
+    def judge_after(self, step: int, phi: Tensor, weight: float | Tensor = 1.0) -> Gradient:
+        """The same at the parameters after so many inner steps, all or not, with gradients times a number."""
         gradient = self.query_gradient(phi, shared=True, metric=step == self.inner.steps, step=step)
         self.check_query(gradient.losses, step)
+        if isinstance(weight, Tensor) or weight != 1:
+            gradient.weighted(weight)
+        if gradient.initial is not None:
+            self.direct = gradient.initial if self.direct is None else self.direct.add_(gradient.initial)
+            gradient.initial = None
         return gradient
 
     def check_query(self, losses: Tensor, step: int) -> None:

@@ -147,11 +147,12 @@ class Run:
             self._keep_final(problem, None)
             return [], outcome
         pullback = self.engine.pull_back(problem)
-        check_chunk(pullback, positions, self.hyper, self.engine.on_nonfinite)
+        check_chunk(pullback, problem.direct, positions, self.hyper, self.engine.on_nonfinite)
         self.engine._keep(problem, pullback)
         self._keep_final(problem, pullback.solution)
         shared = [] if pullback.shared is None else [pullback.shared]
-        return [pullback.theta.sum(0), *shared], self._outcome(pullback)
+        theta = pullback.theta.sum(0)
+        return [theta if problem.direct is None else theta.add_(problem.direct), *shared], self._outcome(pullback)
 
     def _keep_final(self, problem: Problem, solution: Solution | None) -> None:
         if self.keeps_final:

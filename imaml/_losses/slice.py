@@ -76,12 +76,16 @@ class Slice:
     def losses(
         self, adapted: Sequence[Tensor], shared: Sequence[Tensor], batch: Batch, step: int, *, metric: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Losses `(tasks,)` (and metric) at parameters per tensor: adapted as of `leaves`, shared `(*shape)`."""
+        """Losses `(tasks,)` (and metric) at parameters per tensor, as `leaves` makes them."""
         given, outer = self.snapshot, self.role is Role.QUERY
+        own, before = shared[: len(given.shared)], shared[len(given.shared) :]
+        initial = dict(zip(given.layout.names, before, strict=True)) if before else None
 
         def one(values: Sequence[Tensor], batch: Batch) -> tuple[Tensor, ...]:
-            named = self._named(values, shared)
-            loss, figure = given.objective.evaluate(named, batch, metric=metric, outer=outer, survey=given.survey)
+            named, survey = self._named(values, own), given.survey
+            loss, figure = given.objective.evaluate(
+                named, batch, metric=metric, outer=outer, survey=survey, initial=initial
+            )
             return (loss,) if figure is None else (loss, figure.detach())
 
         outputs: tuple[Tensor, ...] = ()
@@ -239,10 +243,20 @@ class Slice:
         return self.snapshot.layout.views(flat.squeeze(0) if self.tasks == 1 else flat)
 
     def leaves(self, phi: Tensor, *, shared: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """Views of the flat parameters as autograd leaves; the shared ones require grad only if asked, or needed."""
+        """The parameters as autograd leaves.
+
+        Args:
+            phi: The adapted parameters of each task.
+            shared: Whether the others require grad, which they also do if needed.
+
+        Returns:
+            Views of phi; and what all tasks have in common, `(*shape)` each: the shared parameters, followed for a
+            query loss that takes them by the adapted parameters before the inner loop.
+        """
         adapted = [v.detach().requires_grad_() for v in self.views(phi)]
         requires = shared or self.record.needs_shared
-        return adapted, [t.detach().requires_grad_(requires) for t in self.snapshot.shared]
+        initial = self.snapshot.initial if self.role is Role.QUERY else []
+        return adapted, [t.detach().requires_grad_(requires) for t in (*self.snapshot.shared, *initial)]
 
     def at_leaves(
         self, phi: Tensor, step: int, *, shared: bool, metric: bool = False
@@ -298,11 +312,17 @@ class Slice:
 
     def collect_shared(self, grads: Sequence[Tensor | None]) -> Tensor | None:
         """Flatten gradients of the shared parameters, if there are any; remembers which ones have a path."""
+        grads = grads[: len(self.snapshot.shared)]
         if not grads:
             return None
         layout = self.snapshot.shared_layout
         self.record.used_shared |= {n for n, g in zip(layout.names, grads, strict=False) if g is not None}
         return layout.gather(grads, self.snapshot.like)
+
+    def collect_initial(self, grads: Sequence[Tensor | None]) -> Tensor | None:
+        """Flatten what follows the gradients of the shared parameters, `(n,)`: those by the initial ones, if any."""
+        grads = grads[len(self.snapshot.shared) :]
+        return self.snapshot.layout.gather(grads, self.snapshot.like) if grads else None
 
 
 def _given(batch: Batch, writes: bool | None) -> Batch:

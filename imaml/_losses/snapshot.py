@@ -28,6 +28,9 @@ class Snapshot:
     """Layout of the shared parameters: those that do not adapt but are learned, the objective's `meta` among them."""
     shared: list[Tensor]
     """Values of the shared parameters."""
+    initial: list[Tensor]
+    """Values of the adapted parameters before the inner loop, as the user holds them, for a query loss that takes them
+    by themselves; empty for others."""
     constants: Constants
     """Copies of the model's buffers."""
     survey: Survey
@@ -86,6 +89,7 @@ class Snapshot:
             like=layout.empty(next(iter(adapted.values()))),
             shared_layout=layout_of(shared),
             shared=list(shared.values()),
+            initial=[p.detach() for p in adapted.values()] if objective.takes_initial else [],
             constants=survey.constants,
             survey=survey,
             held=survey.held,

@@ -10,6 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+META, INITIAL, ADAPTED = "meta", "initial", "adapted"
+"""Names of arguments by which a loss asks for the meta-parameters, and for parameters before and after adaptation."""
+
 
 @dataclass(frozen=True)
 class Criteria:
@@ -21,29 +24,43 @@ class Criteria:
     metric: Callable[..., Any] | None
 
     def __post_init__(self) -> None:
-        """Raise TypeError unless they can be called."""
+        """Raise TypeError unless they can be called, each with what it is given."""
         for name in ("loss", "outer_loss", "metric"):
             function = getattr(self, name)
             if not callable(function) and (name == "loss" or function is not None):
                 raise TypeError(f"`{name}` must be callable. Got {type(function).__name__}.")
+        for name in (INITIAL, ADAPTED):
+            if _arguments(self.loss).get(name) is inspect.Parameter.empty:
+                raise TypeError(
+                    f"`loss` has an argument `{name}`, which the loss of the query set alone is given. Expected it in "
+                    "Objective(..., outer_loss=...): in the inner loop `regularization` pulls to the initial ones."
+                )
 
     @cached_property
-    def _with_meta(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        return _taking_meta(self.loss), _taking_meta(self.outer_loss or self.loss)
+    def taken(self) -> tuple[frozenset[str], frozenset[str]]:
+        """By which names the support loss and the query loss take more than a subject and a target.
 
-    def judge(self, subject: Any, target: Any, meta: Mapping[str, Any], *, outer: bool) -> Any:
+        Only a loss of the query set that is another one takes `initial` and `adapted`: the inner loop has no use for
+        these, and a loss that has an argument of such a name has had it for something else.
+        """
+        support = frozenset({META} & _arguments(self.loss).keys())
+        outer = {META, INITIAL, ADAPTED} & _arguments(self.outer_loss).keys()
+        return support, support if self.outer_loss is None else frozenset(outer)
+
+    def judge(self, subject: Any, target: Any, more: Mapping[str, Any], *, outer: bool) -> Any:
         """The loss, unchecked.
 
         Args:
             subject: What is judged: an output, or parameters.
             target: What it is judged by.
-            meta: The meta-parameters, which a loss gets only if it has an argument of that name.
+            more: What the loss takes besides, by the names in `taken`.
             outer: Whether the loss is that of the query set.
 
         Returns:
             What it returns.
         """
-        return self._with_meta[outer](subject, target, meta=meta)
+        function = self.outer_loss if outer and self.outer_loss is not None else self.loss
+        return function(subject, target, **more)
 
 
 def check_loss(loss: Any) -> Tensor:
@@ -65,21 +82,14 @@ def check_scalar(name: str, value: Any) -> Tensor:
     return value
 
 
-@dataclass(frozen=True)
-class _WithoutMeta:
-    """A function that does not take the meta-parameters."""
-
-    function: Callable[..., Any]
-
-    def __call__(self, *args: Any, meta: Mapping[str, Any]) -> Any:
-        return self.function(*args)
-
-
-def _taking_meta(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as one that takes the keyword `meta`."""
+def _arguments(function: Callable[..., Any] | None) -> dict[str, Any]:
+    """The defaults of a function's arguments by name, but for those of a subject and a target."""
+    if function is None:
+        return {}
+    target = function.forward if isinstance(function, nn.Module) else function
     try:
-        target = function.forward if isinstance(function, nn.Module) else function
-        takes = "meta" in inspect.signature(target).parameters
+        parameters = inspect.signature(target).parameters.values()
     except ValueError:  # some built-in functions have no signature
-        takes = False
-    return function if takes else _WithoutMeta(function)
+        return {}
+    by_name = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {p.name: p.default for i, p in enumerate(parameters) if i > 1 or p.kind in by_name}

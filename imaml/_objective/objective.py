@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from imaml._leaves import opened
 from imaml._objective.blocks import Blocks
 from imaml._objective.buffers import BufferPolicy, Constants, HeldBuffers, check_policy
-from imaml._objective.criteria import Criteria, check_loss, check_scalar
+from imaml._objective.criteria import ADAPTED, INITIAL, META, Criteria, check_loss, check_scalar
 from imaml._objective.faithful import Survey, faithful
 from imaml._objective.meta import Given, MetaParameters
 from imaml._objective.program import FunctionProgram, ModelProgram, Parameters, Program
@@ -58,7 +58,10 @@ class Objective:
             argument named `meta` is given the meta-parameters in it, by name: `(output, target, meta)`.
         adapt: Which parameters the inner loop changes: names, module names or shell patterns (`["head"]`,
             `["*.bias"]`). None: every parameter that requires grad.
-        outer_loss: The loss of the query set, where it is another than `loss`; of the same form.
+        outer_loss: The loss of the query set, where it is another than `loss`; of the same form. It may have two more
+            arguments, dictionaries of the adapted parameters by name: `initial` has them before the inner loop, theta,
+            and `adapted` after it. Its derivative by `initial` counts, in the meta-gradient of every strategy, as what
+            a change of theta does besides moving the adapted parameters.
         meta: The meta-parameters by name, see above.
         metric: `(output, target) -> 0-dim tensor`, evaluated on the query set from the same forward pass and returned
             in `report.metric`; never differentiated. For example an accuracy.
@@ -242,6 +245,7 @@ class Objective:
         metric: bool = False,
         outer: bool = False,
         survey: Survey | None = None,
+        initial: Parameters | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Loss, and metric if asked, at `values` (which may name fewer than all parameters) on one task's batch.
 
@@ -251,6 +255,7 @@ class Objective:
             metric: Whether to evaluate the metric.
             outer: Whether the loss is that of the query set.
             survey: What the model needs, as it is; None: looked through anew.
+            initial: The adapted parameters before the inner loop, for a query loss that takes them; None: `values`.
 
         Returns:
             The loss and the metric.
@@ -260,7 +265,8 @@ class Objective:
             with faithful(survey):
                 subject, target = self._program.subject(self._others(values), opened(batch), survey)
                 figure = self.metric(subject, target) if metric and self.metric else None
-                loss = self._criteria.judge(subject, target, self.meta.like_given(values), outer=outer)
+                more = self._more(values, values if initial is None else initial, outer=outer)
+                loss = self._criteria.judge(subject, target, more, outer=outer)
         finally:
             survey.restore()  # not before: a loss may read what the forward pass has set on the model
         return check_loss(loss), None if figure is None else check_scalar("metric", figure)
@@ -286,8 +292,31 @@ class Objective:
     def judge(self, output: Any, values: Parameters, batch: Batch, survey: Survey) -> Tensor:
         """The support loss of an output of `predict` with the same arguments."""
         with faithful(survey):
-            loss = self._criteria.judge(output, opened(batch)[1], self.meta.like_given(values), outer=False)
+            more = self._more(values, values, outer=False)
+            loss = self._criteria.judge(output, opened(batch)[1], more, outer=False)
         return check_loss(loss)
+
+    @property
+    def takes_initial(self) -> bool:
+        """Whether the query loss depends on the parameters before the inner loop by itself."""
+        return INITIAL in self._criteria.taken[True]
+
+    @property
+    def takes_parameters(self) -> bool:
+        """Whether the query loss takes parameters by name, before the inner loop or after it."""
+        return not self._criteria.taken[True] <= {META}
+
+    def _more(self, values: Parameters, initial: Parameters, *, outer: bool) -> dict[str, Any]:
+        """What a loss takes besides an output and a target."""
+        taken, more = self._criteria.taken[outer], dict[str, Any]()
+        if META in taken:
+            more[META] = self.meta.like_given(values)
+        if not taken <= {META}:
+            own = self._program.parameters()
+            for name, given in ((INITIAL, initial), (ADAPTED, values)):
+                if name in taken:
+                    more[name] = {n: given.get(n, own[n]) for n in self.adapted}
+        return more
 
     def _others(self, values: Parameters) -> Parameters:
         names = self.meta.flat()

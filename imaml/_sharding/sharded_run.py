@@ -120,6 +120,8 @@ def _rules(
     frozen = [n for n, p in objective.parameters().items() if n in objective.adapted and not p.requires_grad]
     yield not frozen, "adapted parameters that require grad", f"{frozen} without"
     yield not objective.meta.learned(), "no meta-parameters", sorted(objective.meta.learned())
+    of_output = not objective.takes_parameters
+    yield of_output, "an outer loss of the model's output", "one that takes `initial` or `adapted`"
     yield not objective.statistics(), "another policy for the running statistics", "buffers='update'"
     yield isinstance(engine.inner, InnerOptimizer), "an inner optimiser such as GradientDescent or Adam", engine.inner
     for name, given in {**engine.inner.hyperparameters, "regularization": engine.regularization}.items():

@@ -221,7 +221,8 @@ class ImplicitMAML(MetaGradient):
                 "`regularization` must be > 0 for implicit differentiation. Got 0 from its function: return a positive "
                 "value, or pass regularization=None for no proximal term."
             )
-        if problem.damping is None and len(objective.parameters()) == len(objective.adapted):
+        learns_nothing = len(objective.parameters()) == len(objective.adapted) and not objective.takes_initial
+        if problem.damping is None and learns_nothing:
             raise ValueError(
                 "Without a proximal term the stationary point does not depend on the initialisation, and its "
                 "meta-gradient is zero. Expected `regularization` > 0, or other parameters or `meta` to learn. Got "

@@ -86,12 +86,13 @@ class OuterLoss:
 
     def gradient(self, step: int, phi: Tensor) -> Gradient:
         """The derivatives of the term of a step, which there is, at phi; that by its weight is added up."""
-        found, weight = self.problem.judge_after(step, phi), self.weights[step]
+        weight = self.weights[step]
+        found = self.problem.judge_after(step, phi, weight)
         self._note(step, found.losses, found.metric)
         if isinstance(weight, Tensor):
             hyper = self.problem.hyper
             hyper.add({name: found.losses.to(weight) for name in {name_of(step)} & hyper.learned}, 0)
-        return found.weighted(weight)
+        return found
 
     def at_the_end(self, phi: Tensor) -> Gradient:
         """The derivatives of the term at the end of the inner loop, zeros where there is none; and the metric."""

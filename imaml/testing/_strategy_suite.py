@@ -107,6 +107,50 @@ class StrategyConformance:
         torch.testing.assert_close(loss, expected_loss, rtol=self.rtol, atol=0)
         self._assert_close(got, expected)
 
+    @pytest.mark.parametrize("chunk_size", [None, 1])
+    def test_a_query_loss_of_the_initial_parameters(self, chunk_size: int | None) -> None:
+        """Its derivative by them is added to the meta-gradient that it has where they are constants."""
+        model, _, tasks = _problem()
+        adapt = list(self._objective(model).adapted)
+        constants = {n: p.detach().clone() for n, p in model.named_parameters()}
+        engine = self._engine(chunk_size=chunk_size)
+
+        def loss(output: Tensor, target: Tensor, initial: dict[str, Tensor], adapted: dict[str, Tensor]) -> Tensor:
+            return F.cross_entropy(output, target) + _interaction(adapted, initial)
+
+        def with_constants(output: Tensor, target: Tensor, adapted: dict[str, Tensor]) -> Tensor:
+            return F.cross_entropy(output, target) + _interaction(adapted, {n: constants[n] for n in adapt})
+
+        expected_loss, expected = engine.value_and_grad(
+            Objective(model, F.cross_entropy, adapt=adapt, outer_loss=with_constants), tasks
+        )
+        objective = Objective(model, F.cross_entropy, adapt=adapt, outer_loss=loss)
+        for task in tasks:
+            adapted = engine.adapt(objective, task.support)
+            initial = {n: constants[n].clone().requires_grad_() for n in adapt}
+            with torch.enable_grad():
+                value = _interaction(adapted, initial)
+            direct = torch.autograd.grad(value, list(initial.values()))
+            for name, gradient in zip(initial, direct, strict=True):
+                expected[name] = expected[name] + gradient / len(tasks)
+        got_loss, got = engine.value_and_grad(objective, tasks)
+        torch.testing.assert_close(got_loss, expected_loss, rtol=1e-10, atol=0)
+        self._assert_close(got, expected)
+
+    def test_query_losses_along_the_way(self) -> None:
+        """Where there are `outer_steps`, their sum has the gradient that engines with fewer steps have together."""
+        if not hasattr(self._engine(), "outer_steps"):
+            pytest.skip("the strategy has no `outer_steps`")
+        _, objective, tasks = _problem()
+        weights = {0: 0.5, 1: -0.25, 3: 1.5}
+        engine = dataclasses.replace(self._engine(), outer_steps=weights)  # type: ignore[call-arg]
+        parts = [(w, *self._engine(steps=step).value_and_grad(objective, tasks)) for step, w in weights.items()]
+        loss, got = engine.value_and_grad(objective, tasks)
+        torch.testing.assert_close(loss, torch.stack([w * each for w, each, _ in parts]).sum(), rtol=1e-10, atol=0)
+        self._assert_close(got, {n: torch.stack([w * g[n] for w, _, g in parts]).sum(0) for n in got})
+        with torch.no_grad():
+            torch.testing.assert_close(engine(objective, tasks).loss, loss, rtol=1e-10, atol=0)
+
     @drawn
     @given(model=small_models(), tasks=task_batches(tasks=4))
     def test_chunks_do_not_matter(self, model: nn.Sequential, tasks: TaskBatch) -> None:
@@ -323,6 +367,11 @@ class _Snapshot:
 def _problem(tasks: int = 3) -> tuple[nn.Sequential, Objective, TaskBatch]:
     model = network([3, 4, 2], nn.Tanh)
     return model, Objective(model, F.cross_entropy), batch_of_tasks(tasks, 5, 6)
+
+
+def _interaction(adapted: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> Tensor:
+    """A function of the parameters before and after adaptation that is no sum of functions of each."""
+    return torch.stack([(adapted[n] * initial[n]).cos().sum() for n in initial]).sum()
 
 
 def _accuracy(output: Tensor, target: Tensor) -> Tensor:

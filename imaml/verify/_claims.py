@@ -116,7 +116,9 @@ def along(reference: Reference, claim: Claim, seed: int) -> Callable[[Values], C
     if claim == "fomaml":
         with draws(seed):
             adapted = [reference.adapt(start, task.support) for task in reference.tasks]
-        return lambda d: lambda t: _mean_query_loss(reference, [moved(values, d, t) for values in adapted])
+        return lambda d: (
+            lambda t: _mean_query_loss(reference, [moved(values, d, t) for values in adapted], moved(start, d, t))
+        )
     with draws(seed):
         minima = [_minimum(reference, start, task) for task in reference.tasks]
 
@@ -130,7 +132,7 @@ def along(reference: Reference, claim: Claim, seed: int) -> Callable[[Values], C
                 phi = problem.minimise(minimum if velocity is None else minimum + t * velocity)
                 velocities[i] = (phi - minimum) / t if t else None
                 adapted.append(problem.values(phi))
-            return _mean_query_loss(reference, adapted)
+            return _mean_query_loss(reference, adapted, values)
 
         return at_minimum
 
@@ -142,6 +144,6 @@ def _minimum(reference: Reference, start: Values, task: Task) -> Tensor:
     return InnerProblem(reference, start, task.support).minimise(flat({n: reached[n] for n in reference.adapted}))
 
 
-def _mean_query_loss(reference: Reference, adapted: list[Values]) -> float:
-    losses = [reference.query_loss(v, task) for v, task in zip(adapted, reference.tasks, strict=True)]
+def _mean_query_loss(reference: Reference, adapted: list[Values], initial: Values) -> float:
+    losses = [reference.query_loss(v, task, initial) for v, task in zip(adapted, reference.tasks, strict=True)]
     return torch.stack(losses).mean().item()

@@ -96,7 +96,8 @@ def meta_gradient(
     as_given, tasks = partial(evaluated, objective, tasks[0]), doubled
     damping = damping_of(engine_or_function, regularization, copied.adapted, claim)
     given = regularization if regularization is not None else getattr(engine_or_function, "regularization", None)
-    reference = Reference(copied, list(tasks), used, damping, as_function(given))
+    outer_steps = getattr(engine_or_function, "outer_steps", None)
+    reference = Reference(copied, list(tasks), used, damping, as_function(given), outer_steps)
     values = reference.values()
     random = is_random(reference, seed, as_given)
     check_copied(reference, objective.model, seed)

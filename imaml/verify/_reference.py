@@ -45,6 +45,8 @@ class Reference:
     """lambda of every adapted parameter, where it is not learned."""
     learned_damping: Callable[[dict[str, Any]], Any] | None = None
     """lambda as a function of the meta-parameters."""
+    outer_steps: Mapping[int, Any] | None = None
+    """Weights of the query losses after some inner steps, as `MAML.outer_steps` has them; None: at the end alone."""
 
     @property
     def adapted(self) -> tuple[str, ...]:
@@ -66,6 +68,8 @@ class Reference:
     def is_plain(self) -> bool:
         """Whether known mistakes can be looked for: the inner loop is plain gradient descent, nothing in it learned."""
         inner = self.inner
+        if self.outer_steps is not None or self.objective.takes_initial:
+            return False
         if not isinstance(inner, GradientDescent) or not isinstance(inner.lr, Real) or inner.stationarity is not None:
             return False
         if type(inner).update is not GradientDescent.update or type(inner).start is not GradientDescent.start:
@@ -81,14 +85,31 @@ class Reference:
         return replace(self, tasks=[self.tasks[task]])
 
     def loss(
-        self, values: Mapping[str, Tensor], batch: Any, *, outer: bool = False, survey: Survey | None = None
+        self,
+        values: Mapping[str, Tensor],
+        batch: Any,
+        *,
+        outer: bool = False,
+        survey: Survey | None = None,
+        initial: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """The support loss, or the query loss; data and buffers are copies, and attention has second derivatives."""
+        """The support loss, or the query loss; data and buffers are copies, and attention has second derivatives.
+
+        Args:
+            values: All parameters.
+            batch: A support or a query set.
+            outer: Whether the loss is that of the query set.
+            survey: What the model needs; None: looked at anew, and nothing is recomputed.
+            initial: The parameters before the inner loop, for a query loss that takes them; None: `values`.
+
+        Returns:
+            The loss.
+        """
         survey = survey or replace(self.objective.survey(), only=frozenset())  # nothing recomputed, as the engine may
         batch = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, batch)  # a loss may set requires_grad
         with sdpa_kernel(SDPBackend.MATH), HeldBuffers.of(self.objective.held()).copied():
             values = dict(values) | self.objective.constants()
-            return self.objective.evaluate(values, batch, outer=outer, survey=survey)[0]
+            return self.objective.evaluate(values, batch, outer=outer, survey=survey, initial=initial)[0]
 
     def value(self, loss: Callable[[Mapping[str, Tensor]], Tensor], values: Mapping[str, Tensor]) -> Tensor:
         """A loss without derivatives, evaluated as if there were: it may ask what requires grad, and differentiate."""
@@ -112,12 +133,18 @@ class Reference:
 
     def adapt(self, start: Values, batch: Any) -> Values:
         """All parameters after the inner loop, detached."""
+        *_, last = self.along(start, batch)
+        return last
+
+    def along(self, start: Values, batch: Any) -> Iterator[Values]:
+        """All parameters before the inner loop and after each of its steps, detached."""
         adapted = {n: start[n] for n in self.adapted}
         layout, given = Layout.of(adapted), self.inner.hyperparameters
         meta = MetaParameters(self.objective.meta.like_given(start))
         hyper = Hyperparameters.of({n: (h, self.steps) for n, h in given.items()}, meta, layout, flat(adapted))
         state = self.inner.start(flat(adapted).unsqueeze(0))
         values = start | unflat(state[0].squeeze(0), adapted)
+        yield values
         for step in range(self.steps):
             leaves = {n: t.detach().requires_grad_() for n, t in values.items()}
             wanted = [leaves[n] for n in self.adapted]
@@ -128,16 +155,26 @@ class Reference:
             if self.inner.stationarity is not None and gradient.norm() <= self.inner.stationarity:
                 break
             state = self.inner.update(state, gradient.unsqueeze(0), step, hyper.at(step))
-            values |= unflat(state[0].squeeze(0), adapted)
-        return values
+            values = values | unflat(state[0].squeeze(0), adapted)
+            yield values
 
     def after_adaptation(self, start: Values) -> Tensor:
         """Mean query loss after the inner loop: what exact MAML differentiates."""
-        return torch.stack([self.query_loss(self.adapt(start, task.support), task) for task in self.tasks]).mean()
+        return torch.stack([self._outer_loss(start, task) for task in self.tasks]).mean()
 
-    def query_loss(self, values: Values, task: Task) -> Tensor:
-        """The query loss of a task at these parameters, detached."""
-        return self.value(lambda leaves: self.loss(leaves, task.query, outer=True), values)
+    def _outer_loss(self, start: Values, task: Task) -> Tensor:
+        """The query loss of a task after the inner loop, or the weighted sum of several on the way."""
+        if self.outer_steps is None:
+            return self.query_loss(self.adapt(start, task.support), task, start)
+        meta, terms = self.objective.meta.like_given(start), list[Tensor]()
+        for step, values in enumerate(self.along(start, task.support)):
+            if (weight := self.outer_steps.get(step)) is not None:
+                terms.append((weight(meta) if callable(weight) else weight) * self.query_loss(values, task, start))
+        return torch.stack([term.reshape(()) for term in terms]).sum()
+
+    def query_loss(self, values: Values, task: Task, initial: Values | None = None) -> Tensor:
+        """The query loss of a task at these parameters, adapted from the initial ones if it takes these; detached."""
+        return self.value(lambda leaves: self.loss(leaves, task.query, outer=True, initial=initial or leaves), values)
 
     def rounding(self) -> float:
         """The relative rounding error of the coarsest dtype that the losses of the first task compute in."""

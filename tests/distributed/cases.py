@@ -10,9 +10,15 @@ from torch import nn
 from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, Objective, Task
 from tests.pages import python, read
 
+
+def near(output, target, initial, adapted):
+    return F.mse_loss(output, target) + sum((adapted[n] - initial[n]).square().sum() for n in initial)
+
+
 INNER = GradientDescent(lr=0.1, steps=3)
 ENGINES = {
     "MAML": MAML(inner=INNER, regularization=0.5),
+    "MAML, outer steps": MAML(inner=INNER, outer_steps={0: 0.2, 2: -0.3, 3: 1.0}),
     "FOMAML": FOMAML(inner=INNER),
     "ImplicitMAML": ImplicitMAML(inner=INNER, regularization=2.0, solver=CG(max_steps=50)),
 }
@@ -46,13 +52,15 @@ def objectives():
     model = make_model()
     yield "all", Objective(model, F.mse_loss)
     yield "head", Objective(model, F.mse_loss, adapt=["2"])
+    yield "initial", Objective(model, F.mse_loss, outer_loss=near)
     yield "meta", Objective(model, F.mse_loss, meta={"log_lr": torch.tensor(-2.0, dtype=torch.float64)})
 
 
 def gradients(engine_name, kind, tasks, group):
     objective, engine = dict(objectives())[kind], ENGINES[engine_name]
     if kind == "meta":
-        engine = MAML(inner=GradientDescent(lr=lambda meta: meta["log_lr"].exp(), steps=3))
+        outer_steps = {1: lambda meta: meta["log_lr"], 3: 1.0}
+        engine = MAML(inner=GradientDescent(lr=lambda meta: meta["log_lr"].exp(), steps=3), outer_steps=outer_steps)
     loss, found = engine.value_and_grad(objective, shard(make_tasks(tasks), group), group=group)
     return {"loss": loss, **found}
 
@@ -60,9 +68,10 @@ def gradients(engine_name, kind, tasks, group):
 EQUAL = {
     f"{engine}, {kind}, {shards}": partial(gradients, engine, kind, tasks)
     for engine in ENGINES
-    for kind in ("all", "head", "meta")
+    for kind in ("all", "head", "initial", "meta")
     for shards, tasks in TASKS.items()
     if kind != "meta" or engine == "MAML"
+    if shards == "uneven" or kind != "initial" and engine != "MAML, outer steps"
 }
 """The same result on every rank as in one process."""
 
@@ -79,8 +88,9 @@ def backward(group):
 
 def without_a_task(group):
     objective = Objective(make_model(), F.mse_loss, metric=F.l1_loss)
-    report = ENGINES["MAML"](objective, shard(make_tasks(1), group), group=group).report
-    return [len(entry) for entry in (report.query_loss, report.metric)], list(report.support_loss.shape), str(report)
+    report = ENGINES["MAML, outer steps"](objective, shard(make_tasks(1), group), group=group).report
+    shapes = [list(entry.shape) for entry in (report.support_loss, report.outer_losses)]
+    return [len(entry) for entry in (report.query_loss, report.metric)], shapes, str(report)
 
 
 def evaluated(group):

@@ -245,6 +245,11 @@ def refused(group):
         "inner": (FOMAML(inner=TorchOptimizer(torch.optim.SGD, lr=0.1, steps=2)), objective, tasks),
         "rates": (FOMAML(inner=GradientDescent(lr=rates, steps=2)), objective, tasks),
         "meta": (FOMAML(inner=INNER), Objective(model, F.mse_loss, meta={"log_lr": log_lr}), tasks),
+        "initial": (
+            FOMAML(inner=INNER),
+            Objective(model, F.mse_loss, outer_loss=lambda output, target, initial: F.mse_loss(output, target)),
+            tasks,
+        ),
         "FSDP1": (FOMAML(inner=INNER), Objective(old, F.mse_loss), tasks),
         "dealt out": (FOMAML(inner=INNER), objective, dealt),
     }

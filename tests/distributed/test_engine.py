@@ -32,9 +32,9 @@ def test_backward_and_loss_are_of_all_tasks_and_the_report_of_the_ranks_own(foun
 
 
 def test_the_report_of_a_rank_without_a_task_has_tensors_of_length_0(found):
-    first, (lengths, shape, text) = found["without_a_task"]
-    assert first[:2] == ([1, 1], [3, 1])
-    assert (lengths, shape) == ([0, 0], [3, 0])
+    first, (lengths, shapes, text) = found["without_a_task"]
+    assert first[:2] == ([1, 1], [[3, 1], [3, 1]])
+    assert (lengths, shapes) == ([0, 0], [[3, 0], [3, 0]])
     assert "mean of 0 tasks" in text
 
 

@@ -123,6 +123,7 @@ def test_the_loop_of_the_page_is_that_of_the_whole_model(found):
         ("inner", "Expected an inner optimiser such as GradientDescent or Adam. Got TorchOptimizer"),
         ("rates", "Expected `lr` as a number for all parameters"),
         ("meta", "Expected no meta-parameters. Got \\['log_lr'\\]"),
+        ("initial", "Expected an outer loss of the model's output. Got one that takes `initial` or `adapted`"),
         ("FSDP1", "Expected torch.distributed.fsdp.fully_shard"),
         ("dealt out", "Expected the same tasks on all of them"),
         ("group", "Expected group=None"),

@@ -33,6 +33,11 @@ class Attentive(nn.Module):
         return self.head(self.layer(self.embed(tokens)).mean(1))
 
 
+def near(output: Tensor, target: Tensor, initial: dict[str, Tensor], adapted: dict[str, Tensor]) -> Tensor:
+    """A loss of the adapted parameters and of the distance that they have gone."""
+    return F.mse_loss(output, target) + sum((adapted[n] - initial[n]).square().sum() for n in initial)
+
+
 def labels(n: int) -> Tensor:
     return torch.randint(3, (TASKS, n))
 
@@ -45,6 +50,9 @@ def problem(name: str) -> tuple[Objective, TaskBatch]:
     if name == "many queries":
         support, query = ((torch.randn(TASKS, n, 1), torch.randn(TASKS, n, 1)) for n in (2, 150))
         return Objective(MLP(), F.mse_loss), TaskBatch(support=support, query=query)
+    if name == "initial":
+        support, query = ((torch.randn(TASKS, n, 1), torch.randn(TASKS, n, 1)) for n in (10, 4))
+        return Objective(MLP(), F.mse_loss, outer_loss=near), TaskBatch(support=support, query=query)
     if name.startswith("tokens"):
         support, query = ((torch.randint(30, (TASKS, n, 7)), labels(n)) for n in (3, 5))
         recompute = [nn.TransformerEncoderLayer] if "recomputed" in name else []

@@ -31,6 +31,20 @@ class ForgetsTheFixedParameters(MAML):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ForgetsTheInitialParameters(MAML):
+    def pull_back(self, problem):
+        pulled = super().pull_back(problem)
+        problem.direct = None
+        return pulled
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForgetsTheOuterSteps(MAML):
+    def pull_back(self, problem):
+        return MAML.pull_back(dataclasses.replace(self, outer_steps=None), problem)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class HessianAtTheLastStateOnly(MAML):
     """Right for quadratics, whose Hessian is the same everywhere."""
 

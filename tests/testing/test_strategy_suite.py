@@ -13,6 +13,8 @@ CAUGHT_BY = {
     "NoProximalTermInTheInnerLoop": "test_closed_forms_on_quadratics",
     "OtherSystem": "test_closed_forms_on_quadratics",
     "ForgetsTheFixedParameters": "test_networks_as_this_library_does",
+    "ForgetsTheInitialParameters": "test_a_query_loss_of_the_initial_parameters",
+    "ForgetsTheOuterSteps": "test_query_losses_along_the_way",
     "HessianAtTheLastStateOnly": "test_networks_as_this_library_does",
     "ReversedReport": "test_tasks_of_different_sizes",
     "WritesGrad": "test_nothing_of_the_users_is_changed",

@@ -64,7 +64,7 @@ class Derivatives:
         """First derivatives at phi `(tasks, n)`."""
         survey = loss.snapshot.survey
         if len(loss.slices) == 1 and not (survey.recomputes_any and is_long(loss.whole, phi)):
-            return self.gradient_of(loss.whole, phi, step, want)
+            return self.gradient_of(loss.slices[0][1], phi, step, want)  # which `whole` is not in a mean over a source
         vector = torch.zeros_like(phi)
         parts = [
             self.gradient_of(part, phi, step, want, Sum(vector, weight)).times(weight) for weight, part in loss.slices

@@ -151,6 +151,10 @@ class Minibatches:
             ) from error
         return _checked(batch, f"support at inner step {step}")
 
+    def stand_in(self, step: int) -> int:
+        """The step itself, or the last that there is a batch for: a call that takes no step needs none of its own."""
+        return step if self.length is None else max(min(step, self.length - 1), 0)
+
     def of_all(self, i: int) -> Batch:
         """The i-th of the `length_of_all` batches that hold every example once."""
         return _checked(self._get_of_all(i), f"support of batch {i}")
@@ -200,6 +204,11 @@ def stacked(sources: Sequence[Minibatches], stack: Callable[[list[Batch]], Batch
 def batch_at(support: Batch | Minibatches, step: int) -> Batch:
     """What an inner step sees of a support set."""
     return support.at(step) if isinstance(support, Minibatches) else support
+
+
+def batch_like(support: Batch | Minibatches, step: int) -> Batch:
+    """A batch that stands for what the inner steps from this one on see."""
+    return support.at(support.stand_in(step)) if isinstance(support, Minibatches) else support
 
 
 class _Order:

@@ -168,6 +168,10 @@ class TaskBatch:
             return self
         return TaskBatch(support=self.support.at(step), query=self.query)
 
+    def alike(self, step: int) -> TaskBatch:
+        """The same with a batch that stands for those of all steps from this one on."""
+        return self.at(self.support.stand_in(step)) if isinstance(self.support, Minibatches) else self
+
     def _each(self, change: Callable[[Batch], Batch]) -> tuple[Any, Batch]:
         """What a function makes of the support and of the query sets."""
         support = self.support
@@ -195,7 +199,7 @@ class TaskBatch:
         Raises:
             TypeError: A dtype for a batch that holds an object.
         """
-        if others := objects((self.support, self.query)):
+        if others := _objects(self):
             raise TypeError(
                 f"Only tensors can be copied to another dtype or device. Got {type(others[0]).__name__}: "
                 "register its type once, with torch.utils._pytree.register_pytree_node, or move it before the task is "

@@ -225,7 +225,7 @@ class Run:
 
     def chunking(self, batch: TaskBatch) -> Chunking:
         """How tasks of these shapes run; looked at once per engine."""
-        batch = batch.at(self.first)  # a batch stands for those of all steps
+        batch = batch.alike(self.first)
         self.check(batch)
         size, known, snapshot = self.engine.chunk_size, self.engine._memory.chunkings, self.snapshot
         if isinstance(size, int):
@@ -253,7 +253,7 @@ class Run:
         """Raise unless the losses can be taken slice by slice, if they are; looked at once per objective and shapes."""
         if self.engine.microbatch_size is None:
             return
-        batch = batch.at(self.first)
+        batch = batch.alike(self.first)
         sliced, shapes = self.engine._memory.sliced(self.snapshot.objective), (signature(batch), query)
         if shapes in sliced:
             return
@@ -271,7 +271,7 @@ class Run:
         source = Source(batch) if isinstance(batch.support, Minibatches) else None
         if source is not None:
             self._check_source(source.minibatches)
-        examples = batch.support if source is None else source.at(self.first)
+        examples = batch.support if source is None else source.at(source.minibatches.stand_in(self.first))
 
         def loss(examples: Batch, role: Role) -> Slice:
             return Slice(snapshot, self.record, outside_inference(examples), tasks, positions[0], role)

@@ -42,7 +42,7 @@ class ShardedRun(Run):
         """As those of a whole model; raises ValueError, on all processes, where they have not the same tasks."""
         layout = self.snapshot.layout
         assert isinstance(layout, ShardedLayout)
-        first = [batch.at(self.first) for _, batch in groups]
+        first = [batch.alike(self.first) for _, batch in groups]
         tensors = [t for batch in first for t in tree_leaves((batch.support, batch.query))]
         mine = [checksum(t) for t in tensors]
         everyone: list[Any] = [None] * layout.mesh.size()

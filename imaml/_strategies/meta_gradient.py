@@ -16,7 +16,7 @@ from imaml._engine.node import attach
 from imaml._engine.report import MetaResult
 from imaml._engine.run import Run
 from imaml._engine.strategy import Strategy
-from imaml._minibatches import Minibatches, batch_at
+from imaml._minibatches import Minibatches, batch_like
 from imaml._objective.objective import Objective
 from imaml._sharding.runs import run_of
 from imaml._tasks import Batch, Task, TaskBatch, check_constant, check_tensors
@@ -198,7 +198,7 @@ class MetaGradient(Strategy):
         check_tensors("support", support)
         with _plain_tensors():
             run = run_of(self, objective, derivatives=False, start=start)
-            tasks = TaskBatch.stack([Task(support=support, query=batch_at(support, run.first))])
+            tasks = TaskBatch.stack([Task(support=support, query=batch_like(support, run.first))])
             if start is not None:
                 start.check(run.snapshot.layout, self.inner, 1, run.snapshot.like)
             run.check(tasks, query=False)

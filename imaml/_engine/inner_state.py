@@ -24,7 +24,8 @@ class InnerState:
 
     Args:
         parameters: The adapted parameters by name, `(tasks, *shape)` each, in the order of the tasks; or `(1, *shape)`,
-            from which all tasks start.
+            from which all tasks start. In the dtype of the model's, or, as a call leaves them, in what an inner loop
+            computes in: the widest of these, at least float32.
         buffers: Those of the inner optimiser, such as Adam's two moments: vectors `(tasks, n)`, or `(1, n)`, whose
             entries are in the order of the parameters.
         step: How many steps the training has taken: the next one is that of this number, counted from 0.
@@ -40,8 +41,12 @@ class InnerState:
     optimizer: str | None = None
 
     def __post_init__(self) -> None:
-        """Check the number of steps; raises TypeError or ValueError."""
+        """Check the kinds of its parts; raises TypeError or ValueError."""
         check_integer("`step` of a state", self.step, least=0)
+        solution = () if self.solution is None else (self.solution,)
+        for part in (*self.parameters.values(), *self.buffers, *solution):
+            if not isinstance(part, Tensor):
+                raise TypeError(f"A state holds tensors (tasks, ...). Got {type(part).__name__}.")
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, objective: Objective, *, step: int | None = None) -> InnerState:
@@ -50,21 +55,30 @@ class InnerState:
         Args:
             optimizer: An SGD, Adam, AdamW or RMSprop.
             objective: Of the same model; its adapted parameters count.
-            step: How many steps it has taken; None: as its state says, which SGD and RMSprop may not.
+            step: How many steps it has taken; None: as its state says, which that of an SGD does not.
 
         Returns:
             The state of one task, for `GradientDescent`, `Adam`, `AdamW` or `RMSprop` with the same settings.
 
         Raises:
             TypeError: Not an optimiser of torch, or none of these.
-            ValueError: A variant of it that has other state, or parameters that have taken different numbers of steps.
+            ValueError: A variant of it that has other state, an optimiser of another model, or one of which it is not
+                known how many steps it has taken.
         """
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"Expected an optimiser of torch.optim. Got {type(optimizer).__name__}.")
+        if not isinstance(objective, Objective):
+            raise TypeError(f"Expected an Objective(model, loss). Got {type(objective).__name__}.")
         name = type(optimizer).__name__
         if name not in _BUFFERS:
             raise TypeError(f"Expected one of {', '.join(_BUFFERS)} of torch.optim. Got {name}.")
         adapted = {n: p for n, p in objective.parameters().items() if n in objective.adapted}
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if others := [n for n, p in adapted.items() if id(p) not in known]:
+            raise ValueError(
+                f"Expected an optimiser of the objective's adapted parameters. Got one without {others}: pass that of "
+                "the same model, or name in Objective(adapt=[...]) what it trains."
+            )
         states = [optimizer.state.get(p, {}) for p in adapted.values()]
         if other := sorted({key for state in states for key, value in state.items() if value is not None} & _OTHERS):
             raise ValueError(f"Expected plain {name}. Got one with {other}, which inner optimisers have not.")
@@ -79,6 +93,8 @@ class InnerState:
             for key in keys
         )
         counts = {int(state.get("step", 0)) for state in states}
+        if step is None and name == "SGD":
+            raise ValueError("An SGD does not count its steps, of which minibatches go by. Expected `step`. Got None.")
         if step is None and len(counts) > 1:
             raise ValueError(
                 f"The adapted parameters have taken {sorted(counts)} steps. Expected one number: pass `step`."
@@ -92,8 +108,8 @@ class InnerState:
 
     def flat(self, layout: Layout) -> State:
         """The parameters as one vector, and the buffers: each `(tasks or 1, n)`."""
-        parts = [self.parameters[name] for name in layout.names]
-        rows = [p.detach().reshape(len(p), -1).to(layout.dtype) for p in parts]
+        parts = [(self.parameters[name], size) for name, size in zip(layout.names, layout.sizes, strict=True)]
+        rows = [p.detach().reshape(len(p), size).to(layout.dtype) for p, size in parts]
         return (torch.cat(rows, -1), *(b.detach() for b in self.buffers))
 
     @classmethod
@@ -149,18 +165,18 @@ class InnerState:
         Raises:
             ValueError: The state of another model, optimiser, dtype, device or number of tasks.
         """
-        expected = {n: (tuple(s), d) for n, s, d in zip(layout.names, layout.shapes, layout.dtypes, strict=True)}
-        found = {n: (tuple(p.shape[1:]), p.dtype) for n, p in self.parameters.items()}
-        if missing := sorted(set(expected) ^ set(found)):
+        if missing := sorted(set(layout.names) ^ set(self.parameters)):
             raise ValueError(
                 "The state is that of another model, or of other adapted parameters. Expected parameters "
-                f"{list(expected)}. Got {list(found)}, which differ in {missing}."
+                f"{list(layout.names)}. Got {list(self.parameters)}, which differ in {missing}."
             )
-        for name, what in expected.items():
-            if found[name] != what:
+        for name, shape, dtype in zip(layout.names, layout.shapes, layout.dtypes, strict=True):
+            p = self.parameters[name]
+            if p.ndim == 0 or p.shape[1:] != shape or p.dtype not in (dtype, layout.dtype):
+                dims = "".join(f", {size}" for size in shape)
                 raise ValueError(
-                    f"The state is that of another model: {name!r} must be (tasks, *{what[0]}) in {what[1]}. Got "
-                    f"(tasks, *{found[name][0]}) in {found[name][1]}."
+                    f"The state is that of another model: {name!r} must be (tasks{dims}) in {dtype}. Got "
+                    f"{tuple(p.shape)} in {p.dtype}."
                 )
         has, n = type(inner).__name__, sum(layout.sizes)
         needs = inner.buffers if isinstance(inner, InnerOptimizer) else 0
@@ -174,7 +190,7 @@ class InnerState:
         vectors = {"buffers": self.buffers, "solution": () if self.solution is None else (self.solution,)}
         for name, tensors in vectors.items():
             for t in tensors:
-                if t.shape[1:] != (n,) or t.dtype != like.dtype:
+                if t.ndim != 2 or t.shape[1] != n or t.dtype != like.dtype:
                     raise ValueError(
                         f"The {name} of the state must be (tasks, {n}) in {like.dtype}. Got {tuple(t.shape)} in "
                         f"{t.dtype}."

@@ -151,10 +151,17 @@ class Problem:
 
     def left(self, solution: Tensor | None) -> InnerState:
         """The state after the inner loop, with the solution of the linear systems if there is one."""
-        assert self.final is not None
+        if self.final is None:
+            raise ValueError(
+                "return_state=True keeps the state after the inner loop. Expected a `pull_back` that takes it by "
+                "`problem.adapt()`. Got one that does not: leave return_state out."
+            )
         phi, *buffers = self.final
+        parts = zip(self.layout.names, phi.split(self.layout.sizes, -1), self.layout.shapes, strict=True)
         return InnerState(
-            parameters={n: t.clone() for n, t in self.layout.named(phi).items()},
+            parameters={
+                n: part.reshape(self.tasks, *shape).clone() for n, part, shape in parts
+            },  # not rounded to their dtype
             buffers=tuple(b.expand(self.tasks, -1).clone() for b in buffers),
             step=self.first + self.inner.steps,
             solution=solution,

@@ -9,8 +9,10 @@ from imaml._engine.problem import Problem as Problem
 from imaml._engine.report import MetaResult as MetaResult
 from imaml._engine.report import Pullback as Pullback
 from imaml._engine.report import Report as Report
+from imaml._errors import CheckpointError as CheckpointError
 from imaml._errors import CompileWarning as CompileWarning
 from imaml._errors import DivergenceError as DivergenceError
+from imaml._errors import DriftWarning as DriftWarning
 from imaml._errors import NonFiniteError as NonFiniteError
 from imaml._errors import SolverError as SolverError
 from imaml._errors import SolverWarning as SolverWarning

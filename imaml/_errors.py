@@ -26,8 +26,16 @@ class SolverError(RuntimeError):
     """A linear solve failed and `on_failure="raise"`."""
 
 
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read, or belongs to another run or computation."""
+
+
 class SolverWarning(UserWarning):
     """A linear solve failed and `on_failure="warn"`; given once per engine, every count is in the report."""
+
+
+class DriftWarning(UserWarning):
+    """States that a sweep of `MAML(check_states=True)` took again are others than on the way; given once per engine."""
 
 
 class CompileWarning(UserWarning):

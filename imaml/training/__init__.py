@@ -1,9 +1,9 @@
 """Meta-training: a plan, a trainer that follows it, evaluation, and a folder that outlives interruptions."""
 
-from imaml.training._checkpoint import CheckpointError as CheckpointError
+from imaml._engine.files import make_folder as make_folder
+from imaml._engine.files import replace_file as replace_file
+from imaml._errors import CheckpointError as CheckpointError
 from imaml.training._checkpoint import load_checkpoint as load_checkpoint
-from imaml.training._checkpoint import make_folder as make_folder
-from imaml.training._checkpoint import replace_file as replace_file
 from imaml.training._checkpoint import save_checkpoint as save_checkpoint
 from imaml.training._evaluation import Episodes as Episodes
 from imaml.training._evaluation import Evaluation as Evaluation

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from imaml.training._checkpoint import CheckpointError
+from imaml._errors import CheckpointError
 
 
 def check_alike(folder: Path, config: dict[str, Any], given: dict[str, Any], free: Collection[str]) -> None:

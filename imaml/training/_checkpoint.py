@@ -1,77 +1,12 @@
-"""Checkpoints that are whole or not there."""
+"""Checkpoints of a training, the last one and the one before."""
 
 from __future__ import annotations
 
-import os
-import pickle
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import IO, Any
+from typing import Any
 
-import torch
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read, or belongs to another run."""
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Within it, what the disk objects to names the file: a full one says no more than that it is full."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def make_folder(path: Path) -> None:
-    """Make a run folder where there is none, and see that files can be made in it.
-
-    Args:
-        path: The folder.
-
-    Raises:
-        OSError: They cannot.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise type(error)(f"The run folder {path} cannot be written ({error.strerror}). Name another.") from error
-
-
-def replace_file(path: Path, write: Callable[[IO[bytes]], object], *, keep: Path | None = None) -> None:
-    """Write a file beside `path`, force it to the disk, and put it in place of `path` in one atomic step.
-
-    Args:
-        path: What to replace or create; its folder must exist.
-        write: Writes the content to the binary stream it is given.
-        keep: Where what `path` was before stays; None: nowhere.
-
-    Raises:
-        OSError: It cannot be written; `path` is as it was, and nothing is left beside it.
-    """
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        with naming(path), beside.open("wb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    if keep is not None and path.exists():
-        keep.unlink(missing_ok=True)
-        try:
-            os.link(path, keep)
-        except OSError:  # a file system without links
-            os.replace(path, keep)
-    os.replace(beside, path)
+from imaml._engine.files import load_tensors, save_tensors
+from imaml._errors import CheckpointError
 
 
 def previous_checkpoint(path: Path) -> Path:
@@ -89,16 +24,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     Raises:
         OSError: It cannot be written, as on a full disk; both files are as they were.
     """
-
-    def write(stream: IO[bytes]) -> None:
-        try:
-            torch.save(state, stream)
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # what the stream raised, before torch noticed that bytes lack
-                raise error.__context__ from None
-            raise
-
-    replace_file(path, write, keep=previous_checkpoint(path))
+    save_tensors(path, state, keep=previous_checkpoint(path))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -116,22 +42,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint {path}.")
-    try:
-        _check_sums(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise CheckpointError(
-            f"{path} is truncated, damaged or not a checkpoint ({type(error).__name__}). "
-            "Restore it from a copy, or train anew in another folder."
-        ) from error
+    state = load_tensors(path, "Restore it from a copy, or train anew in another folder.")
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds no checkpoint. Expected a dict. Got {type(state).__name__}.")
     return state
-
-
-def _check_sums(path: Path) -> None:
-    """Raise BadZipFile where a byte is not what was written, which torch.load does not look at."""
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise zipfile.BadZipFile(damaged)

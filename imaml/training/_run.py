@@ -8,16 +8,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from imaml._engine.files import make_folder, naming, replace_file
+from imaml._errors import CheckpointError
 from imaml.training._alike import check_alike
-from imaml.training._checkpoint import (
-    CheckpointError,
-    load_checkpoint,
-    make_folder,
-    naming,
-    previous_checkpoint,
-    replace_file,
-    save_checkpoint,
-)
+from imaml.training._checkpoint import load_checkpoint, previous_checkpoint, save_checkpoint
 from imaml.training._trainer import StepRecord, Trainer
 
 

@@ -115,19 +115,26 @@ def load_tensors(path: Path, remedy: str, *, device: torch.device | str = "cpu",
     Raises:
         CheckpointError: The file is missing, truncated, damaged or not a checkpoint.
     """
-    try:
-        if check:
-            _check_sums(path)
+    if check:
+        check_sums(path, remedy)
+    with _readable(path, remedy):
         return torch.load(path, map_location=device, weights_only=True)
+
+
+def check_sums(path: Path, remedy: str) -> None:
+    """Raise CheckpointError, with what to do, where a byte of a file of `save_tensors` is not what was written."""
+    with _readable(path, remedy):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(damaged)
+
+
+@contextmanager
+def _readable(path: Path, remedy: str) -> Iterator[None]:
+    try:
+        yield
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise CheckpointError(
             f"{path} is truncated, damaged or not a checkpoint ({type(error).__name__}). {remedy}"
         ) from error
-
-
-def _check_sums(path: Path) -> None:
-    """Raise BadZipFile where a byte is not what was written."""
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise zipfile.BadZipFile(damaged)

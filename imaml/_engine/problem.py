@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from imaml._curvature.curvature import Curvature
 from imaml._curvature.derivatives import Derivatives, Want
 from imaml._curvature.product import Graph, HvpMode
 from imaml._engine.chunking import Chunking
+from imaml._engine.course import Course
 from imaml._engine.inner_state import InnerState
 from imaml._engine.nonfinite import check_history, check_query
 from imaml._engine.report import Outcome
@@ -63,6 +65,8 @@ class Problem:
     """L_support `(tasks,)` before each inner step."""
     statistics: dict[str, Tensor] = field(init=False)
     """Running statistics of each task so far, from the model's own, where they follow the inner loop."""
+    course: Course = field(default_factory=Course)
+    """How far the chunk is, and who is told."""
     stopped: Tensor | None = None
     """Which tasks have stopped early, `(tasks,)`; None for none."""
     direct: Tensor | None = None
@@ -110,6 +114,30 @@ class Problem:
         if self.started is None:
             return self.optimizer.start(self.theta)
         return tuple(t.expand(self.tasks, -1) for t in self.started.flat(self.layout))
+
+    def resume_at(self) -> tuple[int, State]:
+        """The step that an inner loop goes on with after an interruption, 0 otherwise, and the state before it."""
+        return self.course.at, self.course.state(self.begin)
+
+    def reach(self, step: int, state: State) -> None:
+        """Note the state before a step, as far as that is wanted; after the last step it is in any case."""
+        self.course.reach(step, step, state, always=step == self.inner.steps)
+
+    def saved(self) -> dict[str, Any]:
+        """What is known of the steps that were taken."""
+        losses = torch.stack(self.support_losses) if self.support_losses else None
+        return {
+            "losses": losses,
+            "statistics": {name: t.contiguous() for name, t in self.statistics.items()},
+            "stopped": self.stopped,
+            "is_over": self._is_over,
+        }
+
+    def resume(self, saved: dict[str, Any]) -> None:
+        """Know what was known when it was saved."""
+        self.support_losses = [] if saved["losses"] is None else [*saved["losses"]]
+        self.statistics, self.stopped = saved["statistics"], saved["stopped"]
+        self._is_over = saved["is_over"]
 
     def pull_through_begin(self, cotangents: State) -> Tensor:
         """The cotangent of theta for those of the state before the first step.
@@ -273,6 +301,7 @@ class Problem:
             self.statistics = self._of_moving(part.statistics(phi, step, self.statistics))
         if self.watch is not None:
             self.watch(phi, step)
+        self.course.tell(self.first + step, "forward")
 
     def _of_moving(self, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.stopped is None:

@@ -28,6 +28,10 @@ class Outcome:
     """The objective's metric on the query set after adaptation, `(tasks,)`; None without a metric."""
     outer_losses: Tensor | None = None
     """L_query after each of the `outer_steps`, ascending, `(outer steps, tasks)`; None where there are none."""
+    drift: Tensor | None = None
+    """How far the states that a sweep took again are from those on the way to the end, the largest relative difference
+    of a vector, `(tasks,)` in float64, estimated; 0: their bits are the same. None without `MAML(check_states=True)`.
+    """
     stationarity: Tensor | None = None
     """Norm of the gradient of L_support + proximal term at the adapted parameters, `(tasks,)`: how far the inner loop
     is from the stationary point that implicit differentiation assumes. None for strategies that do not assume one."""
@@ -122,6 +126,8 @@ class Report(Outcome):
             lines.append(f"after each of the outer steps {means}")
         if kept.metric is not None:
             lines.append(f"metric {kept.metric.double().mean().item():.6g}")
+        if kept.drift is not None:
+            lines.append(f"states taken again differ by {kept.drift.max().item():.2g} (worst task)")
         if kept.stationarity is not None:
             lines.append(f"stationarity {kept.stationarity.max().item():.3g} (worst task)")
         if kept.solver_status is not None and kept.solver_steps is not None and kept.solver_residual is not None:

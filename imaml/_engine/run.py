@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -14,13 +16,17 @@ from imaml._curvature.compiled import Compiled
 from imaml._curvature.compiler import Session
 from imaml._curvature.derivatives import Derivatives
 from imaml._engine.chunking import ONE_BY_ONE, Chunking, choose_chunking
+from imaml._engine.course import Course, Progress, Resumable
+from imaml._engine.fingerprint import fingerprint
 from imaml._engine.inner_state import InnerState
+from imaml._engine.journal import Journal
 from imaml._engine.nonfinite import check_chunk, check_some, skipping
 from imaml._engine.problem import Problem
 from imaml._engine.ranks import check_alike, check_group, over_ranks
 from imaml._engine.report import Outcome, Pullback, Report
 from imaml._engine.strategy import Strategy
-from imaml._errors import NonFiniteError
+from imaml._engine.totals import Totals
+from imaml._errors import DivergenceError, NonFiniteError
 from imaml._losses.layout import Layout
 from imaml._losses.loss import Loss
 from imaml._losses.record import Record
@@ -60,6 +66,12 @@ class Run:
     """Whether their states are wanted."""
     finals: list[tuple[list[int], InnerState]] = field(default_factory=list)
     """These, with the positions of the tasks of each chunk so far."""
+    folder: Path | None = None
+    """Where the computation is kept, so that it can go on after an interruption; None: nowhere."""
+    progress: Progress | None = None
+    """Who is told of inner steps."""
+    journal: Journal | None = None
+    """What is in the folder, while the call runs."""
 
     @property
     def first(self) -> int:
@@ -102,22 +114,20 @@ class Run:
         if self.start is not None:
             tasks = sum(len(where) for where, _ in groups)
             self.start.check(self.snapshot.layout, self.engine.inner, tasks, self.snapshot.like)
-        positions: list[int] = []
-        skipped: list[int] = []
-        outcomes: list[Outcome] = []
-        sums: list[Tensor] = []
+        totals = self._totals(groups)
         try:
-            for where, batch, chunking in self._chunks(groups):
-                compute = partial(self._of_tasks, (where, batch, chunking))
+            for where, batch, chunking in islice(self._chunks(groups), totals.chunks, None):
+                compute, finals = partial(self._of_tasks, (where, batch, chunking)), len(self.finals)
                 skips = self.engine.on_nonfinite == "skip"
-                parts = skipping(compute, where, self._mark) if skips else [(where, compute(where))]
-                for kept, (summed, outcome) in parts:
-                    sums = [a.add_(b) for a, b in zip(sums, summed, strict=True)] if sums else summed
-                    outcomes.append(outcome)
-                    positions += kept
-                skipped += set(where).difference(*(kept for kept, _ in parts))
+                totals.add(where, skipping(compute, where, self._mark) if skips else [(where, compute(where))])
+                self._note(totals, self.finals[finals:])
+        except (NonFiniteError, DivergenceError):
+            self._end()  # it would come to this again
+            raise
         finally:
             self.snapshot.replay.restore()
+        self._end()
+        positions, skipped, outcomes, sums = totals.positions, totals.skipped, totals.outcomes, totals.sums
         if self.layouts and positions and self.snapshot.objective.meta.learned():
             sums[1].add_(self._through_hyperparameters())
         report = Report.of(self.snapshot, self.record, outcomes or [self._no_task()], positions, sorted(skipped))
@@ -126,6 +136,37 @@ class Run:
         losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
         counts = losses.new_tensor([len(skipped), len(positions)])
         return [*(sums or self._zeros()), torch.cat([losses.sum(0, keepdim=True), counts])], report
+
+    def _totals(self, groups: list[tuple[list[int], TaskBatch]]) -> Totals:
+        """What all chunks have given: nothing, or what is in the folder."""
+        totals = Totals()
+        if self.folder is None:
+            return totals
+        what = fingerprint(self.engine, self.snapshot, groups, self.start) | {"return_state": self.keeps_final}
+        self.journal = Journal.open(self.folder, what, self.snapshot.like.device)
+        if self.journal.run is None:
+            self._note(totals, None)  # which has the random state
+        else:
+            for name, part in self._parts(totals).items():
+                part.resume(self.journal.run[name])
+            for finals in self.journal.finals(totals.chunks if self.keeps_final else 0):
+                self.finals += [(positions, InnerState(**state)) for positions, state in finals]
+        return totals
+
+    def _parts(self, totals: Totals) -> dict[str, Resumable]:
+        return {"totals": totals, "record": self.record, "hyper": self.hyper, "replay": self.snapshot.replay}
+
+    def _note(self, totals: Totals, finals: list[tuple[list[int], InnerState]] | None) -> None:
+        """Write down that so many chunks are done, of which the last has left these states."""
+        if self.journal is None:
+            return
+        note = {name: part.saved() for name, part in self._parts(totals).items()} | {"chunks": totals.chunks}
+        keeps = self.keeps_final and finals is not None
+        self.journal.note_run(note, [(positions, vars(state)) for positions, state in finals or ()] if keeps else None)
+
+    def _end(self) -> None:
+        if self.journal is not None:
+            self.journal.end()
 
     def means(self, sums: list[Tensor], report: Report) -> tuple[Tensor, dict[str, Tensor], Report]:
         """The loss and the gradients by name, from sums over all tasks."""
@@ -245,9 +286,8 @@ class Run:
     def _trial(self, *, differentiates: bool) -> Self:
         """This run for a look at a task, which counts nowhere and leaves the random state alone."""
         replay = Replay(self.snapshot.like.device)
-        return replace(
-            self, snapshot=replace(self.snapshot, replay=replay, differentiates=differentiates), record=Record()
-        )
+        snapshot = replace(self.snapshot, replay=replay, differentiates=differentiates)
+        return replace(self, snapshot=snapshot, record=Record(), journal=None, progress=None)
 
     def check(self, batch: TaskBatch, *, query: bool = True) -> None:
         """Raise unless the losses can be taken slice by slice, if they are; looked at once per objective and shapes."""
@@ -278,19 +318,29 @@ class Run:
 
         support = Loss(loss(examples, Role.SUPPORT), size, source)
         query = Loss(loss(batch.query, Role.QUERY), size)
-        return Problem(
+        course = Course.of(self.journal, self.progress, positions, self.engine.inner.steps)
+        problem = Problem(
             support=support,
             query=query,
             derivatives=self.derivatives,
             hyper=self.hyper,
             inner=self.engine.inner,
-            chunking=chunking,
+            chunking=chunking if self.journal is None else replace(chunking, graphs=0),  # no file holds a graph
             damping=self._damping(),
             positions=positions,
             first=self.first,
             started=None if self.start is None else self.start.of_tasks(positions),
             keeps_final=self.keeps_final,
+            course=course,
         )
+        if self.journal is not None:
+            course.part("record", self.record)
+            course.part("hyper", self.hyper)
+            course.part("replay", snapshot.replay)
+            course.part("problem", problem)
+            if source is not None:
+                course.part("source", source)
+        return problem
 
     def _check_source(self, source: Minibatches) -> None:
         """Raise ValueError where a source of minibatches is too short, or has no indices for a weight per example."""

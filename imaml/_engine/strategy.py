@@ -115,6 +115,16 @@ class Strategy(ABC):
         """How tasks run with `chunk_size="auto"`."""
 
     @property
+    def _without_folder(self) -> dict[str, tuple[str, str]]:
+        """Options that exclude a folder as they are set: what is expected of each, and why."""
+        found = {}
+        if self.chunk_size == "auto":
+            found["chunk_size"] = ("a number or None", "it goes by the memory that is free, another time another")
+        if self.compile:
+            found["compile"] = ("False", "it goes by the clock, and what is compiled rounds otherwise")
+        return found
+
+    @property
     def _states(self) -> int:
         """Vectors of inner states that a task holds on the device during the sweep."""
         return 0

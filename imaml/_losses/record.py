@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,17 @@ class Record:
     statistics: list[dict[str, Tensor]] = field(default_factory=list)
     """Running statistics after the inner loop by name, `(tasks, *shape)`, of every chunk so far; none unless asked."""
 
+    def saved(self) -> dict[str, Any]:
+        """All of it."""
+        return {name: _listed(value) if isinstance(value, set) else value for name, value in vars(self).items()}
+
+    def resume(self, saved: dict[str, Any]) -> None:
+        """Go on counting from what was saved."""
+        for name, value in saved.items():
+            if isinstance(getattr(self, name), set):
+                value = {tuple(item) if isinstance(item, list) else item for item in value}
+            setattr(self, name, value)
+
     def mark(self) -> Callable[[], None]:
         """What takes back all that a chunk adds to from here on, but what it cost."""
         chunks, move, error = len(self.statistics), self.difference_move, self.difference_error
@@ -78,3 +90,8 @@ class Record:
         names = self.statistics[0] if self.statistics else ()
         joined = {name: torch.cat([chunk[name] for chunk in self.statistics]) for name in names}
         return {name: values.double().mean(0).to(values.dtype) for name, values in joined.items()}
+
+
+def _listed(items: Collection[str | tuple[float, ...]]) -> list[str | list[float]]:
+    """A set as plain values, in an order of its own."""
+    return sorted((item if isinstance(item, str) else [float(n) for n in item] for item in items), key=str)

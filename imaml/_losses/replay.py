@@ -87,6 +87,19 @@ class Replay:
         if not all(map(torch.equal, start, after)):
             self._first, self._start, self._after = key, start, after
 
+    def saved(self) -> dict[str, Any]:
+        """What equal keys need in another process to give equal draws, and what the user's generators need."""
+        states = {name: getattr(self, f"_{name}") for name in ("before", "start", "after")}
+        return states | {"base": self._base, "first": None if self._first is None else [int(k) for k in self._first]}
+
+    def resume(self, saved: dict[str, Any]) -> None:
+        """Give the draws of the process that saved this."""
+        for name in ("before", "start", "after"):
+            setattr(self, f"_{name}", [state.cpu() for state in saved[name]])
+        self._base = saved["base"]
+        self._first = None if saved["first"] is None else tuple(saved["first"])
+        self.set(self._before)  # from which the first evaluation that draws goes on
+
     def restore(self) -> None:
         """Leave the user's generators as if one forward pass had run."""
         self.set(self._after)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from zlib import crc32
 
 from torch import Tensor
 
@@ -13,8 +14,6 @@ from imaml._minibatches import Batch, Minibatches
 from imaml._tasks import TaskBatch
 from imaml._torch import tree_leaves
 
-Sums = tuple[object, ...]
-
 
 @dataclass(eq=False)
 class Source:
@@ -22,7 +21,7 @@ class Source:
 
     tasks: TaskBatch
     """Whose support sets are minibatches."""
-    _seen: dict[tuple[str, int], Sums] = field(default_factory=dict)
+    _seen: dict[tuple[str, int], int] = field(default_factory=dict)
     _last: tuple[int, Batch] | None = None
 
     @property
@@ -55,14 +54,26 @@ class Source:
 
     def _same(self, key: tuple[str, int], fetch: Callable[[int], Batch]) -> Batch:
         batch = TaskBatch(support=fetch(key[1]), query=self.tasks.query).support
-        sums = tuple(checksum(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
-        if self._seen.setdefault(key, sums) != sums:
+        sums = [checksum(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+        one = crc32(repr(sums).encode())  # a number a step, whatever a batch holds
+        if self._seen.setdefault(key, one) != one:
             raise ValueError(
                 f"The source of minibatches gave another batch for {key[0]} {key[1]} when it was asked again, as the "
                 "reverse sweep and the solver have to. Expected a function of the step. Got other numbers or shapes: "
                 "draw from a generator that is seeded by the step, or keep the batches in a list."
             )
         return outside_inference(batch)
+
+    def saved(self) -> dict[str, dict[int, int]]:
+        """What the steps have seen."""
+        found: dict[str, dict[int, int]] = {}
+        for (kind, number), one in self._seen.items():
+            found.setdefault(kind, {})[number] = one
+        return found
+
+    def resume(self, saved: dict[str, dict[int, int]]) -> None:
+        """Expect that steps see what they saw then."""
+        self._seen |= {(kind, number): one for kind, those in saved.items() for number, one in those.items()}
 
     def of_tasks(self, first: int, tasks: int) -> Source:
         """The same for some of the tasks."""

@@ -40,6 +40,11 @@ class ShardedRun(Run):
 
     def sums(self, groups: list[tuple[list[int], TaskBatch]]) -> tuple[list[Tensor], Report]:
         """As those of a whole model; raises ValueError, on all processes, where they have not the same tasks."""
+        if self.folder is not None:
+            raise ValueError(
+                "The model's parameters are sharded over processes. Expected folder=None, which keeps the computation "
+                "of one. Got a folder: leave it out."
+            )
         layout = self.snapshot.layout
         assert isinstance(layout, ShardedLayout)
         first = [batch.alike(self.first) for _, batch in groups]

@@ -194,6 +194,13 @@ class ImplicitMAML(MetaGradient):
             self._solutions.keep(problem.support.batch, pullback.solution)
 
     @property
+    def _without_folder(self) -> dict[str, tuple[str, str]]:
+        found = super()._without_folder
+        if self.warm_start:
+            found["warm_start"] = ("False", "the solutions of earlier calls are the engine's, and in no folder")
+        return found
+
+    @property
     def _may_rebuild(self) -> bool:
         """Whether a solve keeps a graph that it could do without."""
         keeps = self.hvp in ("auto", "reverse-over-reverse") and self.microbatch_size is None  # the others never do

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, get_args
 
 import torch
 
 from imaml._curvature.product import HvpMode, check_mode
 from imaml._engine.problem import Problem
-from imaml._engine.report import Outcome, Pullback
+from imaml._engine.report import Outcome, Pullback, Report
+from imaml._errors import DriftWarning, warn
 from imaml._numbers import check_integer
+from imaml._strategies.adjoint import Adjoint
+from imaml._strategies.drift import Drift
 from imaml._strategies.maml_costs import MAMLCosts
 from imaml._strategies.meta_gradient import MetaGradient
 from imaml._strategies.outer_steps import OuterLoss, check_outer_steps, name_of
@@ -68,6 +71,9 @@ class MAML(MetaGradient):
             and K after all. What is differentiated is their weighted sum, by one sweep: a gradient for each of these,
             and not an engine. A weight is a number, or a function of the objective's meta-parameters that is learned
             with them. The metric is that at the end. None: {K: 1}.
+        check_states: Compare the states that the sweep takes again with those on the way to the end, by sketches of 64
+            numbers a vector, for a pass over each state. `report.drift` says how far off they are, and a `DriftWarning`
+            where that is more than rounding.
         hvp: How Hessian-vector products are computed. "auto" uses "reverse-over-reverse"; "forward-over-reverse", which
             is exact too, where blocks are recomputed, no graph is kept, and both agree; or "finite-difference" where
             the model has an operation without second derivatives. The report says which. Finite differences are
@@ -81,6 +87,7 @@ class MAML(MetaGradient):
     storage: Storage = "device"
     linearize: bool | int | None = None
     outer_steps: Mapping[int, Hyper] | None = None
+    check_states: bool = False
     hvp: HvpMode = "auto"
 
     def __post_init__(self) -> None:
@@ -145,6 +152,13 @@ class MAML(MetaGradient):
         )
 
     @property
+    def _without_folder(self) -> dict[str, tuple[str, str]]:
+        found = super()._without_folder
+        if self.linearize:
+            found["linearize"] = ("None or False", "no file holds a graph")
+        return found
+
+    @property
     def _states(self) -> int:
         assert isinstance(self.inner, InnerOptimizer)
         tape = self._tape(graphs=0)
@@ -164,7 +178,7 @@ class MAML(MetaGradient):
         return OuterLoss(problem, (problem.inner.steps,) if self.outer_steps is None else tuple(self.outer_steps))
 
     def evaluate(self, problem: Problem) -> Outcome:
-        outer = self._outer_loss(problem)
+        outer = problem.course.part("outer", self._outer_loss(problem))
         problem.watch = lambda phi, step: outer.value(step, phi)
         phi = problem.adapt()
         problem.finish()
@@ -176,32 +190,44 @@ class MAML(MetaGradient):
         tape = self._tape(graphs=problem.chunking.graphs)
         if tape.by_states:
             problem.settle(self.hvp)
-        with tape.recorded(problem, self.hvp) as (phi, points):
-            outer = self._outer_loss(problem)
-            query = outer.at_the_end(phi)
-            cotangent, shared, damping = query.adapted, query.shared, problem.damping
-            buffers = [torch.zeros_like(cotangent)] * problem.optimizer.buffers
-            del query, phi  # they would live through the sweep
-            pulled_by_theta = 0 if damping is None else torch.zeros_like(cotangent)
+        course, adjoint = problem.course, problem.course.part("adjoint", Adjoint(problem))
+        outer = course.part("outer", self._outer_loss(problem))
+        drift = course.part("drift", Drift()) if self.check_states else None
+        with tape.recorded(problem, self.hvp, drift) as (phi, points):
+            if phi is not None:  # else the sweep had begun
+                adjoint.begin(outer.at_the_end(phi))
+            del phi  # it would live through the sweep
             # The adjoint written out: an unrolled graph would hold all steps, and torch.utils.checkpoint, which
             # recomputes under a nested autograd.grad, can raise the peak.
             for point in points:
                 step, phi = point.step, point.state[0]
-                (cotangent, *buffers), w = point.pull_through_update((cotangent, *buffers))
-                cotangent, mixed = point.add_product((cotangent, *buffers), w, mixed=shared is not None)
-                del point  # like w below: they would stand beside those of the step before
-                if damping is not None:
-                    cotangent.addcmul_(w, damping)
-                    pulled_by_theta -= damping * w
-                if shared is not None and mixed is not None:
-                    shared.add_(mixed)
-                del w
-                outer.add(step, phi, cotangent, shared)
+                adjoint.pull_through(point)
+                del point  # like phi below: they would stand beside those of the step before
+                outer.add(step, phi, adjoint.state[0], adjoint.shared)
                 del phi
-        if tape.first == 0:
-            cotangent = problem.pull_through_begin((cotangent, *buffers))
+                course.tell(problem.first + step, "backward")
+        theta = adjoint.theta(from_start=tape.first == 0)
         outcome = outer.outcome(lists=self.outer_steps is not None)
-        return Pullback(cotangent + pulled_by_theta, shared, outcome)
+        if drift is not None:
+            outcome = replace(outcome, drift=drift.most_of(outcome.query_loss))
+        return Pullback(theta, adjoint.shared, outcome)
+
+    def _look_at(self, report: Report) -> None:
+        if report.drift is None or DriftWarning in self._memory.said:
+            return
+        limit = torch.finfo(torch.promote_types(report.query_loss.dtype, torch.float32)).eps ** 0.5
+        far = report.drift > limit  # NaN, of tasks that were skipped, is not
+        if far.any():
+            self._memory.said.add(DriftWarning)
+            task = int(report.drift.nan_to_num(0).argmax())
+            warn(
+                f"The sweep took inner steps again and came to other states: by {report.drift[task]:.2g} of their norm "
+                f"for task {task}, where rounding alone would stay below {limit:.1g}. The meta-gradient is that of no "
+                "one training. Look for a loss, model or source of batches that is no function of its arguments, or "
+                "for kernels that are not deterministic: torch.use_deterministic_algorithms(True). Keep all states "
+                "(checkpoints=None) to take no step again. This is said once; see report.drift.",
+                DriftWarning,
+            )
 
 
 _WITH_GRAPHS: dict[str, tuple[object, str]] = {"microbatch_size": (None, "each of the whole support set")}

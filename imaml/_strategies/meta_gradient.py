@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
 from imaml._engine.chunking import ONE_BY_ONE, Chunking
+from imaml._engine.course import Progress
 from imaml._engine.inner_state import InnerState
 from imaml._engine.node import attach
 from imaml._engine.report import MetaResult
@@ -114,6 +116,8 @@ class MetaGradient(Strategy):
         *,
         start: InnerState | None = None,
         return_state: bool = False,
+        folder: str | Path | None = None,
+        progress: Progress | None = None,
         group: ProcessGroup | None = None,
     ) -> MetaResult:
         """Adapt to every task, and return the mean query loss with the meta-gradient behind it.
@@ -131,12 +135,19 @@ class MetaGradient(Strategy):
                 would do that moved them by as much. Earlier steps are left out, as by `MAML(truncate=...)`.
             return_state: Whether the result has the state after the last step: the adapted parameters and the buffers
                 of every task.
+            folder: Keeps the computation, so that the same call goes on where another process was killed, in the inner
+                loop or in the sweep, to the same bits. It is made where there is none. A call that ends removes its
+                files from it, and the next one begins anew. See docs/survival.md; None: nothing is kept.
+            progress: Is called after every inner step of a chunk of tasks with its number and "forward", and with
+                "backward" after its part of a reverse sweep. Steps that a sweep takes again are not told, nor are those
+                that were done before an interruption.
             group: The processes that share the work; None: this one alone.
 
         Returns:
             The loss, over the tasks of all ranks, and a report, of this rank's, as is the state.
 
         Raises:
+            CheckpointError: The folder holds another computation, or damaged files.
             NonFiniteError: A loss or the meta-gradient is NaN or infinite, or all tasks were skipped; or another rank
                 raised whatever error.
             DivergenceError: The inner loop diverged.
@@ -149,6 +160,7 @@ class MetaGradient(Strategy):
         wanted = torch.is_grad_enabled() and any(p.requires_grad for p in parameters.values())
         with _plain_tensors():
             run = self._run(objective, tasks, derivatives=wanted, start=start, keeps_final=return_state)
+            run.folder, run.progress = self._kept(folder, group), _checked(progress)
             sums = run.sums(by_shape(tasks)) if group is None else run.sums_over_ranks(tasks, group)
             loss, gradients, report = run.means(*sums)
             state = run.state(report)
@@ -162,6 +174,8 @@ class MetaGradient(Strategy):
         tasks: TaskBatch | Sequence[Task],
         *,
         start: InnerState | None = None,
+        folder: str | Path | None = None,
+        progress: Progress | None = None,
         group: ProcessGroup | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean query loss and the meta-gradient by parameter name, detached; `.grad` is not touched.
@@ -170,6 +184,8 @@ class MetaGradient(Strategy):
             objective: Model and loss.
             tasks: As in a call.
             start: As in a call.
+            folder: As in a call.
+            progress: As in a call.
             group: As in a call.
 
         Returns:
@@ -177,6 +193,7 @@ class MetaGradient(Strategy):
         """
         with _plain_tensors():
             run = self._run(objective, tasks, derivatives=True, start=start)
+            run.folder, run.progress = self._kept(folder, group), _checked(progress)
             sums = run.sums(by_shape(tasks)) if group is None else run.sums_over_ranks(tasks, group)
             loss, gradients, _ = run.means(*sums)
         return loss, gradients
@@ -255,6 +272,22 @@ class MetaGradient(Strategy):
 
         return automatic(self, objective, batch, shapes)
 
+    def _kept(self, folder: str | Path | None, group: ProcessGroup | None) -> Path | None:
+        """The folder of a call; raises ValueError where it cannot be kept in one."""
+        if folder is None:
+            return None
+        if group is not None:
+            raise ValueError(
+                "A folder keeps the computation of one process. Expected group=None. Got a group: leave one of them "
+                "out, or save the parameters after every meta-step as imaml.training does."
+            )
+        for name, (expected, reason) in self._without_folder.items():
+            raise ValueError(
+                f"A computation that is kept in a folder goes on to the same bits, which {name}="
+                f"{getattr(self, name)!r} excludes: {reason}. Expected {expected}: use one of the two."
+            )
+        return Path(folder)
+
     def _run(
         self,
         objective: Objective,
@@ -267,6 +300,12 @@ class MetaGradient(Strategy):
         if derivatives and isinstance(tasks, Sequence | TaskBatch):
             check_constant(tasks)
         return run_of(self, objective, derivatives=derivatives, start=start, keeps_final=keeps_final)
+
+
+def _checked(progress: Progress | None) -> Progress | None:
+    if progress is None or callable(progress):
+        return progress
+    raise TypeError(f"`progress` must be a function of the step and the direction. Got {type(progress).__name__}.")
 
 
 @contextmanager

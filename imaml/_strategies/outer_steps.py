@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,6 +122,14 @@ class OuterLoss:
         if step not in self.weights and step != self.problem.inner.steps:
             return
         self._note(step, *self.problem.derivatives.value(self.problem.query, phi, step))
+
+    def saved(self) -> dict[str, Any]:
+        """What has been looked at."""
+        return {"losses": self.losses, "metric": self.metric}
+
+    def resume(self, saved: dict[str, Any]) -> None:
+        """Have looked at what was saved."""
+        self.losses, self.metric = saved["losses"], saved["metric"]
 
     def check(self) -> None:
         """Raise NonFiniteError where a loss that has been looked at without derivatives is NaN or infinite."""

@@ -12,6 +12,8 @@ from checkpoint_schedules import Copy, Forward, Move, MultistageCheckpointSchedu
 class Do(Enum):
     """What to do with the state at hand, which is that before some step."""
 
+    HOLD = auto()
+    """Keep it at hand to the end: the steps that are differentiated begin with it."""
     KEEP = auto()
     """Put a copy away."""
     STEP = auto()

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from imaml._engine.journal import Journal
 from imaml.inner._inner_problem import State
 
 Storage = Literal["device", "cpu", "disk"]
@@ -30,18 +31,26 @@ class Store(Protocol):
 
 
 @contextmanager
-def store(where: Storage, device: torch.device, states: int) -> Iterator[Store]:
-    """An empty store, whose room is given back at the end, however it comes.
+def store(where: Storage, device: torch.device, states: int, journal: Journal | None = None) -> Iterator[Store]:
+    """A store that is empty, or holds what the journal does. Its room is given back at the end, however it comes.
 
     Args:
         where: "device", "cpu" or "disk".
         device: Where the states come from and go back to.
         states: The most that it will hold at a time.
+        journal: Holds them too, or alone where they are on a disk anyway; None: nothing outlives the process.
 
     Yields:
         The store.
     """
-    if where == "disk":
+    if journal is not None:
+        journal.states = states
+        if where == "disk":
+            yield journal
+        else:
+            with store(where, device, states) as kept:
+                yield InBoth(kept, journal)
+    elif where == "disk":
         with TemporaryFile(buffering=0) as file:  # without a name where the system can: a killed process leaves none
             yield OnDisk(file, device, states)
     elif where == "cpu" and device.type == "cuda":
@@ -57,6 +66,28 @@ def most_on_device(where: Storage, device: torch.device, states: int) -> int:
     if where == "cpu" and device.type == "cuda":
         return min(states, 2)  # the next is read ahead
     return states
+
+
+class InBoth:
+    """In memory, and in the files of a journal for after an interruption."""
+
+    def __init__(self, memory: Store, journal: Journal) -> None:
+        self._memory, self._journal = memory, journal
+        self._here: set[int] = set()
+
+    def __setitem__(self, step: int, state: State) -> None:
+        self._memory[step] = state
+        self._journal[step] = state
+        self._here.add(step)
+
+    def __getitem__(self, step: int) -> State:
+        return self._memory[step] if step in self._here else self._journal[step]
+
+    def pop(self, step: int) -> State:
+        state = self._memory.pop(step) if step in self._here else self._journal[step]
+        self._here.discard(step)
+        self._journal.drop(step)
+        return state
 
 
 class InPinnedMemory:
@@ -79,7 +110,7 @@ class InPinnedMemory:
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._stream)
         _used_by(current, state)
-        following = max((s for s in self._kept if s < step), default=None)
+        following = next((s for s in reversed(self._kept) if s < step), None)  # they come in ascending order
         self._ahead = {} if following is None else {following: self._fetch(following)}
         return state
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 
 from torch import Tensor
 
 from imaml._curvature.product import HvpMode
 from imaml._engine.problem import Problem
 from imaml._objective.attention import MathAttention
+from imaml._strategies.drift import Drift
 from imaml._strategies.point import Point
 from imaml._strategies.schedule import Do, moves
 from imaml._strategies.storage import Storage, Store, store
@@ -48,24 +49,31 @@ class Tape:
         return most if self.checkpoints is None else min(self.checkpoints, most)
 
     @contextmanager
-    def recorded(self, problem: Problem, mode: HvpMode) -> Iterator[tuple[Tensor, Iterator[Point]]]:
-        """Take the whole inner loop.
+    def recorded(
+        self, problem: Problem, mode: HvpMode, drift: Drift | None = None
+    ) -> Iterator[tuple[Tensor | None, Iterator[Point]]]:
+        """Take the whole inner loop, or what is left of it after an interruption.
 
         Args:
             problem: A chunk.
             mode: How Hessian-vector products are computed.
+            drift: Compares states that are taken again; None: they are not compared.
 
         Yields:
-            phi, and the steps to differentiate, the last first.
+            phi, None where the interruption was after it; and the steps to differentiate, the last first.
         """
-        before, last = _before(problem, self.first), self.first + self.by_states
-        with store(self.storage, problem.snapshot.like.device, self.most_states) as kept:
-            states = self._states_backwards(problem, before, kept)
-            backwards = reversed(range(self.first, last))
+        course = problem.course
+        left = [what for what, _ in islice(self._moves(), course.move, None)]
+        last = self.first + left.count(Do.REVERSE)
+        with store(self.storage, problem.snapshot.like.device, self.most_states, course.journal) as kept:
+            states = self._states_backwards(problem, kept, drift)
             # Neither phi nor a state has a name here, which would keep it through the sweep.
-            yield self._with_graphs(
-                problem, next(states), mode, (Point.at(problem, next(states), step, mode) for step in backwards)
-            )
+            points = (Point.at(problem, next(states), step, mode) for step in reversed(range(self.first, last)))
+            if self.by_states and Do.END not in left:
+                problem.final = course.kept(problem.inner.steps)
+                yield None, points
+            else:
+                yield self._with_graphs(problem, next(states), mode, points)
 
     def _with_graphs(
         self, problem: Problem, state: State, mode: HvpMode, earlier: Iterator[Point]
@@ -77,38 +85,49 @@ class Tape:
                 point, gradient = Point.with_gradient(problem, state, step, mode)
                 points.append(point)
                 state = problem.update(state, gradient, step)
+        if problem.keeps_final:
+            problem.course.keep(problem.inner.steps, state)
         return problem.keep(state), chain((points.pop() for _ in range(self.graphs)), earlier)
 
-    def _states_backwards(self, problem: Problem, before: Callable[[], State], kept: Store) -> Iterator[State]:
-        """Yield the state after these steps, then that before each, the last first; `before` gives the first."""
-        state = before()
-        if self.by_states == 0:
-            yield state
-        for what, step in moves(self.by_states, self.checkpoints):
+    def _moves(self) -> Iterator[tuple[Do, int]]:
+        """Those of all steps before the ones with graphs."""
+        yield from ((Do.STEP, step) for step in range(self.first))
+        if self.first:
+            yield Do.HOLD, self.first
+        yield from ((what, self.first + step) for what, step in moves(self.by_states, self.checkpoints))
+
+    def _states_backwards(self, problem: Problem, kept: Store, drift: Drift | None) -> Iterator[State]:
+        """Yield the state after these steps, then that before each that is differentiated, the last first."""
+        course = problem.course
+        at, held = course.at, course.kept(self.first)
+        state = course.state(problem.begin)
+
+        def first() -> State:  # that before the first of all is gathered when it is asked for, and held by none
+            return problem.begin() if held is None else held
+
+        for move, (what, step) in islice(enumerate(self._moves()), course.move, None):
+            course.reach(move, at, None if what in (Do.FETCH, Do.TAKE) else state)
             match what:
+                case Do.HOLD:
+                    held = state
+                    course.keep(step, state)
                 case Do.KEEP:
                     kept[step] = state
                 case Do.STEP:
-                    state = problem.step(state, self.first + step)
+                    state, at = problem.step(state, step), step + 1
+                    if drift is not None:
+                        drift.note(at, state)
                 case Do.END:
-                    yield problem.step(state, self.first + step)
+                    yield problem.step(state, step)
+                case Do.FETCH | Do.TAKE if step == self.first:
+                    state, at = first(), step
                 case Do.FETCH:
-                    state = kept[step] if step > 0 else before()
+                    state, at = kept[step], step
                 case Do.TAKE:
-                    state = kept.pop(step) if step > 0 else before()
+                    state, at = kept.pop(step), step
                 case Do.REVERSE:
+                    if drift is not None:
+                        drift.compare(step, state)
                     yield state
-
-
-def _before(problem: Problem, step: int) -> Callable[[], State]:
-    """The state before an inner step; that before the first is gathered whenever it is asked for, and held by none."""
-
-    def start() -> State:
-        return problem.begin()
-
-    if step == 0:
-        return start
-    state = start()
-    for taken in range(step):
-        state = problem.step(state, taken)
-    return lambda: state
+        if self.by_states == 0:
+            yield state

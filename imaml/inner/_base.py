@@ -151,8 +151,9 @@ class InnerOptimizer(InnerSolver):
 
     def last_state(self, problem: InnerProblem) -> State:
         """The state after all steps, which `run` gives the parameters of."""
-        state = problem.begin()
-        for step in range(self.steps):
+        first, state = problem.resume_at()
+        for step in range(first, self.steps):
+            problem.reach(step, state)
             if self.stationarity is None:
                 state = problem.update(state, problem.gradient(state[0], step), step)
                 continue
@@ -164,6 +165,8 @@ class InnerOptimizer(InnerSolver):
             following = problem.update(state, gradient, step)
             state = tuple(torch.where(moving, t, s) for t, s in zip(following, state, strict=True))
             del gradient, following
+        else:
+            problem.reach(self.steps, state)
         return state
 
     def pullback(

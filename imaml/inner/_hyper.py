@@ -174,6 +174,15 @@ class Hyperparameters:
 
         return undo
 
+    def saved(self) -> dict[str, list[Tensor]]:
+        """The derivatives so far."""
+        return {name: value.cotangents for name, value in self._values.items()}
+
+    def resume(self, saved: Mapping[str, list[Tensor]]) -> None:
+        """Go on adding to those that were saved."""
+        for name, cotangents in saved.items():
+            self._values[name].cotangents = cotangents
+
     @property
     def is_finite(self) -> bool:
         """Whether all derivatives so far are."""

@@ -52,6 +52,14 @@ class InnerProblem(Protocol):
         """The state of the optimiser that solves this problem before the first step."""
         ...
 
+    def resume_at(self) -> tuple[int, State]:
+        """The step that a loop goes on with after an interruption, 0 otherwise, and the state before it."""
+        ...
+
+    def reach(self, step: int, state: State) -> None:
+        """Say which state is that before a step; where the computation is kept in a folder it may go on from there."""
+        ...
+
     @property
     def layout(self) -> Layout:
         """Which parameters a row holds, and where."""

@@ -1,0 +1,74 @@
+"""What a reverse sweep carries from step to step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imaml._engine.course import Resumable
+from imaml._engine.journal import owned
+from imaml._engine.problem import Problem
+from imaml._losses.gradient import Gradient
+from imaml._strategies.point import Point
+
+
+class Adjoint(Resumable):
+    """The cotangents of the state before a step, and sums of what depends on no state.
+
+    Args:
+        problem: A chunk.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self.state: list[Tensor] = []
+        """Of phi and of the optimiser's buffers, `(tasks, n)` each."""
+        self.shared: Tensor | None = None
+        """The gradient of the shared parameters, summed over tasks, `(m,)`; None: there are none."""
+        self.by_pull: Tensor | None = None
+        """The cotangent of theta in the proximal term; None: there is none."""
+
+    def begin(self, query: Gradient) -> None:
+        """Be at the end of the inner loop, with the derivatives of the query loss there."""
+        cotangent = query.adapted
+        self.state = [cotangent, *[torch.zeros_like(cotangent)] * self._problem.optimizer.buffers]
+        self.shared = query.shared
+        self.by_pull = None if self._problem.damping is None else torch.zeros_like(cotangent)
+
+    def pull_through(self, point: Point) -> None:
+        """Come from the state after a step to that before it."""
+        self.state, w = _pulled(point, self.state)
+        self.state[0], mixed = point.add_product(tuple(self.state), w, mixed=self.shared is not None)
+        damping = self._problem.damping
+        if damping is not None and self.by_pull is not None:
+            self.state[0].addcmul_(w, damping)
+            self.by_pull -= damping * w
+        if self.shared is not None and mixed is not None:
+            self.shared.add_(mixed)
+
+    def theta(self, *, from_start: bool) -> Tensor:
+        """The meta-gradient, where the sweep is at the first step that is differentiated.
+
+        Args:
+            from_start: Whether that is the first of all.
+
+        Returns:
+            That of each task, `(tasks, n)`.
+        """
+        cotangent = self._problem.pull_through_begin(tuple(self.state)) if from_start else self.state[0]
+        return cotangent if self.by_pull is None else cotangent + self.by_pull
+
+    def saved(self) -> dict[str, Any]:
+        """See `Resumable`."""
+        return {"state": list(owned(tuple(self.state))), "shared": self.shared, "by_pull": self.by_pull}
+
+    def resume(self, saved: dict[str, Any]) -> None:
+        """See `Resumable`."""
+        self.state, self.shared, self.by_pull = saved["state"], saved["shared"], saved["by_pull"]
+
+
+def _pulled(point: Point, cotangents: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    before, w = point.pull_through_update(tuple(cotangents))
+    return list(before), w

@@ -14,6 +14,7 @@ from imaml._errors import CompileWarning as CompileWarning
 from imaml._errors import DivergenceError as DivergenceError
 from imaml._errors import DriftWarning as DriftWarning
 from imaml._errors import NonFiniteError as NonFiniteError
+from imaml._errors import PrecisionWarning as PrecisionWarning
 from imaml._errors import SolverError as SolverError
 from imaml._errors import SolverWarning as SolverWarning
 from imaml._minibatches import Minibatches as Minibatches

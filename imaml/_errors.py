@@ -38,6 +38,10 @@ class DriftWarning(UserWarning):
     """States that a sweep of `MAML(check_states=True)` took again are others than on the way; given once per engine."""
 
 
+class PrecisionWarning(UserWarning):
+    """Rounding leaves nothing of a meta-gradient; given once per engine, every figure is in the report."""
+
+
 class CompileWarning(UserWarning):
     """An engine with `compile=True` goes on uncompiled; the message says why."""
 

@@ -27,7 +27,7 @@ ENGINE = {
     *("MetaGradient", "MAML", "FOMAML", "ImplicitMAML", "MetaResult", "Report", "Problem", "Pullback"),
     *("Objective", "Task", "TaskBatch", "bilevel", "recompute"),
     *("InnerSolver", "InnerOptimizer", "GradientDescent", "Adam", "AdamW", "RMSprop", "NewtonCG", "TorchOptimizer"),
-    *("NonFiniteError", "DivergenceError", "SolverError", "SolverWarning", "CompileWarning"),
+    *("NonFiniteError", "DivergenceError", "SolverError", "SolverWarning", "PrecisionWarning", "CompileWarning"),
 }
 
 TESTING = {

@@ -44,6 +44,9 @@ class Outcome:
     error_bound: Tensor | None = None
     """A bound on the relative error of each task's meta-gradient, `(tasks,)`, from the stationarity and the residual:
     see `ImplicitMAML`, which may be told to leave it out. inf: nothing can be said."""
+    growth: Tensor | None = None
+    """The largest norm of the cotangent in the reverse sweep relative to that of the query gradient, `(tasks,)`: inner
+    steps that are too large make it explode, and rounding errors with it. None for strategies other than `MAML`."""
 
     @classmethod
     def of_no_task(cls, snapshot: Snapshot, steps: int, outer_losses: int | None) -> Outcome:
@@ -141,6 +144,8 @@ class Report(Outcome):
             lines.append(
                 f"relative error of the meta-gradient at most {kept.error_bound.max().item():.3g} (worst task)"
             )
+        if kept.growth is not None:
+            lines.append(f"cotangent grown {kept.growth.max().item():.3g} times (worst task)")
         cost = f"{self.gradients} gradients, {self.hvps} Hessian-vector products"
         error = "" if self.hvp_error is None else f", relative error about {self.hvp_error:.1g}"
         lines.append(cost + (f" ({self.hvp_mode}{error})" if self.hvp_mode else ""))

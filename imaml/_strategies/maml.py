@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, get_args
 
 import torch
+from torch import Tensor
 
 from imaml._curvature.product import HvpMode, check_mode
 from imaml._engine.problem import Problem
 from imaml._engine.report import Outcome, Pullback, Report
-from imaml._errors import DriftWarning, warn
+from imaml._errors import DriftWarning, PrecisionWarning, warn
 from imaml._numbers import check_integer
 from imaml._strategies.adjoint import Adjoint
 from imaml._strategies.drift import Drift
+from imaml._strategies.growth import Growth, lost
 from imaml._strategies.maml_costs import MAMLCosts
 from imaml._strategies.meta_gradient import MetaGradient
 from imaml._strategies.outer_steps import OuterLoss, check_outer_steps, name_of
@@ -193,9 +195,11 @@ class MAML(MetaGradient):
         course, adjoint = problem.course, problem.course.part("adjoint", Adjoint(problem))
         outer = course.part("outer", self._outer_loss(problem))
         drift = course.part("drift", Drift()) if self.check_states else None
+        growth = course.part("growth", Growth())
         with tape.recorded(problem, self.hvp, drift) as (phi, points):
             if phi is not None:  # else the sweep had begun
                 adjoint.begin(outer.at_the_end(phi))
+                growth.begin(adjoint.state[0])
             del phi  # it would live through the sweep
             # The adjoint written out: an unrolled graph would hold all steps, and torch.utils.checkpoint, which
             # recomputes under a nested autograd.grad, can raise the peak.
@@ -203,31 +207,52 @@ class MAML(MetaGradient):
                 step, phi = point.step, point.state[0]
                 adjoint.pull_through(point)
                 del point  # like phi below: they would stand beside those of the step before
-                outer.add(step, phi, adjoint.state[0], adjoint.shared)
+                growth.see(adjoint.state[0])
+                if outer.add(step, phi, adjoint.state[0], adjoint.shared):
+                    growth.begin(adjoint.state[0])
                 del phi
                 course.tell(problem.first + step, "backward")
         theta = adjoint.theta(from_start=tape.first == 0)
         outcome = outer.outcome(lists=self.outer_steps is not None)
-        if drift is not None:
-            outcome = replace(outcome, drift=drift.most_of(outcome.query_loss))
+        outcome = replace(
+            outcome, growth=growth.figure(), drift=None if drift is None else drift.most_of(outcome.query_loss)
+        )
         return Pullback(theta, adjoint.shared, outcome)
 
     def _look_at(self, report: Report) -> None:
-        if report.drift is None or DriftWarning in self._memory.said:
+        if report.growth is not None:
+            self._say(PrecisionWarning, lost(report.growth), _grown, report.growth)
+        if report.drift is not None:
+            limit = torch.finfo(torch.promote_types(report.query_loss.dtype, torch.float32)).eps ** 0.5
+            self._say(DriftWarning, report.drift > limit, _drifted, report.drift)
+
+    def _say(
+        self, kind: type[Warning], tasks: Tensor, what: Callable[[int, int, Tensor], str], figures: Tensor
+    ) -> None:
+        """Warn of the marked tasks, once: of the worst of them. NaN, of tasks that were skipped, is not marked."""
+        if kind in self._memory.said or not bool(tasks.any()):
             return
-        limit = torch.finfo(torch.promote_types(report.query_loss.dtype, torch.float32)).eps ** 0.5
-        far = report.drift > limit  # NaN, of tasks that were skipped, is not
-        if far.any():
-            self._memory.said.add(DriftWarning)
-            task = int(report.drift.nan_to_num(0).argmax())
-            warn(
-                f"The sweep took inner steps again and came to other states: by {report.drift[task]:.2g} of their norm "
-                f"for task {task}, where rounding alone would stay below {limit:.1g}. The meta-gradient is that of no "
-                "one training. Look for a loss, model or source of batches that is no function of its arguments, or "
-                "for kernels that are not deterministic: torch.use_deterministic_algorithms(True). Keep all states "
-                "(checkpoints=None) to take no step again. This is said once; see report.drift.",
-                DriftWarning,
-            )
+        self._memory.said.add(kind)
+        warn(what(int(figures.nan_to_num(0).argmax()), int(tasks.sum()), figures), kind)
+
+
+def _grown(task: int, count: int, growth: Tensor) -> str:
+    return (
+        f"Rounding in {growth.dtype} leaves nothing of the meta-gradient of {count} of {len(growth)} tasks, most of "
+        f"all that of task {task}: on the way back through the inner loop the cotangent grew {growth[task].item():.1g} "
+        "times. Use a smaller inner step size or fewer inner steps; imaml.verify.smoothness says what helps. This is "
+        "said once; see report.growth."
+    )
+
+
+def _drifted(task: int, count: int, drift: Tensor) -> str:
+    return (
+        f"The sweep took inner steps again and came to other states for {count} of {len(drift)} tasks: by "
+        f"{drift[task].item():.2g} of their norm for task {task}. The meta-gradient is that of no one training. Look "
+        "for a loss, model or source of batches that is no function of its arguments, or for kernels that are not "
+        "deterministic: torch.use_deterministic_algorithms(True). Keep all states (checkpoints=None) to take no step "
+        "again. This is said once; see report.drift."
+    )
 
 
 _WITH_GRAPHS: dict[str, tuple[object, str]] = {"microbatch_size": (None, "each of the whole support set")}

@@ -108,14 +108,15 @@ class OuterLoss:
         shared = snapshot.shared_layout.gather(none, snapshot.like) if none else None
         return Gradient(phi.new_zeros(len(phi)), torch.zeros_like(phi), shared)
 
-    def add(self, step: int, phi: Tensor, cotangent: Tensor, shared: Tensor | None) -> None:
-        """Add the derivatives of the term of a step, if there is one, to those of the terms after it."""
+    def add(self, step: int, phi: Tensor, cotangent: Tensor, shared: Tensor | None) -> bool:
+        """Add the derivatives of the term of a step to those of the terms after it; says whether there is one."""
         if step not in self.weights:
-            return
+            return False
         found = self.gradient(step, phi)
         cotangent.add_(found.adapted)
         if shared is not None and found.shared is not None:
             shared.add_(found.shared)
+        return True
 
     def value(self, step: int, phi: Tensor) -> None:
         """Look at the term of a step, if there is one, without derivatives; at the end at the metric too."""

@@ -228,10 +228,13 @@ class Verify:
         strategy: What to verify; imaml needs an inner loop and a solve that converge.
         tolerance: The largest relative error that passes.
         seed: Seed of the directions, of random draws, and of the built-in problems.
+        smoothness: Say too whether rounding, or the inner training itself, leaves a meaningful meta-gradient of your
+            problem, and what to change if not. It does not fail the command.
     """
 
     problem: Annotated[str | None, tyro.conf.Positional] = None
     strategy: Literal["maml", "fomaml", "imaml", "all"] = "all"
     tolerance: float = 1e-5
     seed: int = 0
+    smoothness: bool = False
     engine: EngineOptions = field(default_factory=EngineOptions)

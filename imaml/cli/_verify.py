@@ -42,6 +42,7 @@ def verify(options: Verify) -> int:
     """
     console = Console()
     made = None if options.problem is None else make(options.problem)
+    engines = list(_engines(made, options)) if options.smoothness else []
     found: dict[str, Verification] = {}
     refused: dict[str, str] = {}
     for name, check in _built_in(options) if made is None else _own(made, options):
@@ -65,6 +66,11 @@ def verify(options: Verify) -> int:
         if made is not None:
             for line in one.details:
                 say(console, line)
+    for name, engine in engines:
+        if made is not None and name not in refused:
+            with console.status(f"smoothness of {name}"):
+                found_out = imaml.verify.smoothness(engine, made.objective, made.tasks, seed=options.seed)
+            say(console, str(found_out))
     counts = [f"{n} {s}" for s in STYLES if (n := sum(one.status == s for one in found.values()))]
     say(console, ", ".join(counts))
     return int(any(one.status == "failed" for one in found.values()))
@@ -149,6 +155,18 @@ def _subjects(made: Made, options: Verify) -> Iterator[tuple[str, Subject, dict[
         claim = {"against": against, "inner": inner, "regularization": engine.regularization}
         function = _named(made.subject)
         yield function.__name__, function, claim
+
+
+def _engines(made: Made | None, options: Verify) -> Iterator[tuple[str, MetaGradient]]:
+    """The strategies whose smoothness is asked for, by name."""
+    if made is None or not isinstance(made.subject, MetaGradient | None):
+        raise ValueError(
+            "--smoothness is about the inner training of a strategy on your problem. Expected a factory that returns "
+            f"(objective, tasks) or (objective, tasks, engine). Got {'none' if made is None else 'a function'}."
+        )
+    for name, subject, _ in _subjects(made, options):
+        assert isinstance(subject, MetaGradient)
+        yield name, subject
 
 
 def _table(found: dict[str, Verification]) -> Table:

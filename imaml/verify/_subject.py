@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from imaml._errors import SolverWarning
+from imaml._errors import PrecisionWarning, SolverWarning
 from imaml._objective.buffers import HeldBuffers
 from imaml._objective.foreign import check_reached
 from imaml._objective.objective import Objective
@@ -45,7 +45,8 @@ def call(subject: Subject, objective: Objective, tasks: Tasks, seed: int) -> tup
         ValueError: Wrong names or shapes, or NaN.
     """
     with draws(seed), torch.enable_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", SolverWarning)
+        for category in (SolverWarning, PrecisionWarning):  # the verdict says more
+            warnings.simplefilter("ignore", category)
         if isinstance(subject, MetaGradient):
             result: Any = subject.value_and_grad(objective, tasks)[1]
         else:

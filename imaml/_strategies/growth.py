@@ -1,0 +1,53 @@
+"""How much the cotangent of a reverse sweep grows, and when rounding leaves nothing of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imaml._engine.course import Resumable
+
+LIMIT = 1e-2
+"""Growth times the rounding unit from which on a meta-gradient is lost: docs/numerics.md has the trial."""
+
+
+class Growth(Resumable):
+    """The largest norm of the cotangent of phi so far, relative to that with which it began.
+
+    Inner steps that double a cotangent double what an earlier rounding error does to phi as well.
+    """
+
+    def __init__(self) -> None:
+        self._first: Tensor | None = None
+        self._largest: Tensor | None = None
+
+    def begin(self, cotangent: Tensor) -> None:
+        """Take note of the cotangent where the derivatives of a query loss have been added to it."""
+        norm = cotangent.norm(dim=-1)
+        self._first = norm if self._first is None else torch.maximum(self._first, norm)
+        self._largest = norm if self._largest is None else torch.maximum(self._largest, norm)
+
+    def see(self, cotangent: Tensor) -> None:
+        """Take note of the cotangent before a step."""
+        assert self._largest is not None
+        self._largest = torch.maximum(self._largest, cotangent.norm(dim=-1))
+
+    def figure(self) -> Tensor:
+        """The growth, `(tasks,)`; 1 where all query gradients are zero."""
+        assert self._first is not None and self._largest is not None
+        return torch.where(self._first > 0, self._largest / self._first, 1)
+
+    def saved(self) -> dict[str, Any]:
+        """See `Resumable`."""
+        return {"first": self._first, "largest": self._largest}
+
+    def resume(self, saved: dict[str, Any]) -> None:
+        """See `Resumable`."""
+        self._first, self._largest = saved["first"], saved["largest"]
+
+
+def lost(growth: Tensor) -> Tensor:
+    """Whether rounding leaves nothing of the meta-gradient, for every task."""
+    return growth * (torch.finfo(growth.dtype).eps / 2) >= LIMIT

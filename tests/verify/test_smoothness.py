@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import imaml
-from imaml import FOMAML, MAML, Adam, GradientDescent, ImplicitMAML, Objective, Task, TaskBatch, bilevel
+from imaml import FOMAML, MAML, Adam, GradientDescent, ImplicitMAML, Minibatches, Objective, Task, TaskBatch, bilevel
 from imaml.inner._adaptive import safe_sqrt
 from imaml.models import MLP
 from tests.engine.cases import MODELS, problem
@@ -196,6 +196,20 @@ def test_a_bilevel_problem_is_asked_about_its_meta_parameters():
     engine = ImplicitMAML(inner=GradientDescent(lr=0.1, steps=100), regularization=None)
     found = imaml.verify.smoothness(engine, bilevel(loss, fit, inner={"w": torch.zeros(3)}, meta=meta), tasks)
     assert found.status == "smooth" and found.agreement.keys() == {"meta-parameters"}
+
+
+@pytest.mark.parametrize("one", [False, True], ids=["TaskBatch", "list"])
+def test_another_batch_in_each_step(one):
+    tasks = batches(12)
+    sources = [tuple(t[:, 3 * k : 3 * k + 3] for t in tasks.support) for k in range(4)]
+    given = TaskBatch(support=Minibatches(sources), query=tasks.query)
+    if one:
+        source = Minibatches([tuple(t[0] for t in batch) for batch in sources])
+        given = [Task(support=source, query=tuple(t[0] for t in tasks.query))]
+    torch.manual_seed(0)
+    objective = Objective(MLP(4, 3, (8,), nn.Tanh), F.cross_entropy)
+    found = imaml.verify.smoothness(MAML(inner=GradientDescent(lr=0.1, steps=4)), objective, given)
+    assert found.status == "smooth" and 0 < found.relative_error < 1e-4
 
 
 def test_nothing_of_the_users_changes():

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import imaml
 from imaml import (
@@ -57,6 +58,44 @@ def test_tasks_of_different_sizes_have_their_metrics(guide):
 def test_what_the_guide_learns_gets_a_gradient(guide):
     assert guide["log_lr"]["0.weight"].grad.shape == (32, 2)
     assert all(guide[name].grad.isfinite() for name in ("log_lambda", "log_decay"))
+
+
+def test_the_gradient_of_the_envelopes_is_what_the_guide_says(guide):
+    model, engine, objective = guide["model"], guide["pfedme"], guide["objective"]
+    tasks = guide["clients"]
+    for name, theta in model.named_parameters():
+        adapted = torch.stack([engine.adapt(objective, task.support)[name] for task in tasks])
+        expected = guide["lam"] * (theta.detach() - adapted.mean(0))
+        torch.testing.assert_close(guide["envelopes"][name], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_three_batches_of_a_client_give_the_gradient_of_the_guide(guide):
+    """(I - alpha H'') v, by a Hessian-vector product of plain torch."""
+    model, alpha, batches = guide["model"], guide["alpha"], guide["batches"]
+    theta = {n: p.detach().double().requires_grad_() for n, p in model.named_parameters()}
+
+    def loss(params, x, y):
+        return F.cross_entropy(torch.func.functional_call(model, params, (x.double(),)), y)
+
+    total = [torch.zeros_like(p) for p in theta.values()]
+    for task in batches:
+        (x, y), (xq, (yq, x3, y3)) = task.support, task.query
+        grads = torch.autograd.grad(loss(theta, x, y), list(theta.values()))
+        phi = {n: (p - alpha * g).detach().requires_grad_() for (n, p), g in zip(theta.items(), grads, strict=True)}
+        v = torch.autograd.grad(loss(phi, xq, yq), list(phi.values()))
+        third = torch.autograd.grad(loss(theta, x3, y3), list(theta.values()), create_graph=True)
+        products = torch.autograd.grad(third, list(theta.values()), v)
+        total = [t + (a - alpha * b) / len(batches) for t, a, b in zip(total, v, products, strict=True)]
+    for name, expected in zip(theta, total, strict=True):
+        torch.testing.assert_close(guide["averaged"][name].double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_what_happens_along_the_way_is_in_the_report_of_the_guide(guide):
+    report = guide["along"](guide["objective"], guide["tasks"]).report
+    assert report.outer_losses.shape == (3, 25)
+    expected = torch.tensor([0.1, 0.2, 0.7]) @ report.outer_losses
+    torch.testing.assert_close(report.query_loss, expected)
+    assert guide["logits"].grad.abs().sum() > 0
 
 
 def test_the_guide_has_the_verdicts_that_it_says(guide):

@@ -317,7 +317,7 @@ class Problem:
         return self.judge_after(self.inner.steps, phi)
 
     def judge_after(self, step: int, phi: Tensor, weight: float | Tensor = 1.0) -> Gradient:
-        """The same at the parameters after so many inner steps, all or not, with gradients times a number."""
+        """Like `judge` at the parameters after so many inner steps, all or not, with gradients times a number."""
         gradient = self.query_gradient(phi, shared=True, metric=step == self.inner.steps, step=step)
         self.check_query(gradient.losses, step)
         if isinstance(weight, Tensor) or weight != 1:

@@ -19,6 +19,7 @@ from imaml import (
     RMSprop,
     Task,
     TaskBatch,
+    verify,
 )
 from tests.engine.cases import classification, mlp
 from tests.engine.outer_oracle import unrolled
@@ -119,6 +120,23 @@ def test_is_the_slope_of_what_an_evaluation_says(everything):
     slope = (found[0] - found[1]) / 2e-5
     expected = sum((gradient[n] * d).sum() for n, d in direction.items())
     torch.testing.assert_close(slope, expected, rtol=1e-7, atol=0)
+
+
+class WithoutWeights(MAML):
+    """The query loss at the end, whatever is asked for."""
+
+    def pull_back(self, problem):
+        pulled = MAML.pull_back(replace(self, outer_steps=None), problem)
+        return replace(pulled, outcome=super().pull_back(problem).outcome)
+
+
+def test_verification_knows_of_them(everything):
+    engine, objective, tasks, _ = everything
+    assert verify.meta_gradient(engine, objective, tasks).status == "passed"
+    numbers = {k: w for k, w in FIXED.items() if k <= 3}
+    for strategy, status in ((MAML, "passed"), (WithoutWeights, "failed")):
+        wrong = strategy(inner=GradientDescent(lr=0.2, steps=3), outer_steps=numbers)
+        assert verify.meta_gradient(wrong, Objective(mlp(), F.cross_entropy), tasks).status == status
 
 
 @pytest.mark.parametrize("inner", [Adam(lr=0.05, steps=4), RMSprop(lr=0.05, steps=4, momentum=0.3)], ids=str)

@@ -39,7 +39,7 @@ class DriftWarning(UserWarning):
 
 
 class PrecisionWarning(UserWarning):
-    """Rounding leaves nothing of a meta-gradient; given once per engine, every figure is in the report."""
+    """Rounding leaves little or nothing of a meta-gradient; given once per engine, every figure is in the report."""
 
 
 class CompileWarning(UserWarning):

@@ -45,7 +45,7 @@ def test_the_public_names_of_imaml():
 
 
 def test_the_public_names_of_imaml_verify():
-    assert public_names(imaml.verify) == {"Verification", "hvp", "meta_gradient"}
+    assert public_names(imaml.verify) == {"Smoothness", "Verification", "hvp", "meta_gradient", "smoothness"}
 
 
 def test_the_public_names_of_imaml_nn():

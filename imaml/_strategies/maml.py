@@ -238,9 +238,9 @@ class MAML(MetaGradient):
 
 def _grown(task: int, count: int, growth: Tensor) -> str:
     return (
-        f"Rounding in {growth.dtype} leaves nothing of the meta-gradient of {count} of {len(growth)} tasks, most of "
-        f"all that of task {task}: on the way back through the inner loop the cotangent grew {growth[task].item():.1g} "
-        "times. Use a smaller inner step size or fewer inner steps; imaml.verify.smoothness says what helps. This is "
+        f"Rounding in {growth.dtype} leaves little or nothing of the meta-gradient of {count} of {len(growth)} tasks, "
+        f"least of that of task {task}: on the way back through the inner loop the cotangent grew "
+        f"{growth[task].item():.1g} times. Use a smaller inner step size or fewer inner steps; imaml.verify.smoothness says what helps. This is "
         "said once; see report.growth."
     )
 

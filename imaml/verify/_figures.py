@@ -9,8 +9,8 @@ from imaml.verify._training import Training
 
 USABLE = 1e-3
 """A meta-gradient that the outer loss follows over less than this is of no use."""
-AGREES = 0.5
-"""How far a slope over a distance may be from that at the start, relative."""
+AGREES = 3.0
+"""By which factor a slope over a distance may differ from that at the start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Figures:
 
 
 def reach(ratios: Mapping[float, float]) -> float:
-    """The longest distance over which, and over the next shorter, the slope is about what it is at the start.
+    """The longest distance over which, and over the next shorter, the slope is that at the start, to a factor of 3.
 
     Over one distance alone a rough loss would agree by luck.
 
@@ -67,7 +67,7 @@ def reach(ratios: Mapping[float, float]) -> float:
     """
     found, before = 0.0, True
     for distance, ratio in sorted(ratios.items()):
-        agrees = abs(ratio - 1) <= AGREES
+        agrees = 1 / AGREES <= ratio <= AGREES
         if agrees and before:
             found = distance
         before = agrees

@@ -39,7 +39,7 @@ class Smoothness:
     """The same of the parameters as one ("parameters"), and of every entry of `meta`."""
     reach: float
     """The longest relative distance, of those looked at, over which (and over the next shorter) the outer loss changes
-    as the meta-gradient says, to within a half; of the worst of `agreement`. 0: over none of them."""
+    as the meta-gradient says, to a factor of 3; of the worst of `agreement`. 0: over none of them."""
     agreement: dict[str, dict[float, float]]
     """How much of the slope is left over a relative distance along the meta-gradient, 1 being all of it: by distance,
     for "parameters" and "meta-parameters"."""
@@ -91,8 +91,9 @@ def smoothness(
     and a larger `eps` in optimisers that have them, a quarter of the step size, of the inner steps or of the steps that
     are differentiated (`truncate`), smooth activations for ReLU, and float64. Those that help are in `advice`.
 
-    Cost: two meta-gradients and some 16 to 32 inner loops without derivatives, or as many meta-gradients in place of
-    these loops where it is not exact MAML; and as much again for each change that is tried.
+    Cost: two meta-gradients and 10 to 18 inner loops without derivatives, or as many meta-gradients in place of these
+    loops where it is not exact MAML; and as much again at most for each change that is tried, of which there are five
+    or six.
 
     Source: Engstrom et al. 2025 (arXiv 2503.13751) ask how smooth a training is before they follow its meta-gradient.
 

@@ -91,6 +91,12 @@ def test_a_strategy_that_refuses_the_problem_is_left_out(problems, capsys):
     assert "FOMAML is left out: The meta-gradient for the meta-parameter 'log_decay' is zero" in out
 
 
+def test_smoothness_is_said_when_it_is_asked_for(problems, capsys):
+    assert main(["verify", "its_problems:with_engine", "--smoothness"]) == 0
+    out = capsys.readouterr().out
+    assert "MAML with GradientDescent, 2 steps, float32: smooth" in out and "2 passed" in out
+
+
 INNER = ["--inner-lr", "0.1", "--inner-steps", "3"]
 
 
@@ -135,6 +141,8 @@ def test_no_verdict_is_said_and_does_not_fail(problems, capsys):
         (["its_problems:with_unused"], "The meta-gradient for the meta-parameter 'log_lr' is zero"),
         (["its_problems:make", "--tolerance", "0"], "`tolerance` must be positive"),
         (["--inner-steps", "3"], "--inner-steps does not apply"),
+        (["--smoothness"], "--smoothness is about the inner training of a strategy on your problem.*Got none"),
+        (["its_problems:with_function", "--smoothness"], "--smoothness is about.*Got a function"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(problems, capsys, options, message):

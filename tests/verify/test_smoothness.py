@@ -1,7 +1,5 @@
 """A meta-gradient is called meaningful where it is, and what helps is named where it is not."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +7,6 @@ from torch import nn
 
 import imaml
 from imaml import FOMAML, MAML, Adam, GradientDescent, ImplicitMAML, Minibatches, Objective, Task, TaskBatch, bilevel
-from imaml.inner._adaptive import safe_sqrt
 from imaml.models import MLP
 from tests.engine.cases import MODELS, problem
 
@@ -70,21 +67,6 @@ def test_in_float64_parameters_are_moved_by_their_rounding_error():
     assert 1e-14 < found.relative_error < 1e-10  # about 2^16 times 1e-16
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rooted(Adam):
-    """Adam with a constant inside the square root."""
-
-    eps_root: float = 0.0
-
-    def update(self, state, gradient, step, at):
-        phi, mean, square = state
-        first, second = self.betas
-        mean = first * mean + (1 - first) * gradient
-        square = second * square + (1 - second) * gradient.square()
-        v = square / (1 - second ** (step + 1)) + self.eps_root
-        return phi - at["lr"] / (1 - first ** (step + 1)) * mean / (safe_sqrt(v) + self.eps), mean, square
-
-
 def cancelling():
     """Gradients of 1e-6 that are differences of gradients of 1: float32 has a digit of them left."""
     generator = torch.Generator().manual_seed(0)
@@ -103,13 +85,11 @@ def cancelling():
 
 def test_adam_at_small_gradients_is_told_of_eps_root():
     objective, tasks = cancelling()
-    engine = MAML(inner=Rooted(lr=0.1, steps=1))
+    engine = MAML(inner=Adam(lr=0.1, steps=1))
     found = imaml.verify.smoothness(engine, objective, tasks, of=["weight"])
     assert found.status == "rounding" and found.relative_error > 1e-2
-    assert "eps_root=1e-09 in Rooted" in found.advice[0]
-    rooted = imaml.verify.smoothness(
-        MAML(inner=Rooted(lr=0.1, steps=1, eps_root=1e-9)), objective, tasks, of=["weight"]
-    )
+    assert "eps_root=1e-09 in Adam" in found.advice[0]
+    rooted = imaml.verify.smoothness(MAML(inner=Adam(lr=0.1, steps=1, eps_root=1e-9)), objective, tasks, of=["weight"])
     assert rooted.status == "smooth" and rooted.relative_error < 5e-3 and rooted.advice == ()
 
 
@@ -159,7 +139,7 @@ def test_kinks_are_told_of_smooth_activations():
         MAML(inner=GradientDescent(lr=0.2, steps=5)),
         MAML(inner=GradientDescent(lr=0.2, steps=5), truncate=2),
         FOMAML(inner=GradientDescent(lr=0.2, steps=5)),
-        ImplicitMAML(inner=GradientDescent(lr=0.1, steps=50), regularization=5.0),
+        ImplicitMAML(inner=GradientDescent(lr=0.1, steps=20), regularization=5.0),
     ],
     ids=["MAML", "truncated", "FOMAML", "ImplicitMAML"],
 )

@@ -240,8 +240,8 @@ def _grown(task: int, count: int, growth: Tensor) -> str:
     return (
         f"Rounding in {growth.dtype} leaves little or nothing of the meta-gradient of {count} of {len(growth)} tasks, "
         f"least of that of task {task}: on the way back through the inner loop the cotangent grew "
-        f"{growth[task].item():.1g} times. Use a smaller inner step size or fewer inner steps; imaml.verify.smoothness says what helps. This is "
-        "said once; see report.growth."
+        f"{growth[task].item():.1g} times. Use a smaller inner step size or fewer inner steps; "
+        "imaml.verify.smoothness says what helps. This is said once; see report.growth."
     )
 
 

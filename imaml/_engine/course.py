@@ -90,6 +90,8 @@ class Course:
         Returns:
             The same.
         """
+        if self.journal is None:
+            return part
         self.parts[name] = part
         if name in self._found:
             part.resume(self._found.pop(name))
@@ -133,6 +135,10 @@ class Course:
     def kept(self, step: int) -> State | None:
         """The state that was put away before an interruption; None: there was none."""
         return self.journal[step] if self.journal is not None and step in self.journal else None
+
+    def end(self) -> None:
+        """Let go of the parts, which may hold on to what holds the course."""
+        self.parts.clear()
 
     def tell(self, step: int, direction: Literal["forward", "backward"]) -> None:
         """Tell whoever wants to know that a step is done."""

@@ -183,6 +183,13 @@ class Run:
         rows = [where.index(position) for position in positions]
         tasks = batch if positions == where else TaskBatch.stack([batch[row] for row in rows])
         problem = self.problem(positions, tasks, chunking)
+        try:
+            return self._of_problem(problem)
+        finally:
+            problem.course.end()
+
+    def _of_problem(self, problem: Problem) -> tuple[list[Tensor], Outcome]:
+        positions = problem.positions
         if not self.layouts:
             outcome = self.engine.evaluate(problem)
             self._keep_final(problem, None)
@@ -333,13 +340,12 @@ class Run:
             keeps_final=self.keeps_final,
             course=course,
         )
-        if self.journal is not None:
-            course.part("record", self.record)
-            course.part("hyper", self.hyper)
-            course.part("replay", snapshot.replay)
-            course.part("problem", problem)
-            if source is not None:
-                course.part("source", source)
+        course.part("record", self.record)
+        course.part("hyper", self.hyper)
+        course.part("replay", snapshot.replay)
+        course.part("problem", problem)
+        if source is not None:
+            course.part("source", source)
         return problem
 
     def _check_source(self, source: Minibatches) -> None:

@@ -54,8 +54,7 @@ def predict(
         costs, facts = costs_of(engine, chunking.graphs), batch.probe.facts
         work = costs.work(facts)
         for tasks in batch.chunks(chunking.tasks):
-            # The sums over tasks so far, and from the third chunk on those of the chunk before.
-            sums = min(len(peaks), 2) * (facts.adapted + facts.shared) * facts.dtype.itemsize
+            sums = min(len(peaks), 1) * (facts.adapted + facts.shared) * facts.dtype.itemsize
             peaks.append(batch.probe.base.held + sums + costs.peak(_chunk(batch.probe, tasks, chunking.query_tasks)))
         gradients += batch.tasks * work.gradients
         hvps += batch.tasks * work.hvps

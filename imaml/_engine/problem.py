@@ -130,6 +130,7 @@ class Problem:
             "losses": losses,
             "statistics": {name: t.contiguous() for name, t in self.statistics.items()},
             "stopped": self.stopped,
+            "direct": self.direct,
             "is_over": self._is_over,
         }
 
@@ -137,7 +138,7 @@ class Problem:
         """Know what was known when it was saved."""
         self.support_losses = [] if saved["losses"] is None else [*saved["losses"]]
         self.statistics, self.stopped = saved["statistics"], saved["stopped"]
-        self._is_over = saved["is_over"]
+        self.direct, self._is_over = saved["direct"], saved["is_over"]
 
     def pull_through_begin(self, cotangents: State) -> Tensor:
         """The cotangent of theta for those of the state before the first step.
@@ -317,7 +318,7 @@ class Problem:
         return self.judge_after(self.inner.steps, phi)
 
     def judge_after(self, step: int, phi: Tensor, weight: float | Tensor = 1.0) -> Gradient:
-        """Like `judge` at the parameters after so many inner steps, all or not, with gradients times a number."""
+        """The same at the parameters after so many inner steps, all or not, with gradients times a number."""
         gradient = self.query_gradient(phi, shared=True, metric=step == self.inner.steps, step=step)
         self.check_query(gradient.losses, step)
         if isinstance(weight, Tensor) or weight != 1:

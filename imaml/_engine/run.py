@@ -93,10 +93,10 @@ class Run:
         if not isinstance(start, InnerState | None):
             raise TypeError(f"`start` must be an InnerState, such as `result.state`. Got {type(start).__name__}.")
         snapshot = Snapshot.of(objective, layout_of, differentiates=derivatives).recomputing(engine.recompute)
-        steps = engine.inner.steps + (0 if start is None else start.step)
-        given = {name: (hyper, steps) for name, hyper in engine.inner.hyperparameters.items()}
+        inner, first = engine.inner, 0 if start is None else start.step
+        given = {name: (hyper, first + inner.steps) for name, hyper in inner.hyperparameters.items()}
         given |= {name: (hyper, 1) for name, hyper in engine._hyperparameters.items()}
-        hyper = Hyperparameters.of(given, objective.meta, snapshot.layout, snapshot.like)
+        hyper = Hyperparameters.of(given, objective.meta, snapshot.layout, snapshot.like, names=inner.meta, first=first)
         layouts = [layout for layout in (snapshot.layout, snapshot.shared_layout) if derivatives and layout.names]
         how = cls.derivatives_of(engine, snapshot)
         return cls(engine, snapshot, Record(), hyper, how, layouts, start, keeps_final)
@@ -370,7 +370,7 @@ class Run:
 
     def _damping(self) -> Tensor | None:
         """Lambda: 0-dim, or `(n,)` where given by name; None for no proximal term."""
-        value = self.hyper.at(0).get("regularization", 0.0)
+        value = self.hyper.for_all_steps("regularization")
         least = torch.as_tensor(value).min().item()
         if least < 0:
             raise ValueError(

@@ -13,8 +13,10 @@ from imaml._losses.snapshot import Snapshot
 from imaml._objective.foreign import described, foreign_leaves
 from imaml._torch import is_write_to_shared
 from imaml.inner import InnerOptimizer
+from imaml.inner._clipping import pull_back_clipping
 from imaml.inner._hyper import Hyperparameters
 from imaml.inner._inner_problem import State
+from imaml.inner._rates import Rates
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,11 @@ class Stepper:
         optimizer = self.optimizer
         name, size = f"{type(optimizer).__name__}.update", 1 + optimizer.buffers
         in_place = f"{name} changes its arguments in place. Expected new tensors: use a + b for a.add_(b)."
+        at = self.hyper.at(self.first + step)
+        gradient = optimizer.clipped(gradient, at)
         versions = [t._version for t in (*state, gradient)]
         try:
-            following = self._update(state, gradient, step)
+            following = self._update(state, gradient, step, at)
         except RuntimeError as error:
             if is_write_to_shared(error):  # theta, before the first step
                 raise ValueError(in_place) from error
@@ -61,43 +65,50 @@ class Stepper:
         if versions != [t._version for t in (*state, gradient)]:
             raise ValueError(in_place)
         if step == 0 and len(gradient) > 1 and not self._draws_nothing:
-            self._check_rows(name, state, gradient, following)
+            self._check_rows(name, state, gradient, following, at)
         if not any([t.requires_grad for t in following]):
             return following
         # Nothing that it was given requires grad.
         foreign = self.snapshot.differentiates and foreign_leaves(
-            following, (), lambda: self._update(state, gradient, step)
+            following, (), lambda: self._update(state, gradient, step, at)
         )
         if foreign:
             raise ValueError(
                 f"{name} uses what requires grad and would get no gradient: "
-                f"{described(foreign, self.snapshot.objective.names())}. Expected a function of its arguments. Make it "
-                "one of `hyperparameters`, which may be functions of Objective(..., meta={...}), or detach it."
+                f"{described(foreign, self.snapshot.objective.names())}. Expected a function of its arguments. Name it "
+                "in Objective(..., meta={...}) and, by that key, in the optimiser's property `meta`, and read it from "
+                "`at.meta`; or detach it."
             )
         return tuple(t.detach() for t in following)
 
     @property
     def needs_gradient(self) -> bool:
         """Whether the derivative of a step depends on where it is taken, and not on its number alone."""
-        learned = self.hyper.learned & set(self.optimizer.hyperparameters)
-        return bool(learned) or not self.optimizer.said_of_update("is_linear")
+        clips = self.optimizer.max_grad_norm is not None
+        return bool(self._learned) or clips or not self.optimizer.said_of_update("is_linear")
+
+    @property
+    def _learned(self) -> frozenset[str]:
+        """Names of what a step uses and is learned; the weight of the proximal term is in its gradient already."""
+        return self.hyper.learned - {"regularization"}
 
     def pull_back(
         self, state: State, gradient: Tensor, cotangents: State, step: int
     ) -> tuple[State, Tensor, dict[str, Tensor]]:
         """The cotangents of s_k, of g_k and of the learned hyper-parameters, for those of s_{k+1}."""
-        pullback = self.optimizer.said_of_update("pullback")
+        optimizer, number, learned = self.optimizer, self.first + step, self._learned
+        at, clip = self.hyper.at(number), {"max_grad_norm"}
+        pullback = optimizer.said_of_update("pullback")
         with self._draws(step):
-            number = self.first + step
-            found: tuple[State, Tensor, dict[str, Tensor]] = pullback(
-                state, gradient, cotangents, number, self.hyper.at(number), self.hyper.learned
-            )
-        return found
+            before, w, rates = pullback(state, optimizer.clipped(gradient, at), cotangents, number, at, learned - clip)
+        if optimizer.max_grad_norm is not None:
+            w, by_most = pull_back_clipping(gradient, at["max_grad_norm"], w)
+            rates = rates | {name: by_most for name in learned & clip}
+        return before, w, rates
 
-    def _update(self, state: State, gradient: Tensor, step: int) -> State:
+    def _update(self, state: State, gradient: Tensor, step: int, at: Rates) -> State:
         with torch.enable_grad(), self._draws(step):
-            number = self.first + step
-            return self.optimizer.stepped(state, gradient, number, self.hyper.at(number))
+            return self.optimizer.stepped(state, gradient, self.first + step, at)
 
     @property
     def _draws_nothing(self) -> bool:
@@ -107,15 +118,14 @@ class Stepper:
         """Within it, random numbers are those of the optimiser at this step."""
         return nullcontext() if self._draws_nothing else self.snapshot.replay.at(Role.UPDATE, self.start, step)
 
-    def _check_rows(self, name: str, state: State, gradient: Tensor, following: State) -> None:
+    def _check_rows(self, name: str, state: State, gradient: Tensor, following: State, at: Rates) -> None:
         """Raise where the first step of a task depends on those that run with it; random draws are not looked at.
 
         Raises:
             ValueError: It does.
         """
         with self._draws(0):
-            rates = self.hyper.at(self.first)
-            alone = self.optimizer.update(tuple(t[:1] for t in state), gradient[:1], self.first, rates)
+            alone = self.optimizer.update(tuple(t[:1] for t in state), gradient[:1], self.first, at)
         if self.snapshot.replay.draws:
             return
         tolerance = torch.finfo(gradient.dtype).eps ** 0.5
@@ -127,7 +137,7 @@ class Stepper:
         if agree(alone, tuple(t[:1] for t in following)):
             return
         with self._draws(0):
-            again = self.optimizer.update(state, gradient, self.first, rates)
+            again = self.optimizer.update(state, gradient, self.first, at)
         if agree(again, following):  # else it is no function of its arguments, and says nothing of the tasks
             raise ValueError(
                 f"{name} mixes tasks. Expected that every row of a state and of the gradient, `(tasks, n)`, is a task "

@@ -20,7 +20,7 @@ from imaml._objective.blocks import Blocks, listed
 from imaml._objective.objective import Objective
 from imaml._tasks import TaskBatch
 from imaml.inner import InnerSolver
-from imaml.inner._hyper import Hyper, check_hyper
+from imaml.inner._hyper import Hyper, check_hyper, takes_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,11 @@ class Strategy(ABC):
             raise TypeError(
                 "`regularization` is one for all steps. Expected a number, or one per parameter by name. Got "
                 f"{self.regularization!r}."
+            )
+        if takes_step(self.regularization):
+            raise TypeError(
+                "`regularization` is one for all steps. Expected a number, one per parameter by name, or a function of "
+                "the meta-parameters alone. Got a function of two arguments, as a schedule is."
             )
         if self.regularization is not None:
             check_hyper("regularization", self.regularization, must=">= 0")

@@ -41,12 +41,12 @@ class Layout:
         """Concatenate one tensor per parameter into a new vector `(n,)`."""
         return torch.cat([t.detach().reshape(-1).to(self.dtype) for t in tensors])
 
-    def views(self, flat: Tensor) -> list[Tensor]:
-        """Split `(*batch, n)` into one tensor `(*batch, *shape)` per parameter: views, unless the dtype differs."""
+    def views(self, flat: Tensor, *, cast: bool = True) -> list[Tensor]:
+        """Split `(*batch, n)` into one tensor `(*batch, *shape)` per parameter: views, unless cast to another dtype."""
         batch = flat.shape[:-1]
         parts = flat.split(self.sizes, dim=-1)
         views = [p.view((*batch, *s)) for p, s in zip(parts, self.shapes, strict=True)]
-        return [v if v.dtype == d else v.to(d) for v, d in zip(views, self.dtypes, strict=True)]
+        return [v if v.dtype == d or not cast else v.to(d) for v, d in zip(views, self.dtypes, strict=True)]
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         """Like `views`, by name."""

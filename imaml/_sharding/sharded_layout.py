@@ -80,7 +80,7 @@ class ShardedLayout(Layout):
             found.append(part[..., : shape.numel()].reshape(*batch, *shape))
         return found
 
-    def views(self, flat: Tensor) -> list[Tensor]:
+    def views(self, flat: Tensor, *, cast: bool = True) -> list[Tensor]:
         """One tensor `(*batch, *shape)` per parameter, sharded as it is."""
         batch = flat.shape[:-1]
 
@@ -92,7 +92,7 @@ class ShardedLayout(Layout):
             return DTensor.from_local(mine, self.mesh, [there], run_check=False, shape=full.shape, stride=full.stride())
 
         return [
-            like_parameter(mine.to(dtype), placement, shape)
+            like_parameter(mine.to(dtype) if cast else mine, placement, shape)
             for mine, dtype, placement, shape in zip(
                 self.shards(flat), self.dtypes, self.placements, self.shapes, strict=True
             )

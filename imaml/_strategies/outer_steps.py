@@ -13,7 +13,7 @@ from imaml._engine.problem import Problem
 from imaml._engine.report import Outcome
 from imaml._losses.gradient import Gradient
 from imaml._numbers import check_integer, check_number
-from imaml.inner._hyper import Hyper
+from imaml.inner._hyper import Hyper, takes_step
 
 
 def name_of(step: int) -> str:
@@ -56,6 +56,11 @@ def check_outer_steps(given: object, steps: int, first: int) -> dict[int, Hyper]
                 f"constant. Expected `outer_steps` from {first} to {steps}, whose losses depend on theta. "
                 f"Got {step}: leave it out, or differentiate more steps."
             )
+        if takes_step(weight):
+            raise TypeError(
+                f"`{name_of(step)}` belongs to one step. Expected a number, or a function of the meta-parameters alone. "
+                f"Got {weight!r}, a function of the step too."
+            )
         if not callable(weight):
             check_number(f"`{name_of(step)}`, unless a function of the meta-parameters,", weight)
     return dict(sorted(given.items()))
@@ -76,8 +81,8 @@ class OuterLoss:
     """The metric at the end."""
 
     def __post_init__(self) -> None:
-        values = self.problem.hyper.at(0)
-        self.weights = {step: values.get(name_of(step), 1.0) for step in self.steps}
+        hyper = self.problem.hyper
+        self.weights = {step: hyper.for_all_steps(name_of(step), 1.0) for step in self.steps}
         for step, weight in self.weights.items():
             if isinstance(weight, Tensor) and weight.shape != (1,):
                 raise ValueError(

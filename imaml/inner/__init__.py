@@ -7,4 +7,7 @@ from imaml.inner._base import InnerOptimizer as InnerOptimizer
 from imaml.inner._base import InnerSolver as InnerSolver
 from imaml.inner._gradient_descent import GradientDescent as GradientDescent
 from imaml.inner._newton import NewtonCG as NewtonCG
+from imaml.inner._rates import Rates as Rates
+from imaml.inner._schedules import warmup_cosine as warmup_cosine
+from imaml.inner._schedules import warmup_linear as warmup_linear
 from imaml.inner._torch_optimizer import TorchOptimizer as TorchOptimizer

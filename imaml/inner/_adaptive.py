@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from imaml._numbers import check_number
-from imaml.inner._base import InnerOptimizer, Rates
+from imaml.inner._base import InnerOptimizer
 from imaml.inner._hyper import Hyper, is_off
 from imaml.inner._inner_problem import State
+from imaml.inner._rates import Rates
 
 
 def safe_sqrt(v: Tensor) -> Tensor:

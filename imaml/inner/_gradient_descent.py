@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from imaml.inner._base import InnerOptimizer, Rates
+from imaml.inner._base import InnerOptimizer
 from imaml.inner._hyper import Hyper, is_off
 from imaml.inner._inner_problem import State
+from imaml.inner._rates import Rates
 
 
 @dataclass(frozen=True, kw_only=True)

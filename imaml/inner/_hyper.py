@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from numbers import Real
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +17,10 @@ from imaml._losses.layout import Layout
 from imaml._numbers import check_number
 from imaml._objective.foreign import leaves_of
 from imaml._objective.meta import MetaParameters
+from imaml.inner._rates import META, Rates
+from imaml.inner._values import Value, value_of
 
-Hyper = float | Sequence[float] | Mapping[str, Any] | Callable[[dict[str, Any]], Any]
+Hyper = float | Sequence[float] | Mapping[str, Any] | Callable[..., Any]
 """See `InnerOptimizer.lr`."""
 
 
@@ -24,6 +28,18 @@ def is_off(given: Hyper | None) -> bool:
     """Whether a hyper-parameter is the number zero, or None."""
     kind = type(given)  # asked at every step: the common kinds first, without a look at abstract classes
     return given is None or (kind in (float, int) or isinstance(given, Real)) and given == 0
+
+
+def takes_step(given: object) -> TypeGuard[Callable[..., Any]]:
+    """Whether a hyper-parameter is a schedule: a function of the meta-parameters and the step, two arguments."""
+    if not callable(given):
+        return False
+    try:
+        arguments = inspect.signature(given).parameters.values()
+    except (TypeError, ValueError):  # some functions written in C do not say
+        return False
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(a.kind in kinds and a.default is a.empty for a in arguments) == 2
 
 
 def check_hyper(name: str, given: object, *, must: str, where: str = "") -> None:
@@ -65,159 +81,217 @@ def check_hyper(name: str, given: object, *, must: str, where: str = "") -> None
 
 
 @dataclass
-class _Value:
-    """One hyper-parameter for one call."""
+class _Schedule:
+    """A hyper-parameter that is a function of the step too, evaluated whenever a step is taken or pulled back."""
 
-    parts: list[Tensor]
-    """For each parameter, or for all at once, `(1 or steps, 1 or size)`; small, and expanded step by step."""
-    sizes: tuple[int, ...] | None
-    """Entries of each parameter; None for one part for all."""
-    cotangents: list[Tensor] = field(default_factory=list)
+    evaluate: Callable[[int], float | Value]
+    steps: range
+    """The steps of the call."""
 
-    @property
+    def values(self) -> Iterable[Value]:
+        """The values at all of these that are no numbers."""
+        for step in self.steps:
+            value = self.evaluate(step)
+            if isinstance(value, Value):
+                yield value
+
+    @cached_property
     def is_learned(self) -> bool:
-        return any(part.requires_grad for part in self.parts)
-
-    def at(self, step: int) -> Tensor:
-        """The values of one step, `(1,)` or `(n,)`."""
-        rows = [row.detach() for row in _rows(self.parts, step)]
-        return (
-            rows[0] if self.sizes is None else torch.cat([r.expand(s) for r, s in zip(rows, self.sizes, strict=True)])
-        )
-
-    def add(self, cotangent: Tensor, step: int) -> None:
-        """Add the derivative by the values of one step, of a shape that summed is theirs."""
-        self.cotangents = self.cotangents or [torch.zeros_like(part) for part in self.parts]
-        pieces = [cotangent] if self.sizes is None else cotangent.split(self.sizes, dim=-1)
-        for row, piece in zip(_rows(self.cotangents, step), pieces, strict=True):
-            row += piece.sum_to_size(row.shape)
-
-
-def _rows(parts: Sequence[Tensor], step: int) -> list[Tensor]:
-    return [part[min(step, len(part) - 1)] for part in parts]
+        """Whether it depends on a meta-parameter at any of the steps."""
+        return any(value.is_learned for value in self.values())
 
 
 @dataclass
 class Hyperparameters:
     """The values for one call, and the derivative of the meta-gradient's loss by each that is learned.
 
-    Derivatives are summed by value while steps are pulled back, and go through the user's functions once, at the end.
+    Derivatives by what is the same function at all steps are summed by value while steps are pulled back, and go
+    through the user's functions once, at the end. Those by a schedule go through its function step by step.
     """
 
     leaves: dict[str, Tensor]
-    """The meta-parameters."""
+    """The meta-parameters that are learned."""
+    meta: MetaParameters
+    layout: Layout
+    like: Tensor
+    named: MetaParameters
+    """The meta-parameters that an update reads itself."""
     numbers: dict[str, float] = field(default_factory=dict)
-    _values: dict[str, _Value] = field(default_factory=dict)
+    _values: dict[str, Value] = field(default_factory=dict)
+    _schedules: dict[str, _Schedule] = field(default_factory=dict)
+    _sums: dict[str, Tensor] = field(default_factory=dict)
+    """Derivatives by meta-parameters, of schedules and of what an update reads itself."""
 
     @classmethod
     def of(
-        cls, given: Mapping[str, tuple[Hyper, int]], meta: MetaParameters, layout: Layout, like: Tensor
+        cls,
+        given: Mapping[str, tuple[Hyper, int]],
+        meta: MetaParameters,
+        layout: Layout,
+        like: Tensor,
+        *,
+        names: Sequence[str] = (),
+        first: int = 0,
     ) -> Hyperparameters:
-        """Evaluate them.
+        """Evaluate them; a schedule at its steps alone.
 
         Args:
             given: By name, each with the number of steps that it may have values for.
             meta: The meta-parameters.
             layout: Layout of the adapted parameters.
             like: The dtype and device of the values.
+            names: The meta-parameters that an update reads itself: keys of what was given as `meta`.
+            first: The first step that is taken.
 
         Returns:
             The values, all finite.
 
         Raises:
             TypeError: A value that is neither a number nor a tensor.
-            ValueError: A shape that fits neither the steps nor the parameter, a value that is not finite, or one that
-                depends on a tensor which requires grad and is no meta-parameter.
+            ValueError: A shape that fits neither the steps nor the parameter, a value that is not finite, one that
+                depends on a tensor which requires grad and is no meta-parameter, or a name of no meta-parameter.
         """
-        self = cls({n: t.detach().requires_grad_() for n, t in meta.learned().items()})
+        if missing := [name for name in names if name not in meta.given]:
+            raise ValueError(
+                f"The inner optimiser's `meta` names {missing[0]!r}. Expected keys of Objective(..., meta={{...}}), of "
+                f"which a group is one. Got {_listed(meta)}."
+            )
+        leaves = {n: t.detach().requires_grad_() for n, t in meta.learned().items()}
+        detached = meta.like_given({n: t.detach() for n, t in meta.flat().items()}) if names else {}
+        self = cls(leaves, meta, layout, like, MetaParameters({name: detached[name] for name in names}))
         for name, (what, steps) in given.items():
-            found = _evaluate(name, what, meta, self.leaves)
-            if isinstance(found, Real):
-                if not math.isfinite(found):
-                    raise ValueError(f"`{name}` must be finite. Got {found}.")
-                self.numbers[name] = float(found)
+            if takes_step(what):
+                self._schedules[name] = _Schedule(partial(self._scheduled, name, what), range(first, steps))
                 continue
-            with torch.enable_grad():
-                value = _value(name, found, layout, steps, like)
-            if leaves_of(value.parts).keys() - {id(leaf) for leaf in self.leaves.values()}:
-                raise ValueError(
-                    f"`{name}` depends on a tensor that requires grad and is not in the dictionary that its function "
-                    "gets, so it would not be learned. Name it in Objective(..., meta={...}), or detach it."
-                )
-            for part in value.parts:
-                if not bool(part.isfinite().all()):
-                    raise ValueError(f"`{name}` must be finite. Got {part.detach()}.")
-            self._values[name] = value
+            value = self._evaluate(name, what, steps)
+            if isinstance(value, Value):
+                self._values[name] = value
+            else:
+                self.numbers[name] = value
         return self
 
-    @property
-    def learned(self) -> frozenset[str]:
-        """Names of those that depend on a meta-parameter."""
-        return frozenset(n for n, v in self._values.items() if v.is_learned)
+    def _scheduled(self, name: str, what: Callable[..., Any], step: int) -> float | Value:
+        return self._evaluate(f"{name}(meta, {step})", what, 1, step)
 
-    def at(self, step: int) -> dict[str, float | Tensor]:
-        """The values of all hyper-parameters at one step, each a number or `(1 or n,)`."""
-        return self.numbers | {name: value.at(step) for name, value in self._values.items()}
+    def _evaluate(self, name: str, what: Hyper, steps: int, *at: int) -> float | Value:
+        """What was given, or what its function returns at a step; raises as `of` does."""
+        found = _called(name, what, self.meta, self.leaves, *at)
+        if isinstance(found, Real):
+            if not math.isfinite(found):
+                raise ValueError(f"`{name}` must be finite. Got {found}.")
+            return float(found)
+        with torch.enable_grad():
+            value = value_of(name, found, self.layout, steps, self.like)
+        if leaves_of(value.parts).keys() - {id(leaf) for leaf in self.leaves.values()}:
+            raise ValueError(
+                f"`{name}` depends on a tensor that requires grad and is not in the dictionary that its function "
+                "gets, so it would not be learned. Name it in Objective(..., meta={...}), or detach it."
+            )
+        for part in value.parts:
+            if not bool(part.isfinite().all()):
+                raise ValueError(f"`{name}` must be finite. Got {part.detach()}.")
+        return value
+
+    @cached_property
+    def learned(self) -> frozenset[str]:
+        """Names of those that depend on a meta-parameter, and of the learned ones that an update reads itself."""
+        values = {n for n, v in self._values.items() if v.is_learned}
+        schedules = {n for n, s in self._schedules.items() if self.leaves and s.is_learned}
+        return frozenset(values | schedules | {f"{META}{n}" for n in self.named.flat() if n in self.leaves})
+
+    def at(self, step: int) -> Rates:
+        """The values of all hyper-parameters at one step, each a number or `(1 or n,)`, and what an update reads."""
+        by_name: dict[str, float | Tensor] = {**self.numbers}
+        by_name |= {name: value.at(step) for name, value in self._values.items()}
+        for name, schedule in self._schedules.items():
+            value = schedule.evaluate(step)
+            by_name[name] = value.at(0) if isinstance(value, Value) else value
+        return Rates(by_name, self.layout, self.named)
+
+    def for_all_steps(self, name: str, otherwise: float = 0.0) -> float | Tensor:
+        """The value of one that is the same at all steps; another where there is none of this name."""
+        return self._values[name].at(0) if name in self._values else self.numbers.get(name, otherwise)
 
     def add(self, cotangents: Mapping[str, Tensor], step: int) -> None:
         """Add to the derivatives those by the values of one step, of shapes that summed are theirs."""
         for name, cotangent in cotangents.items():
-            self._values[name].add(cotangent, step)
+            if name in self._values:
+                self._values[name].add(cotangent, step)
+            elif name in self._schedules:
+                value = self._schedules[name].evaluate(step)
+                if isinstance(value, Value):
+                    value.add(cotangent, 0)
+                    self._sum(self._through(value.pulled))
+            else:
+                self._sum({name.removeprefix(META): cotangent})
 
-    def mark(self) -> Callable[[], None]:
-        """What takes back the derivatives that are added from here on."""
-        kept = {name: [c.clone() for c in value.cotangents] for name, value in self._values.items()}
+    def _sum(self, found: Mapping[str, Tensor]) -> None:
+        for name, gradient in found.items():
+            if name in self._sums:
+                self._sums[name] += gradient
+            else:
+                self._sums[name] = gradient.clone()
 
-        def undo() -> None:
-            for name, value in self._values.items():
-                value.cotangents = kept[name]
-
-        return undo
-
-    def saved(self) -> dict[str, list[Tensor]]:
-        """The derivatives so far."""
-        return {name: value.cotangents for name, value in self._values.items()}
-
-    def resume(self, saved: Mapping[str, list[Tensor]]) -> None:
-        """Go on adding to those that were saved."""
-        for name, cotangents in saved.items():
-            self._values[name].cotangents = cotangents
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether all derivatives so far are."""
-        return all(bool(c.isfinite().all()) for value in self._values.values() for c in value.cotangents)
-
-    def leads(self, names: Collection[str]) -> set[str]:
-        """Meta-parameters that some of these hyper-parameters depend on."""
-        parts = [part for name in self.learned & {*names} for part in self._values[name].parts if part.requires_grad]
-        if not parts:
-            return set()
-        zeros = [torch.zeros_like(part) for part in parts]
-        found = torch.autograd.grad(parts, list(self.leaves.values()), zeros, retain_graph=True, allow_unused=True)
-        return {name for name, g in zip(self.leaves, found, strict=True) if g is not None}
-
-    def gradients(self) -> dict[str, Tensor]:
-        """The derivatives by the meta-parameters that act through hyper-parameters, as far as any was added."""
-        pairs = [
-            (part, cotangent)
-            for value in self._values.values()
-            for part, cotangent in zip(value.parts, value.cotangents, strict=False)
-            if part.requires_grad
-        ]
+    def _through(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """The derivatives by the meta-parameters, for those by values of functions of them."""
         if not pairs:
             return {}
         values, cotangents = zip(*pairs, strict=True)
         found = torch.autograd.grad(values, list(self.leaves.values()), cotangents, allow_unused=True)
         return {n: g for n, g in zip(self.leaves, found, strict=True) if g is not None}
 
+    def mark(self) -> Callable[[], None]:
+        """What takes back the derivatives that are added from here on."""
+        kept = {name: [c.clone() for c in value.cotangents] for name, value in self._values.items()}
+        sums = {name: total.clone() for name, total in self._sums.items()}
 
-def _evaluate(name: str, what: Hyper, meta: MetaParameters, leaves: Mapping[str, Tensor]) -> Any:
+        def undo() -> None:
+            for name, value in self._values.items():
+                value.cotangents = kept[name]
+            self._sums = sums
+
+        return undo
+
+    def saved(self) -> dict[str, Any]:
+        """The derivatives so far."""
+        return {"by_value": {name: value.cotangents for name, value in self._values.items()}, "sums": self._sums}
+
+    def resume(self, saved: Mapping[str, Any]) -> None:
+        """Go on adding to those that were saved."""
+        for name, cotangents in saved["by_value"].items():
+            self._values[name].cotangents = cotangents
+        self._sums = saved["sums"]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all derivatives so far are."""
+        by_value = [c for value in self._values.values() for c in value.cotangents]
+        return all(bool(c.isfinite().all()) for c in (*by_value, *self._sums.values()))
+
+    def leads(self, names: Collection[str]) -> set[str]:
+        """Meta-parameters that some of these hyper-parameters depend on, and those that an update was seen to read."""
+        values = [self._values[n] for n in names if n in self._values]
+        values += [v for n in names if n in self._schedules for v in self._schedules[n].values()]
+        parts = [part for value in values for part in value.parts if part.requires_grad]
+        found = {n.removeprefix(META) for n in names if n.startswith(META)} & self._sums.keys()
+        if not parts:
+            return found
+        zeros = [torch.zeros_like(part) for part in parts]
+        pulled = torch.autograd.grad(parts, list(self.leaves.values()), zeros, retain_graph=True, allow_unused=True)
+        return found | {name for name, g in zip(self.leaves, pulled, strict=True) if g is not None}
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The derivatives by the meta-parameters that act through hyper-parameters, as far as any was added."""
+        self._sum(self._through([pair for value in self._values.values() for pair in value.pulled]))
+        return self._sums
+
+
+def _called(name: str, what: Hyper, meta: MetaParameters, leaves: Mapping[str, Tensor], *at: int) -> Any:
     if not callable(what):
         return what
     try:
         with torch.enable_grad():
-            return what(meta.like_given(leaves))
+            return what(meta.like_given(leaves), *at)
     except (AttributeError, TypeError) as error:
         if groups := [key for key, value in meta.given.items() if isinstance(value, Mapping)]:
             error.add_note(
@@ -227,93 +301,13 @@ def _evaluate(name: str, what: Hyper, meta: MetaParameters, leaves: Mapping[str,
     except KeyError as error:
         if error.args and error.args[0] in meta.given:
             raise
-        groups = [f", {k!r} a group of {sorted(v)}" for k, v in meta.given.items() if isinstance(v, Mapping)]
         raise ValueError(
-            f"`{name}` asks for the meta-parameter {error}. Got {sorted(meta.given) or 'none'}{''.join(groups)}: name "
-            "it in Objective(..., meta={...}), and ask for a member of a group as meta['group']['member']."
+            f"`{name}` asks for the meta-parameter {error}. Got {_listed(meta)}: name it in Objective(..., "
+            "meta={...}), and ask for a member of a group as meta['group']['member']."
         ) from error
 
 
-def _value(name: str, found: Any, layout: Layout, steps: int, like: Tensor) -> _Value:
-    if isinstance(found, Mapping):
-        _check_names(name, found, layout.names)
-        shapes = dict(zip(layout.names, layout.shapes, strict=True))
-        _check_one_meaning(name, found, shapes, steps)
-        return _Value(
-            [_column(f"{name}[{n!r}]", found[n], shape, steps, like) for n, shape in shapes.items()], layout.sizes
-        )
-    if isinstance(found, (list, tuple)) and found:
-        value = torch.stack([_tensor(name, v, like) for v in found])
-    else:
-        value = _tensor(name, found, like)
-    if value.ndim > 1 or value.ndim == 1 and len(value) not in (1, steps):
-        raise ValueError(
-            f"`{name}` must be a number, or one per inner step, shape ({steps},). Got {tuple(value.shape)}: for one "
-            "per parameter return a dictionary by parameter name."
-        )
-    return _Value([value.reshape(-1, 1)], None)
-
-
-def _check_names(name: str, found: Mapping[Any, Any], names: Sequence[str]) -> None:
-    """Raise unless a mapping is by parameter name."""
-    missing, unknown = set(names) - set(found), sorted(map(str, set(found) - set(names)))
-    if unknown and len(missing) == len(names):
-        raise ValueError(
-            f"`{name}` must be one value for all parameters, or a dictionary with one for each by its name. Got a "
-            f"group of values with other names, {unknown}, where {list(names)} adapt: choose one of the group, or give "
-            "one to each parameter."
-        )
-    if missing or unknown:
-        raise ValueError(
-            f"`{name}` must name every adapted parameter and no other. Missing: {sorted(missing) or 'none'}; "
-            f"unknown: {unknown or 'none'}."
-        )
-
-
-def _check_one_meaning(name: str, found: Mapping[str, Any], shapes: Mapping[str, torch.Size], steps: int) -> None:
-    """Raise where a vector may be one value per step, as others beside it are, or one per entry of its parameter."""
-    vectors = [n for n, value in found.items() if isinstance(value, Tensor) and value.shape == (steps,)]
-    both = [n for n in vectors if shapes[n] == (steps,)]
-    others = [n for n, v in found.items() if isinstance(v, (list, tuple)) and len(v) == steps or n in vectors]
-    if steps > 1 and both and (other := next((n for n in others if n not in both), None)):
-        raise ValueError(
-            f"`{name}[{both[0]!r}]` may be one value per inner step, as `{name}[{other!r}]` is, or one per entry of "
-            f"the parameter, which has as many. Expected shape ({steps}, 1) for one per step, or (1, {steps}) for one "
-            f"per entry. Got ({steps},)."
-        )
-
-
-def _column(name: str, value: Any, shape: torch.Size, steps: int, like: Tensor) -> Tensor:
-    """One parameter's part, `(1 or steps, 1 or size)`; of the parameter's shape is one value per entry."""
-    if isinstance(value, (list, tuple)):
-        if len(value) not in (1, steps):
-            raise ValueError(f"`{name}` must be a sequence of {steps} values, one per inner step. Got {len(value)}.")
-        rows = [_column(name, each, shape, 1, like) for each in value]
-        width = max(row.shape[1] for row in rows)
-        return torch.cat([row.expand(1, width) for row in rows])
-    tensor = _tensor(name, value, like)
-    if tensor.ndim == 0 or tensor.shape == shape:
-        return tensor.reshape(1, -1)
-    if tensor.ndim == 1 and len(tensor) in (1, steps):
-        return tensor.reshape(-1, 1)
-    per_step = (steps, *shape)
-    if tensor.ndim == len(per_step) and all(a in (1, b) for a, b in zip(tensor.shape, per_step, strict=True)):
-        full = tensor if tensor[0].numel() == 1 else tensor.expand(len(tensor), *shape)
-        return full.reshape(len(full), -1)
-    raise ValueError(
-        f"`{name}` must be a number, of the parameter's shape {tuple(shape)}, or for each inner step of shape "
-        f"({steps},), or {per_step}, where dimensions may be 1. Got {tuple(tensor.shape)}."
-    )
-
-
-def _tensor(name: str, value: Any, like: Tensor) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.to(like)
-    if isinstance(value, Real):
-        return like.new_tensor(float(value))
-    if isinstance(value, Mapping):
-        raise TypeError(
-            f"`{name}` must be numbers or tensors. Got a group of them, {sorted(map(str, value))}: choose one. Values "
-            "by parameter and step are a dictionary by parameter name, of one sequence each."
-        )
-    raise TypeError(f"`{name}` must be numbers or tensors. Got {value!r}.")
+def _listed(meta: MetaParameters) -> str:
+    """The meta-parameters in words."""
+    groups = [f", {k!r} a group of {sorted(v)}" for k, v in meta.given.items() if isinstance(v, Mapping)]
+    return f"{sorted(meta.given) or 'none'}{''.join(groups)}"

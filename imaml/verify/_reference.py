@@ -141,7 +141,8 @@ class Reference:
         adapted = {n: start[n] for n in self.adapted}
         layout, given = Layout.of(adapted), self.inner.hyperparameters
         meta = MetaParameters(self.objective.meta.like_given(start))
-        hyper = Hyperparameters.of({n: (h, self.steps) for n, h in given.items()}, meta, layout, flat(adapted))
+        steps = {n: (h, self.steps) for n, h in given.items()}
+        hyper = Hyperparameters.of(steps, meta, layout, flat(adapted), names=self.inner.meta)
         state = self.inner.start(flat(adapted).unsqueeze(0))
         values = start | unflat(state[0].squeeze(0), adapted)
         yield values
@@ -154,7 +155,8 @@ class Reference:
             gradient = layout.flatten(grads)
             if self.inner.stationarity is not None and gradient.norm() <= self.inner.stationarity:
                 break
-            state = self.inner.update(state, gradient.unsqueeze(0), step, hyper.at(step))
+            at = hyper.at(step)
+            state = self.inner.update(state, self.inner.clipped(gradient.unsqueeze(0), at), step, at)
             values = values | unflat(state[0].squeeze(0), adapted)
             yield values
 

@@ -54,8 +54,12 @@ def meta_gradient(
     lr: Callable[[Values, str, int], Any],
     damping: Callable[[Values], Any] = lambda meta: 0.0,
     truncate: int | None = None,
+    prepare: Callable[[Values, Values, int], Values] = lambda grads, meta, step: grads,
 ) -> Values:
-    """Gradients of the mean outer loss for every entry of theta and meta, all of theta adapting."""
+    """Gradients of the mean outer loss for every entry of theta and meta, all of theta adapting.
+
+    An update is of one parameter; `prepare` changes the gradients of all of them together, before it.
+    """
     theta, meta = ({n: t.detach().clone().requires_grad_() for n, t in d.items()} for d in (theta, meta))
     losses = []
     for task in tasks:
@@ -67,6 +71,7 @@ def meta_gradient(
             value = inner(phi, meta, task.support)
             value = value + damping(meta) / 2 * sum(((phi[n] - theta[n]) ** 2).sum() for n in phi)
             grads = dict(zip(phi, torch.autograd.grad(value, list(phi.values()), create_graph=True), strict=True))
+            grads = prepare(grads, meta, k)
             phi = {n: update(phi[n], grads[n], memory[n], k + 1, lr(meta, n, k)) for n in phi}
         if truncate == 0:
             phi = {n: theta[n] + (t - theta[n]).detach() for n, t in phi.items()}

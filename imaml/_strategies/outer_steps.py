@@ -58,8 +58,8 @@ def check_outer_steps(given: object, steps: int, first: int) -> dict[int, Hyper]
             )
         if takes_step(weight):
             raise TypeError(
-                f"`{name_of(step)}` belongs to one step. Expected a number, or a function of the meta-parameters alone. "
-                f"Got {weight!r}, a function of the step too."
+                f"`{name_of(step)}` belongs to one step. Expected a number, or a function of the meta-parameters "
+                f"alone. Got {weight!r}, a function of the step too."
             )
         if not callable(weight):
             check_number(f"`{name_of(step)}`, unless a function of the meta-parameters,", weight)

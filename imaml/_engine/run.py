@@ -217,10 +217,9 @@ class Run:
 
     def _mark(self) -> Callable[[], None]:
         """What takes back all that a chunk adds to from here on, but what it cost."""
-        take_back, finals = [self.record.mark(), self.hyper.mark()], len(self.finals)
+        take_back = self.record.mark(), self.hyper.mark()  # states are kept once a chunk is through
 
         def undo() -> None:
-            del self.finals[finals:]
             for each in take_back:
                 each()
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from imaml import (
@@ -205,13 +205,13 @@ def _expected(model: nn.Module, tasks: list[Task], steps: int, constant: int) ->
     return {n: torch.stack([g[n] for g, _ in found]).mean(0) for n in found[0][0]}, [phi for _, phi in found]
 
 
+ALIKE, RAGGED = (4, 4, 4), (4, 3, 4, 2, 3)
+
+
 @pytest.mark.parametrize("chunk_size", [None, 1, 2])
 @pytest.mark.parametrize(
     ("kind", "shapes"),
-    [
-        ("stacked", (4, 4, 4)),
-        *((kind, shapes) for kind in ("list", "fixed") for shapes in ((4, 4, 4), (4, 3, 4, 2, 3))),
-    ],
+    [("stacked", ALIKE), ("list", ALIKE), ("list", RAGGED), ("fixed", ALIKE), ("fixed", RAGGED)],
     ids=str,
 )
 def test_every_task_goes_on_from_its_own_state(chunk_size: int | None, kind: str, shapes: tuple[int, ...]) -> None:
@@ -295,6 +295,39 @@ def test_a_learned_step_size_for_every_step_of_the_whole_training() -> None:
     assert got["lr"][:FIRST].eq(0).all() and got["lr"][FIRST:].ne(0).all()
 
 
+class _FromTheta(InnerOptimizer):
+    """Gradient descent with a momentum that starts at half of theta."""
+
+    @property
+    def buffers(self) -> int:
+        return 1
+
+    def start(self, phi: Tensor) -> tuple[Tensor, ...]:
+        return phi, phi / 2
+
+    def update(self, state: Any, gradient: Tensor, step: int, at: Any) -> tuple[Tensor, ...]:
+        buffer = 0.9 * state[1] + gradient
+        return state[0] - at["lr"] * buffer, buffer
+
+
+def test_the_buffers_of_a_state_are_constants_for_an_optimiser_whose_own_start_depends_on_theta() -> None:
+    model, task = make_model(), Task(support=make_data(), query=QUERY)
+    objective = _plain(model)
+    state = _state(MAML(inner=_FromTheta(lr=0.05, steps=FIRST)), objective, [task])
+    got = MAML(inner=_FromTheta(lr=0.05, steps=3)).value_and_grad(objective, [task], start=state)[1]
+    close(got, MAML(inner=_FromTheta(lr=0.05, steps=STEPS), truncate=3).value_and_grad(objective, [task])[1])
+    leaves = {n: t[0].clone().requires_grad_() for n, t in state.parameters.items()}
+    parts = state.buffers[0][0].split([t.numel() for t in leaves.values()])
+    phi, buffers = leaves, {n: part.view(t.shape) for (n, t), part in zip(leaves.items(), parts, strict=True)}
+    for _ in range(3):
+        loss = F.cross_entropy(functional_call(model, phi, task.support[0]), task.support[1])
+        grads = torch.autograd.grad(loss, list(phi.values()), create_graph=True)
+        buffers = {n: 0.9 * buffers[n] + g for n, g in zip(phi, grads, strict=True)}
+        phi = {n: p - 0.05 * buffers[n] for n, p in phi.items()}
+    judged = F.cross_entropy(functional_call(model, phi, QUERY[0]), QUERY[1])
+    close(got, dict(zip(leaves, torch.autograd.grad(judged, list(leaves.values())), strict=True)))
+
+
 def test_an_early_stop_keeps_the_state_of_each_task_where_it_stood() -> None:
     model, tasks = make_model(), TaskBatch.stack([Task(support=make_data(seed=s), query=QUERY) for s in (1, 2, 3)])
     objective = _plain(model)
@@ -330,7 +363,7 @@ def _fewer(inner: Any, steps: int) -> Any:
 
 @pytest.mark.parametrize("inner", [TorchOptimizer(torch.optim.SGD, steps=3, lr=0.1), NewtonCG(steps=3)])
 def test_an_inner_solver_goes_on_from_the_parameters(inner: Any) -> None:
-    model, tasks = make_model(), _tasks((4, 4))
+    model, tasks = make_model(), TaskBatch.stack(_tasks((4, 4)))
     engine = FOMAML(inner=inner, regularization=0.5)
     state = _state(engine, _plain(model), tasks)
     assert state.buffers == () and state.step == 3

@@ -538,6 +538,8 @@ def test_draws_of_a_data_set_are_those_of_the_step_and_leave_the_users_generator
     random.seed(7)
     assert torch.equal(first, again) and a == torch.rand(()) and b == random.random()
     assert not torch.equal(source.at(5)[0], first)
+    plain = Minibatches.of(Noisy(), batch_size=4, shuffle=False)  # the same examples in each epoch, drawn anew
+    assert torch.equal(plain.at(3)[1], plain.at(0)[1]) and not torch.equal(plain.at(3)[0], plain.at(0)[0])
 
 
 def test_indices_of_batches_that_are_no_pair() -> None:

@@ -172,6 +172,14 @@ class TaskBatch:
         """The same with a batch that stands for those of all steps from this one on."""
         return self.at(self.support.stand_in(step)) if isinstance(self.support, Minibatches) else self
 
+    def fetched(self, step: int) -> int:
+        """Bytes of a batch that a step has to fetch; 0 where the source keeps it, or the support sets are fixed."""
+        if not isinstance(self.support, Minibatches):
+            return 0
+        one, other = self.alike(step).support, self.alike(step).support  # both at once, lest one take the other's place
+        pairs = zip(tree_flatten(one)[0], tree_flatten(other)[0], strict=True)
+        return sum(t.numel() * t.element_size() for t, same in pairs if t.data_ptr() != same.data_ptr())
+
     def _each(self, change: Callable[[Batch], Batch]) -> tuple[Any, Batch]:
         """What a function makes of the support and of the query sets."""
         support = self.support
@@ -247,6 +255,8 @@ def _stacked(batches: list[Batch]) -> Batch:
 
 
 def _stacked_at_a_step(batches: list[Batch]) -> Batch:
+    if len(batches) == 1:
+        return tree_map(lambda t: t.unsqueeze(0), wrapped(batches[0]))  # no copy of what is fetched step by step
     return TaskBatch.stack([Task(support=batch, query=batch) for batch in batches]).support
 
 

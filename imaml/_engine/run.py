@@ -272,6 +272,7 @@ class Run:
 
     def chunking(self, batch: TaskBatch) -> Chunking:
         """How tasks of these shapes run; looked at once per engine."""
+        fetched = batch.fetched(self.first) if self.engine.chunk_size == "auto" else 0
         batch = batch.alike(self.first)
         self.check(batch)
         size, known, snapshot = self.engine.chunk_size, self.engine._memory.chunkings, self.snapshot
@@ -279,7 +280,7 @@ class Run:
             return Chunking(size, size, graphs=0)
         key = (snapshot.layout, snapshot.shared_layout, snapshot.like.device, signature(batch))
         if size == "auto":
-            return self.engine._choose(snapshot.objective, batch, key)
+            return self.engine._choose(snapshot.objective, batch, (*key, fetched), fetched)
         if key not in known:
             trial = self._trial(differentiates=bool(self.layouts))
             one = trial.problem([0], batch[:1], ONE_BY_ONE)

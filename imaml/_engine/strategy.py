@@ -116,8 +116,8 @@ class Strategy(ABC):
         return None
 
     @abstractmethod
-    def _choose(self, objective: Objective, batch: TaskBatch, shapes: Hashable) -> Chunking:
-        """How tasks run with `chunk_size="auto"`."""
+    def _choose(self, objective: Objective, batch: TaskBatch, shapes: Hashable, fetched: int) -> Chunking:
+        """How tasks run with `chunk_size="auto"`, each of whose steps fetches so many bytes."""
 
     @property
     def _without_folder(self) -> dict[str, tuple[str, str]]:

@@ -81,7 +81,8 @@ class ImplicitCosts(Costs):
                 there + vector + curvature.peak,
                 there + graph + scaled + product.peak,
             ]
-        return max(peaks)
+        # After the inner loop batch after batch is fetched, beside that of the last step, and products are summed up.
+        return max(peaks) + (chunk.facts.fetched + vector if chunk.facts.fetched else 0)
 
     def work(self, facts: Facts) -> Work:
         """K + 2 gradients and the solver's products, and two gradients and a product for the error bound."""

@@ -16,6 +16,7 @@ from imaml._strategies.schedule import Sweep, sweep
 from imaml._strategies.storage import most_on_device
 from imaml._strategies.tape import Tape
 from imaml.inner._inner_problem import State
+from imaml.planning._account import Use
 from imaml.planning._costs import ChunkUse, Costs, Facts, Stages, Work
 
 _MOVED = {"device": 0.0, "cpu": 0.1, "disk": 1.0}
@@ -109,11 +110,14 @@ class MAMLCosts(Costs):
 
     def _with_graphs(self, chunk: ChunkUse, counts: Sweep, cotangents: float) -> list[float]:
         """On the way to the end and at the last step, then at the one before; the first graph holds its state too."""
-        tape, graph, product, state = self._tape, chunk["kept"], chunk["kept product"], self._state(chunk)
+        tape, product, state, fetched = self._tape, chunk["kept product"], self._state(chunk), chunk.facts.fetched
+        graph = chunk["kept"].plus(Use(fetched, fetched))  # which holds the batch of its step
         zeros, buffers = self._of_buffers(chunk)
         theta, before = chunk.theta * chunk.facts.damped, self._below_graphs(chunk, counts)
         if tape.by_states < 2:  # the state at hand is the first
             theta *= tape.first > 0
+        # The last graph has the batch at hand, and that of step 0 the one that stands for all.
+        before -= fetched * (1 + (tape.by_states == 0))
         left = before + tape.graphs * graph.held - state
         return [
             before + theta + (tape.graphs - 1) * graph.held + graph.peak,

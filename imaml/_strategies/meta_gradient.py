@@ -243,7 +243,7 @@ class MetaGradient(Strategy):
 
         The peak comes from a model of each strategy: how many states, graphs and vectors it holds beside an inner step,
         a query gradient or a Hessian-vector product. What these take is measured, for one, two and three tasks, and
-        continued along a line.
+        continued along a line. Of minibatches the first stands for all; those that a call holds besides are counted.
 
         Cost: at most 4 gradients and 4 products for each of these, six tasks in all. With modules to recompute it is as
         much again, of recomputed ones, and a few gradients of a task. The model, `.grad`s and random states are not
@@ -267,10 +267,10 @@ class MetaGradient(Strategy):
 
         return forecast(self, objective, tasks, memory)
 
-    def _choose(self, objective: Objective, batch: TaskBatch, shapes: Hashable) -> Chunking:
+    def _choose(self, objective: Objective, batch: TaskBatch, shapes: Hashable, fetched: int) -> Chunking:
         from imaml.planning._planner import automatic  # noqa: PLC0415
 
-        return automatic(self, objective, batch, shapes)
+        return automatic(self, objective, batch, shapes, fetched)
 
     def _kept(self, folder: str | Path | None, group: ProcessGroup | None) -> Path | None:
         """The folder of a call; raises ValueError where it cannot be kept in one."""

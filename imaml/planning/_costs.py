@@ -60,6 +60,8 @@ class Facts:
     """What a linear system takes, where the strategy solves any."""
     per_step: tuple[float, float] = (1, 0)
     """Gradients and products of an inner step."""
+    fetched: int = 0
+    """Bytes of the batch that an inner step fetches, of all tasks; 0 where it is there."""
     without_path: Collection[str] = ()
     """Meta-parameters that no derivative leads to."""
     recomputes: bool = False

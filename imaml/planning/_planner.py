@@ -8,6 +8,7 @@ from dataclasses import replace
 from math import ceil
 
 import torch
+from torch import Tensor
 
 from imaml._engine.chunking import VECTORISED, Chunking
 from imaml._engine.strategy import Strategy
@@ -33,20 +34,21 @@ def forecast(
 ) -> Forecast[Engine]:
     """See `MetaGradient.plan`."""
     limit = None if memory is None else parse(memory)
-    groups = [batch.at(0) for _, batch in by_shape(tasks)]  # of minibatches the first stands for all
+    given = [batch for _, batch in by_shape(tasks)]
+    groups = [(batch.alike(0), batch.fetched(0)) for batch in given]  # of minibatches the first stands for all
     device = device_of(objective)
     if limit is None and device.type != "cpu":
         limit = free(device)
-    batches = [look(engine, objective, batch, room_of(device)) for batch in groups]
+    batches = [look(engine, objective, batch, room_of(device), fetched) for batch, fetched in groups]
     for key in set[str].intersection(*(set(batch.probe.facts.without_path) for batch in batches)):
         raise no_gradient(key, engine._without_path)
     ways = [(engine, batches), *recomputing(engine, objective, groups, room_of(device))]
-    tensors = [] if isinstance(tasks, TaskBatch) else tree_leaves([(batch.support, batch.query) for batch in groups])
-    stacked = sum(t.numel() * t.element_size() for t in tensors)
+    tensors = [] if isinstance(tasks, TaskBatch) else tree_leaves([(batch.support, batch.query) for batch in given])
+    stacked = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
     settings: list[Setting[Engine]] = []
     for way, looks in ways:
         changes = {} if way is engine else {"recompute": way.recompute}
-        for options in every(costs_of(way), device, max(map(len, groups))):
+        for options in every(costs_of(way), device, max(map(len, given))):
             chosen = replace(way, **options) if options else way
             found = predict(chosen, looks, [chunking(chosen, look, limit) for look in looks], stacked=stacked)
             fits = limit is None or found.peak_bytes <= limit
@@ -54,25 +56,36 @@ def forecast(
     return Forecast(
         settings=tuple(sorted(settings, key=lambda setting: (setting.rank, setting.peak_bytes))),
         memory=limit,
-        tasks=sum(map(len, groups)),
+        tasks=sum(map(len, given)),
         gradients=sum(look.probe.gradients for _, looks in ways for look in looks),
         hvps=sum(look.probe.hvps for _, looks in ways for look in looks),
     )
 
 
 def recomputing(
-    engine: Engine, objective: Objective, groups: Sequence[TaskBatch], room: float | None
+    engine: Engine, objective: Objective, groups: Sequence[tuple[TaskBatch, int]], room: float | None
 ) -> list[tuple[Engine, list[ProbedTasks]]]:
     """The engine with modules that are worth recomputing, if it leaves that open and there are any, and its looks."""
-    for blocks in worth_recomputing(engine, objective, groups[0]):
+    for blocks in worth_recomputing(engine, objective, groups[0][0]):
         leaner = replace(engine, recompute=blocks)
         with suppress(*REFUSALS):  # found where tasks are vectorised, or in second derivatives
-            return [(leaner, [look(leaner, objective, batch, room) for batch in groups])]
+            return [(leaner, [look(leaner, objective, batch, room, fetched) for batch, fetched in groups])]
     return []
 
 
-def look(engine: Strategy, objective: Objective, batch: TaskBatch, room: float | None) -> ProbedTasks:
-    """Measure the stages of a few tasks of equal shapes, as far as these stay within the room."""
+def look(engine: Strategy, objective: Objective, batch: TaskBatch, room: float | None, fetched: int) -> ProbedTasks:
+    """Measure the stages of a few tasks of equal shapes, as far as these stay within the room.
+
+    Args:
+        engine: Its settings.
+        objective: Model and loss.
+        batch: The tasks, with a batch that stands for those of all steps.
+        room: Bytes; None: no limit.
+        fetched: Bytes of the batch that a step fetches.
+
+    Returns:
+        What is known of them.
+    """
     variants = costs_of(engine).variants(device_of(objective))
     engines = [replace(engine, chunk_size=1, compile=False, **changes) for changes in variants]
     with torch.inference_mode(False), torch.no_grad():
@@ -84,16 +97,16 @@ def look(engine: Strategy, objective: Objective, batch: TaskBatch, room: float |
         fixed = engine.chunk_size if isinstance(engine.chunk_size, int) else None
         most = min(len(batch), MOST_TASKS if fixed is None else min(fixed, MOST_TASKS))
         costs = [costs_of(one) for one in engines]
-        found = probe(costs, objective, batch, range(1, most + 1), room)
+        found = probe(costs, objective, batch, range(1, most + 1), room, fetched)
     return ProbedTasks(tasks=len(batch), probe=found, usual=usual)
 
 
-def automatic(engine: Strategy, objective: Objective, batch: TaskBatch, shapes: Hashable) -> Chunking:
+def automatic(engine: Strategy, objective: Objective, batch: TaskBatch, shapes: Hashable, fetched: int) -> Chunking:
     """How tasks run with `chunk_size="auto"`; looked at once for these shapes, and again for more tasks up to three."""
     key, looks = (shapes, min(len(batch), MOST_TASKS)), engine._memory.looks
     if key not in looks:
         room = room_of(device_of(objective))
-        looks[key] = look(engine, objective, batch, room), room
+        looks[key] = look(engine, objective, batch, room, fetched), room
     found, room = looks[key]
     found = replace(found, tasks=len(batch))
     chosen = auto(engine, found, room)
@@ -101,7 +114,7 @@ def automatic(engine: Strategy, objective: Objective, batch: TaskBatch, shapes: 
     if room is None or peak <= room:
         return chosen
     if (key, "recompute") not in looks:  # a second probe, and only where nothing fits without
-        looks[key, "recompute"] = recomputing(engine, objective, [batch], room)
+        looks[key, "recompute"] = recomputing(engine, objective, [(batch, fetched)], room)
     for leaner, [again] in looks[key, "recompute"]:
         again = replace(again, tasks=len(batch))
         one = auto(leaner, again, room)

@@ -55,7 +55,9 @@ def predict(
         work = costs.work(facts)
         for tasks in batch.chunks(chunking.tasks):
             sums = min(len(peaks), 1) * (facts.adapted + facts.shared) * facts.dtype.itemsize
-            peaks.append(batch.probe.base.held + sums + costs.peak(_chunk(batch.probe, tasks, chunking.query_tasks)))
+            # Of minibatches that of the first step, which stands for the shapes of all, and that of the step at hand.
+            always = batch.probe.base.held + 2 * facts.fetched + sums
+            peaks.append(always + costs.peak(_chunk(batch.probe, tasks, chunking.query_tasks)))
         gradients += batch.tasks * work.gradients
         hvps += batch.tasks * work.hvps
         equivalents += batch.tasks * work.equivalents

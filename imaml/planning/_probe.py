@@ -47,7 +47,12 @@ class Probe:
 
 
 def probe(
-    costs: Sequence[Costs], objective: Objective, batch: TaskBatch, sizes: Sequence[int], room: float | None
+    costs: Sequence[Costs],
+    objective: Objective,
+    batch: TaskBatch,
+    sizes: Sequence[int],
+    room: float | None,
+    fetched: int = 0,
 ) -> Probe:
     """Measure the stages of some engines that differ in their settings.
 
@@ -60,6 +65,7 @@ def probe(
         batch: Tasks of equal shapes.
         sizes: Sizes of the chunks to measure, ascending.
         room: Bytes that the next larger chunk should not exceed, by the last; None: no limit.
+        fetched: Bytes of the batch that an inner step fetches for all tasks.
 
     Returns:
         The stages of chunks of at least the first size. Random states are left as they were.
@@ -85,7 +91,7 @@ def probe(
             stages = Stages.of(account, problem)
             try:
                 for each in costs:
-                    facts = replace(each.measure(problem, stages), solve=solve)
+                    facts = replace(each.measure(problem, stages), solve=solve, fetched=fetched)
             finally:
                 run.snapshot.replay.undo()
         gradients, hvps = gradients + run.record.gradients, hvps + run.record.products

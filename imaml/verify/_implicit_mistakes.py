@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imaml._minibatches import Minibatches, batch_at
 from imaml._torch import load_forward_ad
 from imaml.verify._argmin import InnerProblem
 from imaml.verify._mistakes import Suspect, hessian_product, reverse_over_forward
@@ -77,21 +78,21 @@ class System:
         self.damping = flat({n: torch.full_like(t, reference.damping[n]) for n, t in like.items()})
         self._like = like
 
-    def curved(self, w: Tensor, *, query: bool = False) -> Values:
-        """The derivative of g'w by every parameter."""
-        batch = self._query if query else self._batch
+    def curved(self, w: Tensor, *, query: bool = False, step: int | None = None) -> Values:
+        """The derivative of g'w by every parameter; of the minibatch of an inner step, where one is given."""
+        batch = self._query if query else self._batch if step is None else batch_at(self._batch, step)
         return self._product(self._reference, self._values, unflat(w, self._like), batch)
 
-    def hessian(self, w: Tensor, *, query: bool = False) -> Tensor:
-        """H w."""
-        found = self.curved(w, query=query)
+    def hessian(self, w: Tensor, *, query: bool = False, step: int | None = None) -> Tensor:
+        """H w, likewise."""
+        found = self.curved(w, query=query, step=step)
         return flat({n: found[n] for n in self._like})
 
-    def full(self, u: Tensor, *, fixed: bool = True) -> Tensor:
+    def full(self, u: Tensor, *, fixed: bool = True, step: int | None = None) -> Tensor:
         """The meta-gradient of all parameters for a solution u (the part of the fixed ones without it: first order)."""
         named = dict(unflat(u, self._like)) | self._fixed
         if self._fixed and fixed:
-            mixed = self.curved(u / self.damping)
+            mixed = self.curved(u / self.damping, step=step)
             named |= {n: g - mixed[n] for n, g in self._fixed.items()}
         return flat({n: named[n] for n in self._values})
 
@@ -156,6 +157,16 @@ def _of_place(reference: Reference, place: Place) -> Iterator[Suspect]:
     yield text + at, every(lambda s: s.v, fixed=False)
     text = "the Hessian is that of the query loss, not of the support loss"
     yield text + at, every(lambda s: s.solution(lambda u: u + s.hessian(u / s.damping, query=True)))
+    if reference.steps and any(isinstance(task.support, Minibatches) for task in reference.tasks):
+        text = "the Hessian is that of the last minibatch, not of the mean over their source"
+        last = reference.steps - 1
+
+        def by_last(mixed: int | None) -> Tensor:
+            found = [s.solution(lambda u, s=s: u + s.hessian(u / s.damping, step=last)) for s in known]  # type: ignore[misc]
+            return mean([s.full(u, step=mixed) for s, u in zip(known, found, strict=True)])
+
+        yield text + at, partial(by_last, last)
+        yield text + at, partial(by_last, None)
     for k, vectors in _iterates(known):
         residual = max(s.residual(u) for s, u in zip(known, vectors, strict=True))
         text = (

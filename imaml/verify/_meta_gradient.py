@@ -57,6 +57,7 @@ def meta_gradient(
 
     - "maml": after the inner loop from theta + t d;
     - "implicit": at the minimum of L_support + lambda/2 |phi - theta - t d|^2, found by Newton's method to rounding;
+      L_support is the mean over the source where there are minibatches, or over `curvature_batches` of it;
     - "fomaml": at phi + t d, with phi adapted from theta.
 
     The relative error is that over all directions together. Where the subject fails, its result is compared with the
@@ -97,7 +98,8 @@ def meta_gradient(
     damping = damping_of(engine_or_function, regularization, copied.adapted, claim)
     given = regularization if regularization is not None else getattr(engine_or_function, "regularization", None)
     outer_steps = getattr(engine_or_function, "outer_steps", None)
-    reference = Reference(copied, list(tasks), used, damping, as_function(given), outer_steps)
+    batches = getattr(engine_or_function, "curvature_batches", None)
+    reference = Reference(copied, list(tasks), used, damping, as_function(given), outer_steps, batches)
     values = reference.values()
     random = is_random(reference, seed, as_given)
     check_copied(reference, objective.model, seed)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from imaml._leaves import wrapped
+from imaml._minibatches import Minibatches, batch_at
 from imaml._torch import load_forward_ad, tree_map
 from imaml.verify._reference import Reference, Values, flat
 
@@ -28,6 +29,7 @@ def unrolled(
     damping: float = 1.0,
     fixed_centre: bool = False,
     zipped: bool = False,
+    first_batch: bool = False,
 ) -> Tensor:
     """The derivative through the graph of the inner loop, right by default.
 
@@ -39,6 +41,7 @@ def unrolled(
         damping: Factor of the proximal term.
         fixed_centre: Whether the centre of the proximal term is a constant.
         zipped: Whether gradients of used parameters update the first parameters of the same shapes instead.
+        first_batch: Whether the first of the minibatches serves in every step.
 
     Returns:
         The meta-gradient as one vector.
@@ -52,7 +55,7 @@ def unrolled(
             for step in range(steps):
                 if differentiated is not None and step == steps - differentiated:
                     values |= {n: start[n] + (values[n] - start[n]).detach() for n in names}
-                loss = reference.loss(values, task.support)
+                loss = reference.loss(values, task.support, step=0 if first_batch else step)
                 for name in names:
                     weight = damping * reference.damping[name] / 2
                     loss = loss + weight * (values[name] - centre[name]).square().sum() if weight else loss
@@ -75,6 +78,7 @@ def swept(
     *,
     query_hessian: bool = False,
     shift: int = 0,
+    batch_shift: int = 0,
     sign: float = 1.0,
     product: Callable[..., Values] | None = None,
 ) -> Tensor:
@@ -84,6 +88,7 @@ def swept(
         reference: The problem.
         query_hessian: Take the Hessian of the query loss.
         shift: Take it so many states later (at most the last) or earlier (at least the first).
+        batch_shift: Take it of the minibatch of so many steps later, or earlier, likewise.
         sign: Factor of the Hessian.
         product: Called like `hessian_product` in its stead.
 
@@ -94,15 +99,16 @@ def swept(
     for task in reference.tasks:
         states = [start]
         one = replace(reference, tasks=[task])
-        for _ in range(reference.steps):
-            states.append(_step(one, states[-1], start, task.support))
+        for k in range(reference.steps):
+            states.append(_step(one, states[-1], start, batch_at(task.support, k)))
         a = reference.gradient(lambda v, task=task: reference.loss(v, task.query, outer=True), states[-1])  # type: ignore[misc]
         a = {n: t.clone() for n, t in a.items()}
         pulled = {n: torch.zeros_like(t) for n, t in a.items()}
         for k in reversed(range(reference.steps)):
             at = states[min(max(k + shift, 0), reference.steps)]
             w = {n: -reference.lr * a[n] for n in reference.adapted}
-            curved = (product or hessian_product)(reference, at, w, task.query if query_hessian else task.support)
+            support = batch_at(task.support, min(max(k + batch_shift, 0), reference.steps - 1))
+            curved = (product or hessian_product)(reference, at, w, task.query if query_hessian else support)
             for n in a:
                 a[n] += sign * curved[n]
             for n, weight in reference.damping.items():
@@ -148,17 +154,18 @@ def reverse_over_forward(reference: Reference, values: Values, w: Values, batch:
 def vectorised(reference: Reference) -> Tensor:
     """`grad` over `vmap` over inner `grad`, which torch gets wrong for affine normalisation layers."""
     start, names = reference.values(), reference.adapted
-    batch = [_stack([getattr(task, kind) for task in reference.tasks]) for kind in ("support", "query")]
+    seen = [_stack([batch_at(task.support, k) for task in reference.tasks]) for k in range(reference.steps)]
+    query = _stack([task.query for task in reference.tasks])
 
-    def one(values: Values, support: Any, query: Any) -> Tensor:
+    def one(values: Values, seen: Sequence[Any], query: Any) -> Tensor:
         phi = {n: values[n] for n in names}
-        for _ in range(reference.steps):
-            grads = torch.func.grad(lambda p: reference.inner_loss(values | p, values, support))(phi)
+        for support in seen:
+            grads = torch.func.grad(lambda p, support=support: reference.inner_loss(values | p, values, support))(phi)
             phi = {n: phi[n] - reference.lr * grads[n] for n in names}
         return reference.loss(values | phi, query, outer=True)
 
     def mean(values: Values) -> Tensor:
-        return torch.func.vmap(one, in_dims=(None, 0, 0))(values, *batch).mean()
+        return torch.func.vmap(one, in_dims=(None, 0, 0))(values, seen, query).mean()
 
     return flat(torch.func.grad(mean)(start))
 
@@ -211,6 +218,13 @@ def of_maml(reference: Reference, right: Tensor | None) -> Iterator[Suspect]:
     yield text + "before it", lambda: swept(reference, shift=-1)
     yield text + "at the end of the inner loop", lambda: swept(reference, shift=steps)
     yield text + "theta", lambda: swept(reference, shift=-steps)
+    if any(isinstance(task.support, Minibatches) for task in reference.tasks):
+        yield "the first minibatch serves in every inner step", lambda: unrolled(reference, first_batch=True)
+        text = "the Hessian of an inner step is that of the minibatch of "
+        yield text + "the step after it", lambda: swept(reference, batch_shift=1)
+        yield text + "the step before it", lambda: swept(reference, batch_shift=-1)
+        yield text + "the last step", lambda: swept(reference, batch_shift=steps)
+        yield text + "the first step", lambda: swept(reference, batch_shift=-steps)
     yield "the Hessian has the wrong sign", lambda: swept(reference, sign=-1.0)
     text = "second derivatives through vmap between two grads, which torch gets wrong for affine normalisation layers"
     yield text, lambda: vectorised(reference)

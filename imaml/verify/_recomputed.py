@@ -29,7 +29,7 @@ def recomputed_wrongly(reference: Reference, seed: int, tolerance: float) -> tup
         def gradient(only: frozenset[str] | None, batch: Any = batch, outer: bool = outer) -> tuple[Tensor, set[str]]:
             survey = replace(reference.objective.survey(), only=only)
             with draws(seed):
-                loss = partial(reference.loss, batch=batch, outer=outer, survey=survey)
+                loss = partial(reference.loss, batch=batch, step=0, outer=outer, survey=survey)
                 found = flat(reference.gradient(loss, reference.values()))
             return found, survey.recomputed
 

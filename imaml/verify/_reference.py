@@ -14,12 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from imaml._curvature.casts import Casts
 from imaml._losses.layout import Layout
+from imaml._minibatches import Minibatches
 from imaml._objective.buffers import HeldBuffers
 from imaml._objective.faithful import Survey
 from imaml._objective.meta import MetaParameters
 from imaml._objective.objective import Objective
 from imaml._tasks import Task
-from imaml._torch import tree_map
+from imaml._torch import tree_leaves, tree_map
 from imaml.inner import GradientDescent, InnerOptimizer
 from imaml.inner._hyper import Hyperparameters, is_off
 
@@ -47,6 +48,8 @@ class Reference:
     """lambda as a function of the meta-parameters."""
     outer_steps: Mapping[int, Any] | None = None
     """Weights of the query losses after some inner steps, as `MAML.outer_steps` has them; None: at the end alone."""
+    curvature_batches: int | None = None
+    """How many minibatches stand for their source after the inner loop; None: all."""
 
     @property
     def adapted(self) -> tuple[str, ...]:
@@ -89,6 +92,7 @@ class Reference:
         values: Mapping[str, Tensor],
         batch: Any,
         *,
+        step: int | None = None,
         outer: bool = False,
         survey: Survey | None = None,
         initial: Mapping[str, Tensor] | None = None,
@@ -96,29 +100,49 @@ class Reference:
         """The support loss, or the query loss; data and buffers are copies, and attention has second derivatives.
 
         Args:
-            values: All parameters.
+            values: All parameters by name.
             batch: A support or a query set.
+            step: Of minibatches, the inner step whose batch it is; None: the mean over their source.
             outer: Whether the loss is that of the query set.
             survey: What the model needs; None: looked at anew, and nothing is recomputed.
             initial: The parameters before the inner loop, for a query loss that takes them; None: `values`.
 
         Returns:
-            The loss.
+            The loss, 0-dim.
         """
+        if isinstance(batch, Minibatches):
+            batches = self._of_source(batch) if step is None else [batch.at(step)]
+            sizes = torch.tensor([_examples(one) for one in batches], dtype=torch.float64)
+            losses = [self.loss(values, one, outer=outer, survey=survey) for one in batches]
+            return torch.stack([weight * loss for weight, loss in zip(sizes / sizes.sum(), losses, strict=True)]).sum()
         survey = survey or replace(self.objective.survey(), only=frozenset())  # nothing recomputed, as the engine may
         batch = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, batch)  # a loss may set requires_grad
         with sdpa_kernel(SDPBackend.MATH), HeldBuffers.of(self.objective.held()).copied():
             values = dict(values) | self.objective.constants()
             return self.objective.evaluate(values, batch, outer=outer, survey=survey, initial=initial)[0]
 
+    def _of_source(self, source: Minibatches) -> list[Any]:
+        """The batches that stand for a source as a whole."""
+        if self.curvature_batches is not None:
+            steps = range(self.steps, self.steps + self.curvature_batches)
+            return [source.at(k % source.length if source.length else k) for k in steps]
+        if source.length_of_all is None:
+            raise ValueError(
+                "The mean over a source of minibatches without an end is not known. Expected a sequence of batches or "
+                "Minibatches.of(dataset, ...). Got a function of the step."
+            )
+        return [source.of_all(i) for i in range(source.length_of_all)]
+
     def value(self, loss: Callable[[Mapping[str, Tensor]], Tensor], values: Mapping[str, Tensor]) -> Tensor:
         """A loss without derivatives, evaluated as if there were: it may ask what requires grad, and differentiate."""
         with torch.enable_grad():
             return loss({n: t.detach().requires_grad_() for n, t in values.items()}).detach()
 
-    def inner_loss(self, values: Mapping[str, Tensor], centre: Mapping[str, Tensor], batch: Any) -> Tensor:
+    def inner_loss(
+        self, values: Mapping[str, Tensor], centre: Mapping[str, Tensor], batch: Any, step: int | None = None
+    ) -> Tensor:
         """The support loss plus the proximal term about `centre`."""
-        loss = self.loss(values, batch)
+        loss = self.loss(values, batch, step=step)
         for name, weight in self.damping_at(centre).items():
             if isinstance(weight, Tensor) or weight:
                 loss = loss + (weight / 2 * (values[name] - centre[name]).square()).sum()
@@ -150,7 +174,7 @@ class Reference:
             leaves = {n: t.detach().requires_grad_() for n, t in values.items()}
             wanted = [leaves[n] for n in self.adapted]
             with torch.enable_grad():
-                inner = self.inner_loss(leaves, start, batch)
+                inner = self.inner_loss(leaves, start, batch, step)
             grads = torch.autograd.grad(inner, wanted, allow_unused=True, materialize_grads=True)
             gradient = layout.flatten(grads)
             if self.inner.stationarity is not None and gradient.norm() <= self.inner.stationarity:
@@ -182,7 +206,7 @@ class Reference:
         """The relative rounding error of the coarsest dtype that the losses of the first task compute in."""
         task, values = self.tasks[0], self.values()
         with draws(0), Casts() as casts:
-            self.gradient(lambda v: self.loss(v, task.support) + self.loss(v, task.query, outer=True), values)
+            self.gradient(lambda v: self.loss(v, task.support, step=0) + self.loss(v, task.query, outer=True), values)
         return max((torch.finfo(dtype).eps / 2 for dtype in casts.dtypes), default=0.0)
 
     def gradient(self, loss: Callable[[Values], Tensor], values: Values) -> Values:
@@ -192,6 +216,12 @@ class Reference:
             value = loss(leaves)
         grads = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True, allow_unused=True)
         return dict(zip(leaves, grads, strict=True))
+
+
+def _examples(batch: Any) -> int:
+    """What a batch counts in a mean: its examples, or 1 where its tensors do not agree on how many these are."""
+    sizes = {t.shape[:1] for t in tree_leaves(batch) if isinstance(t, Tensor)}
+    return 1 if len(sizes) != 1 or () in sizes else sizes.pop().numel()
 
 
 def flat(values: Mapping[str, Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from imaml._errors import PrecisionWarning, SolverWarning
+from imaml._minibatches import batch_at
 from imaml._objective.buffers import HeldBuffers
 from imaml._objective.foreign import check_reached
 from imaml._objective.objective import Objective
@@ -91,7 +92,7 @@ def _flat(result: Any, like: Mapping[str, Tensor], name: str) -> Tensor:
 def evaluated(objective: Objective, task: Task) -> list[float]:
     """Support and query loss at the objective's own parameters."""
     values = objective.parameters() | objective.constants()
-    pairs = ((task.support, False), (task.query, True))
+    pairs = ((batch_at(task.support, 0), False), (task.query, True))
     with HeldBuffers.of(objective.held()).copied():
         return [objective.evaluate(values, batch, outer=outer)[0].item() for batch, outer in pairs]
 
@@ -125,7 +126,7 @@ def check_copied(reference: Reference, model: nn.Module | None, seed: int) -> No
     kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     task, values = reference.tasks[0], reference.values()
     with draws(seed), _Reads((*kept, *model.parameters(), *model.buffers())) as reads:
-        reference.value(lambda leaves: reference.loss(leaves, task.support), values)
+        reference.value(lambda leaves: reference.loss(leaves, task.support, step=0), values)
         reference.query_loss(values, task)
     if reads.found:
         raise TypeError(
@@ -143,7 +144,7 @@ def check_own(reference: Reference, seed: int) -> None:
         @torch.enable_grad()
         def evaluate(batch: Any = batch, outer: bool = outer) -> list[Tensor]:
             with draws(seed):
-                return [reference.loss(leaves, batch, outer=outer)]
+                return [reference.loss(leaves, batch, step=0, outer=outer)]
 
         check_reached(kind, evaluate(), leaves.values(), evaluate, reference.objective.names)
 
@@ -167,7 +168,7 @@ def is_random(reference: Reference, seed: int, as_given: Callable[[], object]) -
 
     def both(s: int) -> list[float]:
         with draws(s):
-            support = reference.value(lambda leaves: reference.loss(leaves, task.support), values)
+            support = reference.value(lambda leaves: reference.loss(leaves, task.support, step=0), values)
             return [support.item(), reference.query_loss(values, task).item()]
 
     try:

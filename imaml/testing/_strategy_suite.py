@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from imaml._engine.report import Report
 from imaml._errors import NonFiniteError
+from imaml._minibatches import Minibatches
 from imaml._objective.blocks import Blocks
 from imaml._objective.objective import Objective
 from imaml._strategies.fomaml import FOMAML
@@ -60,7 +61,11 @@ def strategy_conformance(
 
 
 _OF_OUTER_STEPS = "test_query_losses_along_the_way"
-_OF_A_CLAIM = ("test_closed_forms_on_quadratics", "test_networks_as_this_library_does")
+_OF_A_CLAIM = (
+    "test_closed_forms_on_quadratics",
+    "test_networks_as_this_library_does",
+    "test_minibatches_as_this_library_does",
+)
 
 
 class StrategyConformance:
@@ -98,12 +103,7 @@ class StrategyConformance:
     def test_networks_as_this_library_does(self, model: nn.Sequential, tasks: TaskBatch, head_only: bool) -> None:
         """Second derivatives that change along the inner loop, and parameters that do not adapt."""
         engine = self._engine()
-        shared = {f.name: getattr(engine, f.name) for f in dataclasses.fields(MetaGradient) if f.init}
-        reference: MetaGradient
-        if self.against == "implicit":
-            reference = ImplicitMAML(**shared, solver=Dense(), on_failure="ignore")
-        else:
-            reference = MAML(**shared) if self.against == "maml" else FOMAML(**shared)
+        reference = self._reference(engine)
         objective = self._objective(model, head_only=head_only)
         expected_loss, expected = reference.value_and_grad(objective, tasks)
         loss, got = engine.value_and_grad(objective, tasks)
@@ -152,6 +152,19 @@ class StrategyConformance:
         with torch.no_grad():
             torch.testing.assert_close(engine(objective, tasks).loss, loss, rtol=1e-10, atol=0)
 
+    @pytest.mark.parametrize("chunk_size", [None, 1])
+    def test_minibatches_as_this_library_does(self, chunk_size: int | None) -> None:
+        """Every inner step sees the batch of its number, in a list of tasks and in a `TaskBatch`."""
+        model, _, tasks = _problem()
+        engine, objective = self._engine(chunk_size=chunk_size), self._objective(model)
+        batches = [batch_of_tasks(3, examples, 6, seed=seed).support for seed, examples in enumerate((4, 5, 3))]
+        moving = TaskBatch(support=Minibatches(batches), query=tasks.query)
+        loss, expected = self._reference(engine).value_and_grad(objective, moving)
+        for given_tasks in (moving, list(moving)):
+            got_loss, got = engine.value_and_grad(objective, given_tasks)
+            torch.testing.assert_close(got_loss, loss, rtol=self.rtol, atol=0)
+            self._assert_close(got, expected)
+
     @drawn
     @given(model=small_models(), tasks=task_batches(tasks=4))
     def test_chunks_do_not_matter(self, model: nn.Sequential, tasks: TaskBatch) -> None:
@@ -174,6 +187,35 @@ class StrategyConformance:
         torch.testing.assert_close(got_loss, loss, rtol=1e-10, atol=0)
         self._assert_close(got, expected)
         assert engine(recomputed, tasks).report.recomputed == ("Linear.forward", "Tanh.forward")
+
+    @pytest.mark.parametrize("chunk_size", [None, 1])
+    def test_the_same_minibatch_in_every_step_is_a_support_set(self, chunk_size: int | None) -> None:
+        """The numbers are those of tasks whose support sets are fixed."""
+        _, objective, tasks = _problem()
+        engine = self._engine(chunk_size=chunk_size)
+        loss, expected = engine.value_and_grad(objective, tasks)
+        same = TaskBatch(support=Minibatches([tasks.support] * engine.inner.steps), query=tasks.query)
+        for given_tasks in (same, list(same)):
+            got_loss, got = engine.value_and_grad(objective, given_tasks)
+            torch.testing.assert_close(got_loss, loss, rtol=1e-10, atol=0)
+            self._assert_close(got, expected)
+
+    @pytest.mark.parametrize("chunk_size", [None, 2])
+    def test_an_inner_loop_goes_on_from_a_state(self, chunk_size: int | None) -> None:
+        """In two calls it ends where it does in one, with the minibatches of the steps that are left."""
+        _, objective, tasks = _problem()
+        batches = [batch_of_tasks(3, 4, 6, seed=seed).support for seed in range(3)]
+        moving = TaskBatch(support=Minibatches(batches), query=tasks.query)
+        with torch.no_grad():
+            whole = self._engine(chunk_size=chunk_size)(objective, moving, return_state=True)
+            state = self._engine(steps=2, chunk_size=chunk_size)(objective, moving, return_state=True).state
+        rest = self._engine(steps=1, chunk_size=chunk_size)(objective, moving, start=state, return_state=True)
+        torch.testing.assert_close(rest.report.query_loss, whole.report.query_loss, rtol=1e-10, atol=0)
+        assert whole.state is not None and rest.state is not None
+        assert whole.state.step == rest.state.step == 3
+        for name, adapted in whole.state.parameters.items():
+            torch.testing.assert_close(rest.state.parameters[name], adapted, rtol=1e-10, atol=1e-12)
+        assert all(not t.requires_grad for t in rest.state.parameters.values())
 
     @pytest.mark.parametrize("chunk_size", [None, 2])
     def test_permuted_tasks_permute_the_report(self, chunk_size: int | None) -> None:
@@ -333,6 +375,13 @@ class StrategyConformance:
 
     def _engine(self, *, steps: int = 3, lr: float = 0.2, chunk_size: int | None = None) -> MetaGradient:
         return dataclasses.replace(self.make(GradientDescent(lr=lr, steps=steps)), chunk_size=chunk_size)
+
+    def _reference(self, engine: MetaGradient) -> MetaGradient:
+        """This library's own of the same claim."""
+        shared = {f.name: getattr(engine, f.name) for f in dataclasses.fields(MetaGradient) if f.init}
+        if self.against == "implicit":
+            return ImplicitMAML(**shared, solver=Dense(), on_failure="ignore")
+        return MAML(**shared) if self.against == "maml" else FOMAML(**shared)
 
     def _objective(
         self, model: nn.Sequential, *, head_only: bool = False, recompute: Blocks | None = None

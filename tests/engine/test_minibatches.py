@@ -714,7 +714,6 @@ class _Stream(IterableDataset[Any]):
         (make_data(), {"batch_size": 2.5}, TypeError, "`batch_size`"),
         (make_data(), {"seed": -1}, ValueError, "`seed`"),
     ],
-    ids=str,
 )
 def test_what_minibatches_cannot_be_of(
     dataset: Any, options: dict[str, Any], error: type[Exception], message: str

@@ -121,6 +121,20 @@ class WrongWhereBlocksAreRecomputed(MAML):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TheFirstMinibatchInEveryStep(MAML):
+    def pull_back(self, problem):
+        same = dataclasses.replace(problem.support, source=None)
+        return super().pull_back(dataclasses.replace(problem, support=same))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForgetsTheState(MAML):
+    def pull_back(self, problem):
+        problem.started = None
+        return super().pull_back(problem)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class NoProximalTermInTheInnerLoop(ImplicitMAML):
     solver: Dense = Dense()
 

@@ -23,6 +23,8 @@ CAUGHT_BY = {
     "DifferentiatesUnderNoGrad": "test_without_gradients_a_call_only_evaluates",
     "SwallowsNaN": "test_nan_in_the_data_raises",
     "WrongWhereBlocksAreRecomputed": "test_recomputed_blocks_do_not_matter",
+    "TheFirstMinibatchInEveryStep": "test_minibatches_as_this_library_does",
+    "ForgetsTheState": "test_an_inner_loop_goes_on_from_a_state",
     "HalvesBackward": "test_backward_delivers_value_and_grad",
 }
 

@@ -79,7 +79,6 @@ def plain(tasks):
         {"truncate": 1},
         {"truncate": 0, "regularization": 0.0},
     ],
-    ids=str,
 )
 def test_maml_equals_the_unrolled_loop(problem, options):
     objective, support, of, adapted, others = problem

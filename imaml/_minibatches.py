@@ -27,7 +27,8 @@ class Minibatches:
     """Gives every inner step a batch of its own, where it stands as the `support` of a `Task` or `TaskBatch`.
 
     A batch is fetched when a step needs it, and again when the reverse sweep comes back to the step: the source must
-    give the same one then, which a checksum of its bits tells. At most two batches are held at a time.
+    give the same one then, which a checksum of its bits tells. At most two batches are held at a time, and those of the
+    steps whose graphs are kept.
 
     Steps are counted from 0, through all calls of a training that goes on from a state (`start=`).
 
@@ -88,7 +89,7 @@ class Minibatches:
             dataset: Tensors that hold the examples in their first dimension, one or a tuple or dict of them; or a
                 map-style `torch.utils.data.Dataset`, or whatever else has a length and examples by index, a list too.
             batch_size: Examples of a batch.
-            seed: Of the order; >= 0.
+            seed: Says the order, and what a data set draws; >= 0.
             shuffle: Draw a new order in each epoch; False: as they stand.
             drop_last: Leave out the last batch of an epoch where it is not full.
             collate_fn: From a list of examples of the data set to a batch; None: `default_collate`. Not for tensors.

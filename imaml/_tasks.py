@@ -169,7 +169,7 @@ class TaskBatch:
         return TaskBatch(support=self.support.at(step), query=self.query)
 
     def alike(self, step: int) -> TaskBatch:
-        """The same with a batch that stands for those of all steps from this one on."""
+        """Tasks with a batch that stands for those of all steps from this one on."""
         return self.at(self.support.stand_in(step)) if isinstance(self.support, Minibatches) else self
 
     def fetched(self, step: int) -> int:

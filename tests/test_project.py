@@ -25,7 +25,7 @@ SOLVERS = {
 }
 ENGINE = {
     *("MetaGradient", "MAML", "FOMAML", "ImplicitMAML", "MetaResult", "Report", "Problem", "Pullback"),
-    *("Objective", "Task", "TaskBatch", "bilevel", "recompute"),
+    *("Objective", "Task", "TaskBatch", "Minibatches", "InnerState", "bilevel", "recompute"),
     *("InnerSolver", "InnerOptimizer", "GradientDescent", "Adam", "AdamW", "RMSprop", "NewtonCG", "TorchOptimizer"),
     *("NonFiniteError", "DivergenceError", "SolverError", "SolverWarning", "PrecisionWarning", "CompileWarning"),
 }

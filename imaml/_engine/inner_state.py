@@ -26,11 +26,12 @@ class InnerState:
         parameters: The adapted parameters by name, `(tasks, *shape)` each, in the order of the tasks; or `(1, *shape)`,
             from which all tasks start. In the dtype of the model's, or, as a call leaves them, in what an inner loop
             computes in: the widest of these, at least float32.
-        buffers: Those of the inner optimiser, such as Adam's two moments: vectors `(tasks, n)`, or `(1, n)`, whose
-            entries are in the order of the parameters.
-        step: How many steps the training has taken: the next one is that of this number, counted from 0.
-        solution: Of the linear systems of `ImplicitMAML`, `(tasks, n)`, from which a solve with `warm_start=True`
-            starts; None: it starts at zero.
+        buffers: What the inner optimiser keeps besides, such as Adam's two moments: vectors `(tasks, n)`, or `(1, n)`,
+            whose entries are in the order of the parameters. Empty for inner solvers: `TorchOptimizer` begins anew.
+        step: How many steps the training has taken, with those that a `stationarity` has spared: the next one is that
+            of this number, counted from 0.
+        solution: The solution of the linear systems of `ImplicitMAML`, `(tasks, n)`, from which a solve with
+            `warm_start=True` starts; None: it starts at zero.
         optimizer: Name of the class whose buffers these are; None: not known.
     """
 
@@ -54,7 +55,7 @@ class InnerState:
 
         Args:
             optimizer: An SGD, Adam, AdamW or RMSprop.
-            objective: Of the same model; its adapted parameters count.
+            objective: One of the same model; its adapted parameters count.
             step: How many steps it has taken; None: as its state says, which that of an SGD does not.
 
         Returns:
@@ -116,7 +117,7 @@ class InnerState:
     def joined(
         cls, parts: Sequence[tuple[Sequence[int], InnerState]], tasks: int, skipped: Sequence[int]
     ) -> InnerState:
-        """Those of several chunks, whose tasks have these positions, as one.
+        """Join the states of several chunks, whose tasks have these positions.
 
         Args:
             parts: The positions of each chunk, and its state.
@@ -150,7 +151,7 @@ class InnerState:
         )
 
     def of_tasks(self, positions: Sequence[int]) -> InnerState:
-        """That of some of the tasks."""
+        """The state of some of the tasks."""
         return self._each(lambda t: t if len(t) == 1 else t[list(positions)])
 
     def check(self, layout: Layout, inner: InnerSolver, tasks: int, like: Tensor) -> None:

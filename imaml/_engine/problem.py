@@ -147,7 +147,7 @@ class Problem:
         differentiates does.
 
         Args:
-            cotangents: Of the parameters and of the optimiser's buffers.
+            cotangents: One for the parameters, and one for each of the optimiser's buffers.
 
         Returns:
             That of theta, `(tasks, n)`.
@@ -202,7 +202,7 @@ class Problem:
         return self.support.at(self.first + step)
 
     def at_the_end(self, batches: int | None) -> Problem:
-        """The same with the support loss as a whole in each step: the mean over its source, where it has one.
+        """Take the support loss as a whole in each step: the mean over its source, where it has one.
 
         Args:
             batches: How many of the next batches of the source stand for it; None: all.

@@ -76,5 +76,5 @@ class Source:
         self._seen |= {(kind, number): one for kind, those in saved.items() for number, one in those.items()}
 
     def of_tasks(self, first: int, tasks: int) -> Source:
-        """The same for some of the tasks."""
+        """A source for some of the tasks."""
         return Source(self.tasks[first : first + tasks])

@@ -102,7 +102,7 @@ class Reference:
         Args:
             values: All parameters by name.
             batch: A support or a query set.
-            step: Of minibatches, the inner step whose batch it is; None: the mean over their source.
+            step: The inner step whose batch is meant, of minibatches; None: the mean over their source.
             outer: Whether the loss is that of the query set.
             survey: What the model needs; None: looked at anew, and nothing is recomputed.
             initial: The parameters before the inner loop, for a query loss that takes them; None: `values`.

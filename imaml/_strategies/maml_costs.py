@@ -156,6 +156,10 @@ class MAMLCosts(Costs):
         peaks.append(given + cotangents + buffers + gradient + point.held + product.peak)
         return peaks
 
+    def once(self, chunk: ChunkUse) -> float:
+        """A product by finite differences, which the first is compared with."""
+        return chunk.vector * (self.engine.hvp == "finite-difference")
+
     def _state(self, chunk: ChunkUse) -> float:
         return chunk.vector * (1 + self._buffers)
 

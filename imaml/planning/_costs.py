@@ -254,6 +254,10 @@ class Costs(ABC):
     def peak(self, chunk: ChunkUse) -> float:
         """The most bytes that a chunk holds at once."""
 
+    def once(self, chunk: ChunkUse) -> float:
+        """What the first chunk of a call holds besides."""
+        return 0.0
+
     @abstractmethod
     def work(self, facts: Facts) -> Work:
         """The most that a task takes."""

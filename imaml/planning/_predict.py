@@ -54,10 +54,11 @@ def predict(
         costs, facts = costs_of(engine, chunking.graphs), batch.probe.facts
         work = costs.work(facts)
         for tasks in batch.chunks(chunking.tasks):
-            sums = min(len(peaks), 1) * (facts.adapted + facts.shared) * facts.dtype.itemsize
+            chunk = _chunk(batch.probe, tasks, chunking.query_tasks)
+            sums = (facts.adapted + facts.shared) * facts.dtype.itemsize  # over the tasks so far
             # Of minibatches that of the first step, which stands for the shapes of all, and that of the step at hand.
-            always = batch.probe.base.held + 2 * facts.fetched + sums
-            peaks.append(always + costs.peak(_chunk(batch.probe, tasks, chunking.query_tasks)))
+            always = batch.probe.base.held + 2 * facts.fetched
+            peaks.append(always + costs.peak(chunk) + (sums if peaks else costs.once(chunk)))
         gradients += batch.tasks * work.gradients
         hvps += batch.tasks * work.hvps
         equivalents += batch.tasks * work.equivalents

@@ -158,7 +158,7 @@ class MAMLCosts(Costs):
 
     def once(self, chunk: ChunkUse) -> float:
         """A product by finite differences, which the first is compared with."""
-        return chunk.vector * (self.engine.hvp == "finite-difference")
+        return chunk.vector if self.engine.hvp == "finite-difference" else 0.0
 
     def _state(self, chunk: ChunkUse) -> float:
         return chunk.vector * (1 + self._buffers)

@@ -151,9 +151,10 @@ class Slice:
         return {name: value.detach() for name, value in zip(before, found, strict=True)}
 
     def value(self, phi: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
-        """Losses and metric at phi, without derivatives."""
+        """Losses at phi and, of a query set, the metric, without derivatives."""
+        is_query = self.role is Role.QUERY
         losses, figure = self._without_derivatives(
-            phi, lambda adapted, shared: self.losses(adapted, shared, self.batch, step, metric=True)
+            phi, lambda adapted, shared: self.losses(adapted, shared, self.batch, step, metric=is_query)
         )
         return losses.detach(), figure
 

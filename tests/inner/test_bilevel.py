@@ -113,6 +113,22 @@ def test_losses_must_be_callable():
         bilevel(ridge, 0.5, inner={"w": torch.zeros(4)}, meta={})
 
 
+def test_the_metric_is_of_the_outer_batch_alone():
+    """A line search evaluates the inner loss, whose batch may be of another form."""
+
+    def inner_loss(inner, meta, batch):
+        return ridge(inner, meta, batch[0])
+
+    log_l2 = torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)
+    start = {"w": torch.zeros(4, dtype=torch.float64)}
+    problem = bilevel(
+        inner_loss, error, inner=start, meta={"log_l2": log_l2}, metric=lambda inner, batch: error(inner, {}, batch)
+    )
+    engine = ImplicitMAML(inner=NewtonCG(steps=5, solver=EXACT), regularization=None, solver=EXACT)
+    result = engine(problem, [Task(support=(TRAIN, torch.arange(12)), query=VALID)])
+    assert result.report.metric.item() == pytest.approx(closed_form(log_l2)[1].item(), rel=1e-12)
+
+
 def test_warm_starts_save_products_when_a_task_recurs():
     log_l2 = torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)
     objective, other = make(torch.zeros(4, dtype=torch.float64), log_l2), [Task(support=VALID, query=TRAIN)]

@@ -79,8 +79,8 @@ class ImplicitMAML(MetaGradient):
         warm_start: Start a solve from the task's solution in an earlier call, where its support set is the same, as in
             bilevel problems or with few tasks that recur: fewer products where little has changed since. Keeps a vector
             `(n,)` of every task that the engine has solved, of the last ones where they exceed 1 GiB; costs two
-            products. The solve starts at zero all the same where the residual there is the smaller one. The
-            solution of a `start` comes before these.
+            products. The solve starts at zero all the same where the residual there is the smaller one. With a `start`
+            that has a solution it starts from that one as it stands, for one product, and the engine keeps none.
         curvature_batches: How many of the next batches stand for the whole, where the support sets are `Minibatches`:
             the stationarity, H and the mixed product are those of their mean. None: all examples of the source.
         on_failure: What a solve that failed leads to: "raise" a `SolverError`, "warn" once per engine, or "ignore". The
@@ -182,15 +182,17 @@ class ImplicitMAML(MetaGradient):
         dtype = self.solver_dtype or rhs.dtype
         if not self.warm_start:
             return _cast(self.solver.solve(op, rhs.to(dtype)), rhs.dtype)
-        started = None if problem.started is None else problem.started.solution
-        start = self._solutions.of(problem.support.batch, rhs) if started is None else started.expand_as(rhs)
+        start = _carried(problem)
+        if start is not None:  # as it stands: the residual on a minibatch says little of it
+            return _cast(self.solver.solve(op, rhs.to(dtype), x0=start.expand_as(rhs).to(dtype)), rhs.dtype)
+        start = self._solutions.of(problem.support.batch, rhs)
         if start is not None:
             worse = (rhs - op.mv(start)).norm(dim=-1, keepdim=True) > rhs.norm(dim=-1, keepdim=True)
             start = start.masked_fill(worse, 0).to(dtype)
         return _cast(self.solver.solve(op, rhs.to(dtype), x0=start), rhs.dtype)
 
     def _keep(self, problem: Problem, pullback: Pullback) -> None:
-        if self.warm_start and pullback.solution is not None:
+        if self.warm_start and pullback.solution is not None and _carried(problem) is None:
             self._solutions.keep(problem.support.batch, pullback.solution)
 
     @property
@@ -269,6 +271,11 @@ class ImplicitMAML(MetaGradient):
         if SolverWarning not in self._memory.said:
             self._memory.said.add(SolverWarning)
             warn(f"{message} This is said once; see report.solver_status.", SolverWarning)
+
+
+def _carried(problem: Problem) -> Tensor | None:
+    """The solution of the state that a call goes on from, which comes before those that the engine keeps."""
+    return None if problem.started is None else problem.started.solution
 
 
 def _system(curvature: Curvature, root: Tensor, shift: float) -> LinearOperator:

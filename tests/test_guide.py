@@ -98,6 +98,12 @@ def test_what_happens_along_the_way_is_in_the_report_of_the_guide(guide):
     assert guide["logits"].grad.abs().sum() > 0
 
 
+def test_the_single_loop_of_the_guide_goes_on_from_call_to_call(guide):
+    assert guide["state"].step == 50
+    assert guide["state"].solution.shape == guide["state"].parameters["w"].shape == (1, 3)
+    assert guide["log_decay"].item() != -2.0
+
+
 def test_the_guide_has_the_verdicts_that_it_says(guide):
     assert guide["verified"].status == "passed"
     assert guide["refuted"].status == "failed" and "first-order" in guide["refuted"].cause

@@ -10,6 +10,7 @@ import imaml
 from imaml import (
     CG,
     FOMAML,
+    LAMB,
     MAML,
     MINRES,
     Adam,
@@ -18,14 +19,18 @@ from imaml import (
     GradientDescent,
     ImplicitMAML,
     Jacobi,
+    Lion,
+    Muon,
     Neumann,
     NewtonCG,
+    NormalizedDescent,
     Nystrom,
     NystromInverse,
     Objective,
     Report,
     RMSprop,
     ScipySolver,
+    SignDescent,
     TorchOptimizer,
 )
 from imaml.nn import chunked_cross_entropy
@@ -35,6 +40,7 @@ GUIDE = "docs/guide.md"
 OPTIONS = (
     *(MAML, FOMAML, ImplicitMAML, Objective, Report),
     *(GradientDescent, Adam, AdamW, RMSprop, NewtonCG, TorchOptimizer),
+    *(LAMB, Lion, Muon, NormalizedDescent, SignDescent),
     *(CG, MINRES, Neumann, NystromInverse, Dense, ScipySolver, Jacobi, Nystrom),
     chunked_cross_entropy,
 )
@@ -102,6 +108,11 @@ def test_the_single_loop_of_the_guide_goes_on_from_call_to_call(guide):
     assert guide["state"].step == 50
     assert guide["state"].solution.shape == guide["state"].parameters["w"].shape == (1, 3)
     assert guide["log_decay"].item() != -2.0
+
+
+def test_the_learned_optimizer_of_the_guide_learns(guide):
+    losses = guide["outer_losses"]
+    assert losses[-1] < 0.99 * losses[0] and sum(losses[10:]) < sum(losses[:10])
 
 
 def test_the_guide_has_the_verdicts_that_it_says(guide):

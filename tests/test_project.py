@@ -27,7 +27,9 @@ ENGINE = {
     *("MetaGradient", "MAML", "FOMAML", "ImplicitMAML", "MetaResult", "Report", "Problem", "Pullback"),
     *("Objective", "Task", "TaskBatch", "Minibatches", "InnerState", "bilevel", "recompute"),
     *("InnerSolver", "InnerOptimizer", "GradientDescent", "Adam", "AdamW", "RMSprop", "NewtonCG", "TorchOptimizer"),
-    *("NonFiniteError", "DivergenceError", "SolverError", "SolverWarning", "PrecisionWarning", "CompileWarning"),
+    *("LAMB", "Lion", "Muon", "NormalizedDescent", "SignDescent"),
+    *("NonFiniteError", "DivergenceError", "CheckpointError", "SolverError"),
+    *("SolverWarning", "PrecisionWarning", "DriftWarning", "CompileWarning"),
 }
 
 TESTING = {

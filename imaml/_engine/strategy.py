@@ -142,8 +142,8 @@ class Strategy(ABC):
 
 
 _WRAP = (
-    " MAML differentiates imaml's GradientDescent, Adam, AdamW and RMSprop; ImplicitMAML and FOMAML also take an "
-    "optimiser of torch.optim as TorchOptimizer(torch.optim.LBFGS, steps=...)."
+    " MAML differentiates imaml's own, such as GradientDescent, Adam, AdamW and RMSprop; ImplicitMAML and FOMAML also "
+    "take an optimiser of torch.optim as TorchOptimizer(torch.optim.LBFGS, steps=...)."
 )
 
 

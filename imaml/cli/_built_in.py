@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from imaml import Adam, GradientDescent, InnerOptimizer, Objective, RMSprop, TaskBatch
+from imaml import LAMB, Adam, GradientDescent, InnerOptimizer, Muon, NormalizedDescent, Objective, RMSprop, TaskBatch
 from imaml.cli._options import STRATEGIES, EngineOptions, Strategy
 from imaml.models import MLP, Conv4
 
@@ -85,6 +85,9 @@ INNER: dict[str, InnerOptimizer] = {
     "momentum, learned lr": GradientDescent(lr=lambda meta: meta["log_lr"].exp(), steps=3, momentum=0.9),
     "Adam, learned lr": Adam(lr=lambda meta: meta["log_lr"].exp(), steps=3),
     "RMSprop, learned lr": RMSprop(lr=lambda meta: meta["log_lr"].exp(), steps=3),
+    "LAMB, clipped, learned lr": LAMB(lr=lambda meta: meta["log_lr"].exp(), steps=3, max_grad_norm=0.5),
+    "Muon, learned lr": Muon(lr=lambda meta: meta["log_lr"].exp(), steps=3),
+    "normalised, a learned schedule": NormalizedDescent(lr=lambda meta, step: meta["log_lr"][step].exp(), steps=3),
 }
 """Inner optimisers with a step size for each step, all learned, from `LOG_LR`."""
 LOG_LR = (-3.0, -3.5, -4.0)

@@ -21,7 +21,18 @@ def safe_sqrt(v: Tensor) -> Tensor:
     return torch.where(positive, v, 1).sqrt() * positive
 
 
-def _check_fraction(name: str, value: float) -> None:
+def moments(
+    mean: Tensor, square: Tensor, gradient: Tensor, step: int, betas: tuple[float, float], eps: float, eps_root: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adam's m and v after a step that is counted from 0, and sqrt(v' + eps_root) + eps."""
+    first, second = betas
+    mean = torch.lerp(mean, gradient, 1 - first)
+    square = second * square + (1 - second) * gradient.square()
+    return mean, square, safe_sqrt(square / (1 - second ** (step + 1)) + eps_root) + eps
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Raise unless this is the decay rate of a running mean."""
     if not 0 <= check_number(name, value) < 1:
         raise ValueError(f"{name} must be >= 0 and < 1. Got {value}.")
 
@@ -31,7 +42,7 @@ def check_betas(name: str, betas: object) -> None:
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"`{name}` must be two numbers. Got {betas}.")
     for beta in betas:
-        _check_fraction(f"Each of `{name}`", beta)
+        check_fraction(f"Each of `{name}`", beta)
 
 
 def check_eps(eps: float, root: float = 0.0) -> None:
@@ -98,11 +109,8 @@ class Adam(InnerOptimizer):
 
     def _descend(self, state: State, gradient: Tensor, step: int, at: Rates) -> State:
         phi, mean, square = state
-        first, second = self.betas
-        mean = torch.lerp(mean, gradient, 1 - first)
-        square = second * square + (1 - second) * gradient.square()
-        root = safe_sqrt(square / (1 - second ** (step + 1)) + self.eps_root) + self.eps
-        return phi - at["lr"] / (1 - first ** (step + 1)) * mean / root, mean, square
+        mean, square, root = moments(mean, square, gradient, step, self.betas, self.eps, self.eps_root)
+        return phi - at["lr"] / (1 - self.betas[0] ** (step + 1)) * mean / root, mean, square
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +183,7 @@ class RMSprop(InnerOptimizer):
     def __post_init__(self) -> None:
         """Check the configuration; raises TypeError or ValueError."""
         super().__post_init__()
-        _check_fraction("`alpha`", self.alpha)
+        check_fraction("`alpha`", self.alpha)
         check_eps(self.eps, self.eps_root)
 
     @property

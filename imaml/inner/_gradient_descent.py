@@ -66,10 +66,10 @@ class GradientDescent(InnerOptimizer):
         if not is_off(self.weight_decay):
             direction = direction + at["weight_decay"] * phi
         if not self._has_momentum:
-            return (_minus(phi, at["lr"], direction),)
+            return (minus(phi, at["lr"], direction),)
         buffer = at["momentum"] * state[1] + direction
         direction = direction + at["momentum"] * buffer if self.nesterov else buffer
-        return _minus(phi, at["lr"], direction), buffer
+        return minus(phi, at["lr"], direction), buffer
 
     def pullback(
         self, state: State, gradient: Tensor, cotangents: State, step: int, at: Rates, learned: frozenset[str]
@@ -80,7 +80,7 @@ class GradientDescent(InnerOptimizer):
         return cotangents, -at["lr"] * cotangents[0], {}
 
 
-def _minus(phi: Tensor, lr: float | Tensor, direction: Tensor) -> Tensor:
+def minus(phi: Tensor, lr: float | Tensor, direction: Tensor) -> Tensor:
     """Phi - lr * direction, without a vector in between."""
     if isinstance(lr, Tensor):
         return torch.addcmul(phi, lr, direction, value=-1)

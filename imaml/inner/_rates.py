@@ -84,7 +84,7 @@ class Rates(Mapping[str, float | Tensor]):
         return found | {f"{META}{n}": t for n, t in self.named.flat().items() if f"{META}{n}" in names}
 
     def replaced(self, tensors: Mapping[str, Tensor]) -> Rates:
-        """The same with others in the place of tensors of these names."""
+        """What there is, with others in the place of tensors of these names."""
         others = {n.removeprefix(META): t for n, t in tensors.items() if n not in self.by_name}
         mine = {n: tensors.get(n, v) for n, v in self.by_name.items()}
         return replace(self, by_name=mine, named=MetaParameters(self.named.like_given(others)))

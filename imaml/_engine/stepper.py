@@ -16,7 +16,7 @@ from imaml.inner import InnerOptimizer
 from imaml.inner._clipping import pull_back_clipping
 from imaml.inner._hyper import Hyperparameters
 from imaml.inner._inner_problem import State
-from imaml.inner._rates import Rates
+from imaml.inner._rates import META, Rates
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,9 @@ class Stepper:
 
     @property
     def _learned(self) -> frozenset[str]:
-        """Names of what a step uses and is learned; the weight of the proximal term is in its gradient already."""
-        return self.hyper.learned - {"regularization"}
+        """Names of what a step uses itself and is learned; the weight of the proximal term is in its gradient."""
+        own = self.optimizer.hyperparameters
+        return frozenset(name for name in self.hyper.learned if name in own or name.startswith(META))
 
     def pull_back(
         self, state: State, gradient: Tensor, cotangents: State, step: int

@@ -84,16 +84,12 @@ class Derivatives:
                 for leaf, hook in zip(adapted, into.hooks(part, itself), strict=True):
                     leaf.register_hook(hook)
             grads = differentiate(part, weighted, adapted + others if want.shared else adapted)
+        rest = grads[len(adapted) :]
+        initial = part.collect_initial(rest) if rest else None
         if into is not None and hooked:
-            rest = grads[len(adapted) :]
-            shared, initial = part.collect_shared(rest), part.collect_initial(rest)
-            return Gradient(losses.detach(), into.vector, shared, figure, initial)
+            return Gradient(losses.detach(), into.vector, part.collect_shared(rest), figure, initial)
         vector, shared = part.collect(grads, phi)
-        initial, vector = (
-            part.collect_initial(grads[len(adapted) :]),
-            vector if into is None else into.add(vector, part),
-        )
-        return Gradient(losses.detach(), vector, shared, figure, initial)
+        return Gradient(losses.detach(), vector if into is None else into.add(vector, part), shared, figure, initial)
 
     def product_of(self, part: Slice, phi: Tensor, step: int, graph: Graph, mode: HvpMode) -> Product:
         """The exact Hessian of one slice at phi, with the gradient unless it is rebuilt.

@@ -139,8 +139,3 @@ class Course:
     def end(self) -> None:
         """Let go of the parts, which may hold on to what holds the course."""
         self.parts.clear()
-
-    def tell(self, step: int, direction: Literal["forward", "backward"]) -> None:
-        """Tell whoever wants to know that a step is done."""
-        if self.progress is not None:
-            self.progress(step, direction)

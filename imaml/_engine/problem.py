@@ -121,7 +121,8 @@ class Problem:
 
     def reach(self, step: int, state: State) -> None:
         """Note the state before a step, as far as that is wanted; after the last step it is in any case."""
-        self.course.reach(step, step, state, always=step == self.inner.steps)
+        if self.course.journal is not None:
+            self.course.reach(step, step, state, always=step == self.inner.steps)
 
     def saved(self) -> dict[str, Any]:
         """What is known of the steps that were taken."""
@@ -302,7 +303,8 @@ class Problem:
             self.statistics = self._of_moving(part.statistics(phi, step, self.statistics))
         if self.watch is not None:
             self.watch(phi, step)
-        self.course.tell(self.first + step, "forward")
+        if self.course.progress is not None:
+            self.course.progress(self.first + step, "forward")
 
     def _of_moving(self, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.stopped is None:
@@ -312,13 +314,20 @@ class Problem:
             for name, new in statistics.items()
         }
 
-    def judge(self, phi: Tensor) -> Gradient:
-        """The query loss at the adapted parameters, with its gradient v."""
-        self.finish()
-        return self.judge_after(self.inner.steps, phi)
+    def judge(self, phi: Tensor, *, step: int | None = None, weight: float | Tensor = 1.0) -> Gradient:
+        """The query loss at the adapted parameters, with its gradient v.
 
-    def judge_after(self, step: int, phi: Tensor, weight: float | Tensor = 1.0) -> Gradient:
-        """The same at the parameters after so many inner steps, all or not, with gradients times a number."""
+        Args:
+            phi: The adapted parameters.
+            step: How many inner steps they have taken, where the end is elsewhere, or was looked at; None: all.
+            weight: What gradients are multiplied by.
+
+        Returns:
+            The losses, and the gradients.
+        """
+        if step is None:
+            self.finish()
+            step = self.inner.steps
         gradient = self.query_gradient(phi, shared=True, metric=step == self.inner.steps, step=step)
         self.check_query(gradient.losses, step)
         if isinstance(weight, Tensor) or weight != 1:

@@ -184,20 +184,16 @@ class Run:
         tasks = batch if positions == where else TaskBatch.stack([batch[row] for row in rows])
         problem = self.problem(positions, tasks, chunking)
         try:
-            return self._of_problem(problem)
+            if not self.layouts:
+                outcome = self.engine.evaluate(problem)
+                self._keep_final(problem, None)
+                return [], outcome
+            pullback = self.engine.pull_back(problem)
+            check_chunk(pullback, problem.direct, positions, self.hyper, self.engine.on_nonfinite)
+            self.engine._keep(problem, pullback)
+            self._keep_final(problem, pullback.solution)
         finally:
             problem.course.end()
-
-    def _of_problem(self, problem: Problem) -> tuple[list[Tensor], Outcome]:
-        positions = problem.positions
-        if not self.layouts:
-            outcome = self.engine.evaluate(problem)
-            self._keep_final(problem, None)
-            return [], outcome
-        pullback = self.engine.pull_back(problem)
-        check_chunk(pullback, problem.direct, positions, self.hyper, self.engine.on_nonfinite)
-        self.engine._keep(problem, pullback)
-        self._keep_final(problem, pullback.solution)
         shared = [] if pullback.shared is None else [pullback.shared]
         theta = pullback.theta.sum(0)
         return [theta if problem.direct is None else theta.add_(problem.direct), *shared], self._outcome(pullback)

@@ -51,7 +51,8 @@ class Stepper:
         name, size = f"{type(optimizer).__name__}.update", 1 + optimizer.buffers
         in_place = f"{name} changes its arguments in place. Expected new tensors: use a + b for a.add_(b)."
         at = self.hyper.at(self.first + step)
-        gradient = optimizer.clipped(gradient, at)
+        if optimizer.max_grad_norm is not None:
+            gradient = optimizer.clipped(gradient, at)
         versions = [t._version for t in (*state, gradient)]
         try:
             following = self._update(state, gradient, step, at)

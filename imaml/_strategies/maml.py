@@ -211,7 +211,8 @@ class MAML(MetaGradient):
                 if outer.add(step, phi, adjoint.state[0], adjoint.shared):
                     growth.begin(adjoint.state[0])
                 del phi
-                course.tell(problem.first + step, "backward")
+                if course.progress is not None:
+                    course.progress(problem.first + step, "backward")
         theta = adjoint.theta(from_start=tape.first == 0)
         outcome = outer.outcome(lists=self.outer_steps is not None)
         outcome = replace(

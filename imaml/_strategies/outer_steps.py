@@ -93,7 +93,7 @@ class OuterLoss:
     def gradient(self, step: int, phi: Tensor) -> Gradient:
         """The derivatives of the term of a step, which there is, at phi; that by its weight is added up."""
         weight = self.weights[step]
-        found = self.problem.judge_after(step, phi, weight)
+        found = self.problem.judge(phi, step=step, weight=weight)
         self._note(step, found.losses, found.metric)
         if isinstance(weight, Tensor):
             hyper = self.problem.hyper

@@ -202,7 +202,8 @@ class Hyperparameters:
     def at(self, step: int) -> Rates:
         """The values of all hyper-parameters at one step, each a number or `(1 or n,)`, and what an update reads."""
         by_name: dict[str, float | Tensor] = {**self.numbers}
-        by_name |= {name: value.at(step) for name, value in self._values.items()}
+        if self._values:  # asked at every step
+            by_name |= {name: value.at(step) for name, value in self._values.items()}
         for name, schedule in self._schedules.items():
             value = schedule.evaluate(step)
             by_name[name] = value.at(0) if isinstance(value, Value) else value

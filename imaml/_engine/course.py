@@ -55,12 +55,12 @@ class Course:
 
     @classmethod
     def of(cls, journal: Journal | None, progress: Progress | None, positions: list[int], steps: int) -> Course:
-        """That of a chunk, as far as it has come.
+        """The course of a chunk, as far as it has come.
 
         Args:
             journal: Where that is written down; None: nowhere.
             progress: Who is told of steps.
-            positions: Of its tasks.
+            positions: Positions of its tasks.
             steps: Inner steps.
 
         Returns:
@@ -110,7 +110,7 @@ class Course:
         Args:
             move: The move that comes next.
             at: Before which step the state at hand is.
-            state: That state; None: it is not needed for what comes.
+            state: The state; None: it is not needed for what comes.
             always: Whether it is time in any case.
         """
         if self.journal is None or move == self._last or not always and move - self._last < self.every:

@@ -24,7 +24,7 @@ class Adjoint(Resumable):
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
         self.state: list[Tensor] = []
-        """Of phi and of the optimiser's buffers, `(tasks, n)` each."""
+        """Cotangents of phi and of the optimiser's buffers, `(tasks, n)` each."""
         self.shared: Tensor | None = None
         """The gradient of the shared parameters, summed over tasks, `(m,)`; None: there are none."""
         self.by_pull: Tensor | None = None

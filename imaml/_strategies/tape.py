@@ -90,7 +90,7 @@ class Tape:
         return problem.keep(state), chain((points.pop() for _ in range(self.graphs)), earlier)
 
     def _moves(self) -> Iterator[tuple[Do, int]]:
-        """Those of all steps before the ones with graphs."""
+        """The moves of all steps before the ones with graphs."""
         yield from ((Do.STEP, step) for step in range(self.first))
         if self.first:
             yield Do.HOLD, self.first

@@ -218,7 +218,7 @@ class InnerOptimizer(InnerSolver):
         Args:
             state: s.
             gradient: G; its cotangent may be written in its place.
-            cotangents: Of U(s, g), which those of s may be written over: a long vector is expensive to make.
+            cotangents: For U(s, g), which those of s may be written over: a long vector is expensive to make.
             step: The number of the step, counted from 0.
             at: What the update is given besides.
             learned: Names of those whose cotangents are wanted.

@@ -45,7 +45,7 @@ class Figures:
 
     @property
     def reach(self) -> float:
-        """That distance."""
+        """How far the roughest part of the gradient can be followed, as a relative distance."""
         return reach(self.agreement[self.roughest]) if self.agreement else 0.0
 
     @property

@@ -36,7 +36,7 @@ class Smoothness:
     relative_error: float
     """How far the meta-gradient is off by rounding, relative; of the worst of `relative_errors`."""
     relative_errors: dict[str, float]
-    """The same of the parameters as one ("parameters"), and of every entry of `meta`."""
+    """How far off it is for the parameters as one ("parameters"), and of every entry of `meta`."""
     reach: float
     """The longest relative distance, of those looked at, over which (and over the next shorter) the outer loss changes
     as the meta-gradient says, to a factor of 3; of the worst of `agreement`. 0: over none of them."""

@@ -202,7 +202,7 @@ class Problem:
         """The support loss that a step sees."""
         return self.support.at(self.first + step)
 
-    def at_the_end(self, batches: int | None) -> Problem:
+    def at_the_end(self, batches: int | None = None) -> Problem:
         """Take the support loss as a whole in each step: the mean over its source, where it has one.
 
         Args:

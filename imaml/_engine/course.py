@@ -55,7 +55,7 @@ class Course:
 
     @classmethod
     def of(cls, journal: Journal | None, progress: Progress | None, positions: list[int], steps: int) -> Course:
-        """The course of a chunk, as far as it has come.
+        """Find how far a chunk has come.
 
         Args:
             journal: Where that is written down; None: nowhere.
@@ -110,7 +110,7 @@ class Course:
         Args:
             move: The move that comes next.
             at: Before which step the state at hand is.
-            state: The state; None: it is not needed for what comes.
+            state: The state at hand; None: it is not needed for what comes.
             always: Whether it is time in any case.
         """
         if self.journal is None or move == self._last or not always and move - self._last < self.every:

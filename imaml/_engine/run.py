@@ -183,22 +183,21 @@ class Run:
         rows = [where.index(position) for position in positions]
         tasks = batch if positions == where else TaskBatch.stack([batch[row] for row in rows])
         problem = self.problem(positions, tasks, chunking)
-        try:
-            if not self.layouts:
-                outcome = self.engine.evaluate(problem)
-                self._keep_final(problem, None)
-                return [], outcome
-            pullback = self.engine.pull_back(problem)
-            check_chunk(pullback, problem.direct, positions, self.hyper, self.engine.on_nonfinite)
-            self.engine._keep(problem, pullback)
-            self._keep_final(problem, pullback.solution)
-        finally:
-            problem.course.end()
+        if not self.layouts:
+            outcome = self.engine.evaluate(problem)
+            self._leave(problem, None)
+            return [], outcome
+        pullback = self.engine.pull_back(problem)
+        check_chunk(pullback, problem.direct, positions, self.hyper, self.engine.on_nonfinite)
+        self.engine._keep(problem, pullback)
+        self._leave(problem, pullback.solution)
         shared = [] if pullback.shared is None else [pullback.shared]
         theta = pullback.theta.sum(0)
         return [theta if problem.direct is None else theta.add_(problem.direct), *shared], self._outcome(pullback)
 
-    def _keep_final(self, problem: Problem, solution: Solution | None) -> None:
+    def _leave(self, problem: Problem, solution: Solution | None) -> None:
+        """Keep the state after the inner loop, where that is wanted, and let go of the rest."""
+        problem.course.end()
         if self.keeps_final:
             self.finals.append((problem.positions, problem.left(None if solution is None else solution.x)))
 

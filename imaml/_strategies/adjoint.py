@@ -61,11 +61,11 @@ class Adjoint(Resumable):
         return cotangent if self.by_pull is None else cotangent + self.by_pull
 
     def saved(self) -> dict[str, Any]:
-        """See `Resumable`."""
+        """All that it carries."""
         return {"state": list(owned(tuple(self.state))), "shared": self.shared, "by_pull": self.by_pull}
 
     def resume(self, saved: dict[str, Any]) -> None:
-        """See `Resumable`."""
+        """Be where it was when that was saved."""
         self.state, self.shared, self.by_pull = saved["state"], saved["shared"], saved["by_pull"]
 
 

@@ -50,12 +50,12 @@ class Drift(Resumable):
         return torch.zeros_like(tasks, dtype=torch.float64) if self.most is None else self.most
 
     def saved(self) -> dict[str, Any]:
-        """See `Resumable`."""
+        """The sketches that are waiting, and the largest difference."""
         sketches = torch.stack([*self._noted.values()]) if self._noted else None
         return {"steps": [*self._noted], "sketches": sketches, "most": self.most}
 
     def resume(self, saved: dict[str, Any]) -> None:
-        """See `Resumable`."""
+        """Be where it was when that was saved."""
         sketches: Sequence[Tensor] = [] if saved["sketches"] is None else [*saved["sketches"]]
         self._noted, self.most = dict(zip(saved["steps"], sketches, strict=True)), saved["most"]
 

@@ -16,6 +16,8 @@ from imaml.cli._time_left import TimeLeft
 from imaml.training import Evaluation, StepRecord, Trainer
 
 _LINE_SECONDS = 15.0
+_LONG = 100
+"""From how many inner steps on these have a bar of their own: fewer are over before it is read."""
 Show = Callable[[StepRecord], None]
 
 
@@ -59,13 +61,29 @@ def progress(
     )
     with Progress(*columns, console=console, expand=True) as bar:
         task = bar.add_task(label, total=1.0, text="", left="")
+        if trainer.engine.inner.steps >= _LONG:
+            trainer.follow = _inner_bar(bar, trainer.engine.inner.steps)
 
         def move_bar(record: StepRecord) -> None:
             smooth.update(record)
             done = min(trainer.progress, 1)
             bar.update(task, completed=done, text=smooth.text(record, metric), left=str(left or ""))
 
-        yield move_bar
+        try:
+            yield move_bar
+        finally:
+            trainer.follow = None
+
+
+def _inner_bar(bar: Progress, steps: int) -> Callable[[int, str], object]:
+    """A bar below the other, of the steps of an inner loop and then of its sweep; what is to be told of each."""
+    row = bar.add_task("", total=steps, text="", left="")
+
+    def move(step: int, direction: str) -> None:
+        done = step + 1 if direction == "forward" else steps - step
+        bar.update(row, description=f"inner steps, {direction}", completed=done, text=f"{done} of {steps}")
+
+    return move
 
 
 def say(console: Console, text: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -90,6 +90,8 @@ class Trainer:
         self.ranks = Ranks(group, self.device)
         self.step = 0
         self.seconds = 0.0
+        self.follow: Callable[[int, str], object] | None = None
+        """Is told of the inner steps of a meta-step, as `progress` of an engine; None: nobody is."""
 
     @property
     def progress(self) -> float:
@@ -135,7 +137,7 @@ class Trainer:
             group["lr"] = learning_rate
         tasks = draw(self.episodes, "train", self.step, self.plan.meta_batch, self.ranks)
         self.optimizer.zero_grad()
-        result = self.engine(self.objective, tasks, group=self.ranks.group)
+        result = self.engine(self.objective, tasks, progress=self.follow, group=self.ranks.group)
         result.loss.backward()
         self.optimizer.step()
         loss = result.loss.item()

@@ -18,8 +18,10 @@ from imaml import (
     Dense,
     GradientDescent,
     ImplicitMAML,
+    InnerState,
     Jacobi,
     Lion,
+    Minibatches,
     Muon,
     Neumann,
     NewtonCG,
@@ -42,6 +44,7 @@ OPTIONS = (
     *(GradientDescent, Adam, AdamW, RMSprop, NewtonCG, TorchOptimizer),
     *(LAMB, Lion, Muon, NormalizedDescent, SignDescent),
     *(CG, MINRES, Neumann, NystromInverse, Dense, ScipySolver, Jacobi, Nystrom),
+    *(Minibatches, Minibatches.of, InnerState),
     chunked_cross_entropy,
 )
 
@@ -59,6 +62,11 @@ def test_the_python_of_the_guide_runs_and_reaches_every_parameter(guide):
 
 def test_tasks_of_different_sizes_have_their_metrics(guide):
     assert guide["result"].report.metric.shape == (2,)
+
+
+def test_the_training_of_the_guide_weighs_its_examples_and_goes_on(guide):
+    assert guide["w"].grad.shape == (60,) and (guide["w"].grad != 0).all()
+    assert guide["reached"].step == 6 and guide["running"].step == 1
 
 
 def test_what_the_guide_learns_gets_a_gradient(guide):
@@ -131,7 +139,7 @@ def test_the_forecast_of_the_guide_fits(guide):
 @pytest.mark.parametrize("kind", OPTIONS, ids=lambda kind: kind.__name__)
 def test_every_option_is_in_the_guide(kind):
     page = read(GUIDE)
-    assert kind is Report or f"`{kind.__name__}`" in page
+    assert kind is Report or f"`{kind.__qualname__}`" in page
     named = [name for name in inspect.signature(kind).parameters if name not in ("model", "loss", "more")]
     assert not [name for name in named if f"`{name}`" not in page and f"`{name}=" not in page]
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from imaml import CG, FOMAML, MAML, GradientDescent, ImplicitMAML, Objective, Task
+from imaml import CG, FOMAML, MAML, Adam, GradientDescent, ImplicitMAML, Minibatches, Objective, Task
 from tests.pages import python, read
 
 
@@ -91,6 +91,30 @@ def without_a_task(group):
     report = ENGINES["MAML, outer steps"](objective, shard(make_tasks(1), group), group=group).report
     shapes = [list(entry.shape) for entry in (report.support_loss, report.outer_losses)]
     return [len(entry) for entry in (report.query_loss, report.metric)], shapes, str(report)
+
+
+def windows(group):
+    """Three windows of two steps, each rank with the states of its own tasks, on minibatches with example weights."""
+    weights = torch.linspace(-1, 1, 9, dtype=torch.float64).requires_grad_()
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    data = [(draw(9, 3), draw(9, 2)) for _ in range(5)]
+    tasks = [
+        Task(support=Minibatches.of(each, batch_size=4, seed=i, indices=True), query=(draw(5, 3), draw(5, 2)))
+        for i, each in enumerate(data)
+    ]
+
+    def loss(output, target, meta):
+        return ((output - target[0]).square().mean(-1) * meta["w"][target[1]].sigmoid()).mean()
+
+    objective = Objective(make_model(), loss, outer_loss=F.mse_loss, meta={"w": weights})
+    engine, state, found = MAML(inner=Adam(lr=0.05, steps=2)), None, []
+    for _ in range(3):
+        weights.grad = None
+        result = engine(objective, shard(tasks, group), start=state, return_state=True, group=group)
+        result.loss.backward()
+        state = result.state
+        found += [result.loss.detach(), weights.grad]
+    return found, state.parameters["0.weight"], state.step
 
 
 def evaluated(group):
@@ -206,6 +230,7 @@ OTHERS = {
         backward,
         without_a_task,
         evaluated,
+        windows,
         the_same_tasks_everywhere,
         mixed_dtypes,
         a_rank_with_nan,

@@ -109,6 +109,15 @@ def report(build, group):
     return entries, (found.hvp_mode, found.gradients, found.hvps, found.unused)
 
 
+def minibatches(build, group):
+    """Of a mean over three batches of two, three and four examples, where a linear system is solved."""
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    batches = [(draw(2, n, 3), draw(2, n, 1)) for n in (2, 3, 4)]
+    tasks = TaskBatch(support=imaml.Minibatches(batches), query=make_tasks().query)
+    objective, implicit = Objective(BUILDS[build](), F.mse_loss), ImplicitMAML(solver=CG(max_steps=3), **IMPLICIT)
+    return [whole(engine.value_and_grad(objective, tasks)[1]) for engine in (ENGINES["FOMAML"], implicit)]
+
+
 def trained(build, group):
     """Parameters after two meta-steps, with forward passes of the user's between, which leave FSDP's gathered."""
     model, tasks = BUILDS[build](), make_tasks()
@@ -254,6 +263,12 @@ def refused(group):
         "dealt out": (FOMAML(inner=INNER), objective, dealt),
     }
     messages = {}
+    state = imaml.InnerState(parameters={})
+    for name, options in {"start": {"start": state}, "state": {"return_state": True}}.items():
+        try:
+            FOMAML(inner=INNER)(objective, tasks, **options)
+        except ValueError as error:
+            messages[name] = str(error)
     for name, (engine, its_objective, its_tasks) in wrong.items():
         try:
             messages[name] = str(engine(its_objective, its_tasks))
@@ -291,7 +306,7 @@ def the_page(group):
     return whole(dict(namespace["model"].named_parameters()))
 
 
-SHARDED, BOTH = ("FSDP", "TP"), (report, trained, adapted, untouched, not_finite)
+SHARDED, BOTH = ("FSDP", "TP"), (report, trained, adapted, untouched, not_finite, minibatches)
 FUNCTIONS = {f"{build}, {engine}, {adapt}": partial(gradients, build, engine, adapt) for build, engine, adapt in CASES}
 FUNCTIONS |= {f"{function.__name__}, {build}": partial(function, build) for function in BOTH for build in SHARDED}
 FUNCTIONS |= {f"recomputing, {case}": partial(recomputing, *case) for case in RECOMPUTING}

@@ -44,6 +44,14 @@ def test_evaluation_and_the_same_tasks_on_every_rank(found, name):
         assert_equal(ours, cases.OTHERS[name](None))
 
 
+def test_windows_of_a_training_go_on_on_every_rank_by_itself(found):
+    expected, weight, step = cases.windows(None)
+    for rank, (ours, own, its_step) in enumerate(found["windows"]):
+        assert_equal(ours, expected)
+        assert_equal(own, weight[rank::2])
+        assert its_step == step == 6
+
+
 def test_dtypes_are_those_of_the_parameters_on_a_rank_without_a_task_too(found):
     for results in found["mixed_dtypes"]:
         for (loss, ours), (expected_loss, expected) in zip(results, cases.mixed_dtypes(None), strict=True):

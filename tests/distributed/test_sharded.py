@@ -57,6 +57,14 @@ def test_blocks_are_recomputed_in_first_derivatives(found, build, way, engine, b
 
 
 @pytest.mark.parametrize("build", ["FSDP", "TP"])
+def test_minibatches_are_those_of_the_whole_model(found, build):
+    expected = sharded.minibatches("whole", None)
+    for ours in solved(found[f"minibatches, {build}"]):
+        assert_equal(ours[0], expected[0], 1e-12)
+        assert_equal(ours[1], expected[1], 1e-7)
+
+
+@pytest.mark.parametrize("build", ["FSDP", "TP"])
 def test_the_report_is_that_of_the_whole_model(found, build):
     entries, facts = sharded.report("whole", None)
     for ours, theirs in solved(found[f"report, {build}"]):
@@ -127,6 +135,8 @@ def test_the_loop_of_the_page_is_that_of_the_whole_model(found):
         ("FSDP1", "Expected torch.distributed.fsdp.fully_shard"),
         ("dealt out", "Expected the same tasks on all of them"),
         ("group", "Expected group=None"),
+        ("start", "an inner loop that starts at them and whose end is not kept"),
+        ("state", "an inner loop that starts at them and whose end is not kept"),
     ],
 )
 def test_what_a_sharded_model_cannot_have(found, what, message):

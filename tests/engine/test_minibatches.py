@@ -563,6 +563,13 @@ def test_batches_are_fetched_when_a_step_needs_them() -> None:
     assert asked[-len(there + back) :] == there + back and set(asked[: -len(there + back)]) == {0}
 
 
+def test_the_batches_of_a_single_task_are_not_copied() -> None:
+    batches = _batches()
+    batch = TaskBatch.stack([Task(support=Minibatches(batches), query=QUERY)])
+    assert batch.at(2).support[0].data_ptr() == batches[2][0].data_ptr()
+    assert batch.fetched(0) == 0 and TaskBatch.stack(_tasks(2)).fetched(0) == 2 * 4 * (4 + 1) * 8
+
+
 def test_minibatches_say_what_they_are() -> None:
     assert repr(Minibatches(_batches())) == "Minibatches(7)"
     assert repr(_with_indices()) == "Minibatches(endless of 11 examples)"

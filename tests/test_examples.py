@@ -46,7 +46,7 @@ def unrolled_gradient(engine, model, tasks, loss=F.mse_loss):
 def test_every_example_has_a_test():
     assert {file.stem for file in FOLDER.glob("*.py")} == {
         *("plain_loop", "lightning_module", "learn2learn_loop", "compiled_model", "lora", "hyper_cleaning"),
-        "single_loop_bilevel",
+        *("single_loop_bilevel", "data_weights"),
     }
 
 
@@ -221,3 +221,19 @@ def test_the_single_loop_is_beside_the_double_loop(capsys):
     assert single.calls > 2 * max(minibatches.calls, whole.calls)
     assert list(whole.errors.values())[0] < 0.01 < list(minibatches.errors.values())[0]
     assert capsys.readouterr().out.count("\n") == 9
+
+
+def test_data_weights_finds_the_corrupted_texts(data_folder):
+    pytest.importorskip("transformers", reason="the extra imaml[text] is not installed")
+    example = load("data_weights")
+    few = {"texts": 96, "corrupted": 12, "copied": 1, "heldout": 128, "steps": 24, "batch_size": 24, "lr": 1e-2}
+    setting = example.Setting(**few, checkpoints=6, seeds=1, retrainings=1)
+    found = example.main(setting, data_folder / "banking77")
+    (of_meta,), (of_last,), (of_loss,) = (found["auc"][name] for name in ("meta-gradient", "last step", "loss"))
+    assert mean(of_meta.values()) > 0.75 > mean(of_last.values())
+    assert of_meta["copies"] > 0.8 > 0.2 > of_loss["copies"]  # what was seen often has a low loss
+    assert len(found["kinds"]) == len(found["scores"]["loss"]) == 96
+    dropped, oracle = (found["retrained"][name] for name in ("meta-gradient", "all that is corrupted"))
+    assert dropped["texts"] == oracle["texts"] == 60
+    assert dropped["corrupted"] < 12
+    assert oracle["corrupted"] == 0 < oracle["loss"][0] < found["retrained"]["all texts"]["loss"][0]

@@ -55,7 +55,7 @@ class Problem:
     """Which tasks of the user's these are."""
     first: int = 0
     """The number, in the whole training, of the step that is the first here; steps are counted from 0 in a problem."""
-    started: InnerState | None = None
+    start: InnerState | None = None
     """Where the inner loop goes on from; None: from theta."""
     final: State | None = None
     """The state after the inner loop, where it is wanted."""
@@ -105,15 +105,15 @@ class Problem:
         return self.snapshot.layout
 
     @property
-    def initial(self) -> Tensor:
+    def phi_0(self) -> Tensor:
         """Where the inner loop starts, `(tasks, n)`: theta, or the parameters of the state that it goes on from."""
-        return self.theta if self.started is None else self.started.flat(self.layout)[0].expand(self.tasks, -1)
+        return self.theta if self.start is None else self.start.flat(self.layout)[0].expand(self.tasks, -1)
 
     def begin(self) -> State:
         """The state of the inner optimiser before the first step."""
-        if self.started is None:
+        if self.start is None:
             return self.optimizer.start(self.theta)
-        return tuple(t.expand(self.tasks, -1) for t in self.started.flat(self.layout))
+        return tuple(t.expand(self.tasks, -1) for t in self.start.flat(self.layout))
 
     def resume_at(self) -> tuple[int, State]:
         """The step that an inner loop goes on with after an interruption, 0 otherwise, and the state before it."""
@@ -141,7 +141,7 @@ class Problem:
         self.statistics, self.stopped = saved["statistics"], saved["stopped"]
         self.direct, self._is_over = saved["direct"], saved["is_over"]
 
-    def pull_through_begin(self, cotangents: State) -> Tensor:
+    def pull_through_start(self, cotangents: State) -> Tensor:
         """The cotangent of theta for those of the state before the first step.
 
         A state to go on from counts as theta plus a constant, as that before the steps that `MAML(truncate=...)`
@@ -153,7 +153,7 @@ class Problem:
         Returns:
             That of theta, `(tasks, n)`.
         """
-        if self.started is not None:
+        if self.start is not None:
             return cotangents[0]
         return self.optimizer.pull_through_start(lambda: self.theta, cotangents)
 
@@ -285,8 +285,8 @@ class Problem:
         """What a function makes of each task alone, as one."""
         found, alone = [], []
         for row, support in self.support.split(1):
-            started = None if self.started is None else self.started.of_tasks([row])
-            one = replace(self, support=support, support_losses=[], started=started)
+            start = None if self.start is None else self.start.of_tasks([row])
+            one = replace(self, support=support, support_losses=[], start=start)
             found.append(run(one))
             one._theta = None
             alone.append(one)

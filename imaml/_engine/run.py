@@ -331,7 +331,7 @@ class Run:
             damping=self._damping(),
             positions=positions,
             first=self.first,
-            started=None if self.start is None else self.start.of_tasks(positions),
+            start=None if self.start is None else self.start.of_tasks(positions),
             keeps_final=self.keeps_final,
             course=course,
         )

@@ -57,7 +57,7 @@ class Adjoint(Resumable):
         Returns:
             That of each task, `(tasks, n)`.
         """
-        cotangent = self._problem.pull_through_begin(tuple(self.state)) if from_start else self.state[0]
+        cotangent = self._problem.pull_through_start(tuple(self.state)) if from_start else self.state[0]
         return cotangent if self.by_pull is None else cotangent + self.by_pull
 
     def saved(self) -> dict[str, Any]:

@@ -275,7 +275,7 @@ class ImplicitMAML(MetaGradient):
 
 def _carried(problem: Problem) -> Tensor | None:
     """The solution of the state that a call goes on from, which comes before those that the engine keeps."""
-    return None if problem.started is None else problem.started.solution
+    return None if problem.start is None else problem.start.solution
 
 
 def _system(curvature: Curvature, root: Tensor, shift: float) -> LinearOperator:

@@ -44,7 +44,7 @@ class InnerProblem(Protocol):
         ...
 
     @property
-    def initial(self) -> Tensor:
+    def phi_0(self) -> Tensor:
         """Where a solver starts, `(tasks, n)`, likewise: theta, or where an inner training stands that goes on."""
         ...
 

@@ -59,7 +59,7 @@ class NewtonCG(InnerSolver):
 
     def run(self, problem: InnerProblem) -> Tensor:
         """See `InnerSolver`."""
-        phi = before = problem.initial
+        phi = before = problem.phi_0
         moving = torch.ones_like(phi[:, :1], dtype=torch.bool)
         unchecked, size_before = torch.zeros_like(moving), torch.full_like(phi[:, :1], torch.inf)
         for step in range(self.steps):

@@ -62,7 +62,7 @@ class TorchOptimizer(InnerSolver):
 
     def _run_one(self, problem: InnerProblem) -> Tensor:
         layout = problem.layout
-        parts = problem.initial.squeeze(0).split(layout.sizes)
+        parts = problem.phi_0.squeeze(0).split(layout.sizes)
         leaves = [p.view(s).clone().requires_grad_() for p, s in zip(parts, layout.shapes, strict=True)]
         optimizer = self.optimizer(leaves, **self.options)
 

@@ -130,7 +130,7 @@ class TheFirstMinibatchInEveryStep(MAML):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForgetsTheState(MAML):
     def pull_back(self, problem):
-        problem.started = None
+        problem.start = None
         return super().pull_back(problem)
 
 

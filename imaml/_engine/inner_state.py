@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -95,7 +95,9 @@ class InnerState:
         )
         counts = {int(state.get("step", 0)) for state in states}
         if step is None and name == "SGD":
-            raise ValueError("An SGD does not count its steps, of which minibatches go by. Expected `step`. Got None.")
+            raise ValueError(
+                "An SGD does not count its steps, by which minibatches and schedules go. Expected `step`. Got None."
+            )
         if step is None and len(counts) > 1:
             raise ValueError(
                 f"The adapted parameters have taken {sorted(counts)} steps. Expected one number: pass `step`."
@@ -152,7 +154,16 @@ class InnerState:
 
     def of_tasks(self, positions: Sequence[int]) -> InnerState:
         """The state of some of the tasks."""
-        return self._each(lambda t: t if len(t) == 1 else t[list(positions)])
+
+        def some(t: Tensor) -> Tensor:
+            return t if len(t) == 1 else t[list(positions)]
+
+        return replace(
+            self,
+            parameters={n: some(p) for n, p in self.parameters.items()},
+            buffers=tuple(some(b) for b in self.buffers),
+            solution=None if self.solution is None else some(self.solution),
+        )
 
     def check(self, layout: Layout, inner: InnerSolver, tasks: int, like: Tensor) -> None:
         """Raise ValueError unless a call can go on from here.
@@ -203,14 +214,6 @@ class InnerState:
             )
         if elsewhere := {str(t.device) for t in everything} - {str(like.device)}:
             raise ValueError(f"The state must be on {like.device}, where the parameters are. Got {sorted(elsewhere)}.")
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> InnerState:
-        return replace(
-            self,
-            parameters={n: change(p) for n, p in self.parameters.items()},
-            buffers=tuple(change(b) for b in self.buffers),
-            solution=None if self.solution is None else change(self.solution),
-        )
 
 
 _BUFFERS: dict[str, tuple[str, list[str]]] = {

@@ -312,7 +312,7 @@ class Run:
         snapshot = self.snapshot.recomputing(chunking.recompute)
         source = Source(batch) if isinstance(batch.support, Minibatches) else None
         if source is not None:
-            self._check_source(source.minibatches)
+            source.check(self.first, self.engine.inner.steps, snapshot.objective.meta)
         examples = batch.support if source is None else source.at(source.minibatches.stand_in(self.first))
 
         def loss(examples: Batch, role: Role) -> Slice:
@@ -342,26 +342,6 @@ class Run:
         if source is not None:
             course.part("source", source)
         return problem
-
-    def _check_source(self, source: Minibatches) -> None:
-        """Raise ValueError where a source of minibatches is too short, or has no indices for a weight per example."""
-        last = self.first + self.engine.inner.steps
-        if source.length is not None and source.length < last:
-            raise ValueError(
-                f"The source of minibatches ends before the last inner step. Expected {last} batches, for steps "
-                f"{self.first} to {last - 1}. Got {source.length}: pass more, or a function of the step that begins "
-                "again, such as lambda step: batches[step % len(batches)]."
-            )
-        if source.says_indices is not None or source.examples is None:
-            return
-        for name, tensor in self.snapshot.objective.meta.flat().items():
-            if tensor.ndim and len(tensor) == source.examples and len(tensor) > 1:
-                raise ValueError(
-                    f"The meta-parameter {name!r} has {len(tensor)} entries, as many as the data set has examples, of "
-                    "which each step sees a batch. Expected the indices of the examples in every batch. Got none: pass "
-                    "indices=True to Minibatches.of, and use them in the loss, or indices=False where it is no weight "
-                    "per example."
-                )
 
     def _damping(self) -> Tensor | None:
         """Lambda: 0-dim, or `(n,)` where given by name; None for no proximal term."""

@@ -52,7 +52,7 @@ class Loss:
             return self
         if batches is not None:
             end = self.source.minibatches.length
-            return MeanLoss(self, [partial(self.source.at, step % end if end else step) for step in batches])
+            return self._mean([partial(self.source.at, step % end if end else step) for step in batches])
         count = self.source.minibatches.length_of_all
         if count is None:
             raise ValueError(
@@ -60,7 +60,10 @@ class Loss:
                 "Minibatches.of(dataset, ...). Got a function of the step: say how many of its batches stand for it, "
                 "with curvature_batches=m."
             )
-        return MeanLoss(self, [partial(self.source.of_all, i) for i in range(count)])
+        return self._mean([partial(self.source.of_all, i) for i in range(count)])
+
+    def _mean(self, fetch: Sequence[Callable[[], Batch]]) -> Loss:
+        return MeanLoss(self.whole, self.size, fetch=fetch)
 
     def _of(self, batch: Batch) -> Loss:
         return Loss(replace(self.whole, batch=batch), self.size)
@@ -158,18 +161,17 @@ class Loss:
         return replace(self.whole, batch=batch, part=(*self.whole.part, first))
 
 
+@dataclass(frozen=True, eq=False)
 class MeanLoss(Loss):
-    """The mean of the losses on several batches, weighted by their numbers of examples."""
+    """The mean of the losses on several batches, weighted by their numbers of examples; `whole` is on none of them."""
 
-    def __init__(self, like: Loss, fetch: Sequence[Callable[[], Batch]]) -> None:
-        super().__init__(like.whole, like.size)
-        object.__setattr__(self, "_fetch", fetch)
+    fetch: Sequence[Callable[[], Batch]] = ()
+    """What gives each of the batches."""
 
     @cached_property
     def slices(self) -> Sequence[tuple[float, Slice]]:
         """See `Loss`; a batch is fetched when its slices are asked for."""
-        fetch: Sequence[Callable[[], Batch]] = vars(self)["_fetch"]
-        return _Fetched([partial(self._alone, i, get) for i, get in enumerate(fetch)])
+        return _Fetched([partial(self._alone, i, get) for i, get in enumerate(self.fetch)])
 
     def _alone(self, i: int, get: Callable[[], Batch]) -> Loss:
         return Loss(replace(self.whole, batch=get(), part=(*self.whole.part, i)), self.size)

@@ -11,6 +11,7 @@ from torch import Tensor
 from imaml._leaves import checksum
 from imaml._losses.slice import outside_inference
 from imaml._minibatches import Batch, Minibatches
+from imaml._objective.meta import MetaParameters
 from imaml._tasks import TaskBatch
 from imaml._torch import tree_leaves
 
@@ -30,6 +31,35 @@ class Source:
         found = self.tasks.support
         assert isinstance(found, Minibatches)
         return found
+
+    def check(self, first: int, steps: int, meta: MetaParameters) -> None:
+        """Raise unless it does for a call.
+
+        Args:
+            first: The number of the first inner step.
+            steps: How many there are.
+            meta: What is learned, a weight per example perhaps.
+
+        Raises:
+            ValueError: It is too short, or has no indices for a weight per example.
+        """
+        source, last = self.minibatches, first + steps
+        if source.length is not None and source.length < last:
+            raise ValueError(
+                f"The source of minibatches ends before the last inner step. Expected {last} batches, for steps "
+                f"{first} to {last - 1}. Got {source.length}: pass more, or a function of the step that begins again, "
+                "such as lambda step: batches[step % len(batches)]."
+            )
+        if source.says_indices is not None or source.examples is None:
+            return
+        for name, tensor in meta.flat().items():
+            if tensor.ndim and len(tensor) == source.examples and len(tensor) > 1:
+                raise ValueError(
+                    f"The meta-parameter {name!r} has {len(tensor)} entries, as many as the data set has examples, of "
+                    "which each step sees a batch. Expected the indices of the examples in every batch. Got none: pass "
+                    "indices=True to Minibatches.of, and use them in the loss, or indices=False where it is no weight "
+                    "per example."
+                )
 
     def at(self, step: int) -> Batch:
         """What the tasks see in a step of the training, `(tasks, ...)`; the last one is kept at hand.

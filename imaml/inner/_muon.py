@@ -97,7 +97,7 @@ class Muon(InnerOptimizer):
 
     @property
     def buffers(self) -> int:
-        """M, and v of the parameters that adapt by AdamW."""
+        """The momentum, and the second moment of the parameters that adapt by AdamW."""
         return 2
 
     def update(self, state: State, gradient: Tensor, step: int, at: Rates) -> State:

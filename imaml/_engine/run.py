@@ -275,7 +275,7 @@ class Run:
             return Chunking(size, size, graphs=0)
         key = (snapshot.layout, snapshot.shared_layout, snapshot.like.device, signature(batch))
         if size == "auto":
-            return self.engine._choose(snapshot.objective, batch, (*key, fetched), fetched)
+            return self.engine._choose(snapshot.objective, batch, (*key, fetched), fetched, self.start)
         if key not in known:
             trial = self._trial(differentiates=bool(self.layouts))
             one = trial.problem([0], batch[:1], ONE_BY_ONE)

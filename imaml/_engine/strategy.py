@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from imaml._engine.chunking import Chunking
+from imaml._engine.inner_state import InnerState
 from imaml._engine.nonfinite import OnNonfinite, check_on_nonfinite
 from imaml._engine.problem import Problem
 from imaml._engine.remembered import Memory
@@ -116,7 +117,9 @@ class Strategy(ABC):
         return None
 
     @abstractmethod
-    def _choose(self, objective: Objective, batch: TaskBatch, shapes: Hashable, fetched: int) -> Chunking:
+    def _choose(
+        self, objective: Objective, batch: TaskBatch, shapes: Hashable, fetched: int, start: InnerState | None
+    ) -> Chunking:
         """How tasks run with `chunk_size="auto"`, each of whose steps fetches so many bytes."""
 
     @property

@@ -267,10 +267,12 @@ class MetaGradient(Strategy):
 
         return forecast(self, objective, tasks, memory)
 
-    def _choose(self, objective: Objective, batch: TaskBatch, shapes: Hashable, fetched: int) -> Chunking:
+    def _choose(
+        self, objective: Objective, batch: TaskBatch, shapes: Hashable, fetched: int, start: InnerState | None
+    ) -> Chunking:
         from imaml.planning._planner import automatic  # noqa: PLC0415
 
-        return automatic(self, objective, batch, shapes, fetched)
+        return automatic(self, objective, batch, shapes, fetched, start)
 
     def _kept(self, folder: str | Path | None, group: ProcessGroup | None) -> Path | None:
         """The folder of a call; raises ValueError where it cannot be kept in one."""

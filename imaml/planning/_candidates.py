@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from imaml._curvature.compiler import agree
 from imaml._engine.chunking import ONE_BY_ONE, saved_for, storages
+from imaml._engine.inner_state import InnerState
 from imaml._engine.problem import Problem
 from imaml._engine.strategy import Strategy
 from imaml._objective.blocks import Blocks, blocks_of
@@ -29,7 +30,9 @@ REFUSALS = (ValueError, RuntimeError)
 """What a block raises that is no function of its arguments and of the modules that it holds."""
 
 
-def worth_recomputing(engine: Strategy, objective: Objective, batch: TaskBatch) -> Iterator[Blocks]:
+def worth_recomputing(
+    engine: Strategy, objective: Objective, batch: TaskBatch, start: InnerState | None = None
+) -> Iterator[Blocks]:
     """Look for modules whose recomputation saves memory and gives the same gradient.
 
     Candidates are the types of modules, and what a list or a sequence of them holds.
@@ -39,6 +42,7 @@ def worth_recomputing(engine: Strategy, objective: Objective, batch: TaskBatch) 
         objective: Model and loss.
         batch: Tasks, of which the first is looked at: one forward pass of its support set, and for each candidate two
             gradients.
+        start: Where the inner trainings go on from; None: from theta.
 
     Yields:
         Values of `recompute`, the leanest first; none where the engine, the objective or the model says what is
@@ -47,11 +51,11 @@ def worth_recomputing(engine: Strategy, objective: Objective, batch: TaskBatch) 
     if objective.model is None or engine.recompute is not None or engine.compile:
         return
     with torch.inference_mode(False), torch.no_grad():
-        candidates = _candidates(engine, objective, batch, objective.model)
-        expected = _gradient(engine, objective, batch) if candidates else None
+        candidates = _candidates(engine, objective, batch, objective.model, start)
+        expected = _gradient(engine, objective, batch, start) if candidates else None
         for blocks in candidates:
             try:
-                found = _gradient(replace(engine, recompute=blocks), objective, batch)
+                found = _gradient(replace(engine, recompute=blocks), objective, batch, start)
             except REFUSALS:  # as the engine has just run, these are about the blocks
                 continue
             # A block may depend on what is hidden from us, such as random numbers of Python's own.
@@ -59,14 +63,14 @@ def worth_recomputing(engine: Strategy, objective: Objective, batch: TaskBatch) 
                 yield blocks
 
 
-def _first(engine: Strategy, objective: Objective, batch: TaskBatch) -> Problem:
-    run = run_of(engine, objective, derivatives=True)
+def _first(engine: Strategy, objective: Objective, batch: TaskBatch, start: InnerState | None) -> Problem:
+    run = run_of(engine, objective, derivatives=True, start=start)
     return run.problem([0], batch[:1], ONE_BY_ONE)
 
 
-def _gradient(engine: Strategy, objective: Objective, batch: TaskBatch) -> Tensor:
+def _gradient(engine: Strategy, objective: Objective, batch: TaskBatch, start: InnerState | None) -> Tensor:
     """The gradient of the first task's support loss."""
-    one = _first(engine, objective, batch)
+    one = _first(engine, objective, batch, start)
     try:
         return one.derivatives.gradient(one.support, one.theta, 0).adapted
     finally:
@@ -104,8 +108,10 @@ class _Watch:
             call.last = len(self.saved)
 
 
-def _candidates(engine: Strategy, objective: Objective, batch: TaskBatch, model: nn.Module) -> list[Blocks]:
-    one, watch = _first(engine, objective, batch), _Watch()
+def _candidates(
+    engine: Strategy, objective: Objective, batch: TaskBatch, model: nn.Module, start: InnerState | None = None
+) -> list[Blocks]:
+    one, watch = _first(engine, objective, batch, start), _Watch()
     survey = one.snapshot.survey
     if survey.blocks or survey.is_sharded:
         return []

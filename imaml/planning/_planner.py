@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from imaml._engine.chunking import VECTORISED, Chunking
+from imaml._engine.inner_state import InnerState
 from imaml._engine.strategy import Strategy
 from imaml._objective.meta import no_gradient
 from imaml._objective.objective import Objective
@@ -63,17 +64,28 @@ def forecast(
 
 
 def recomputing(
-    engine: Engine, objective: Objective, groups: Sequence[tuple[TaskBatch, int]], room: float | None
+    engine: Engine,
+    objective: Objective,
+    groups: Sequence[tuple[TaskBatch, int]],
+    room: float | None,
+    start: InnerState | None = None,
 ) -> list[tuple[Engine, list[ProbedTasks]]]:
     """The engine with modules that are worth recomputing, if it leaves that open and there are any, and its looks."""
-    for blocks in worth_recomputing(engine, objective, groups[0][0]):
+    for blocks in worth_recomputing(engine, objective, groups[0][0], start):
         leaner = replace(engine, recompute=blocks)
         with suppress(*REFUSALS):  # found where tasks are vectorised, or in second derivatives
-            return [(leaner, [look(leaner, objective, batch, room, fetched) for batch, fetched in groups])]
+            return [(leaner, [look(leaner, objective, batch, room, fetched, start) for batch, fetched in groups])]
     return []
 
 
-def look(engine: Strategy, objective: Objective, batch: TaskBatch, room: float | None, fetched: int) -> ProbedTasks:
+def look(
+    engine: Strategy,
+    objective: Objective,
+    batch: TaskBatch,
+    room: float | None,
+    fetched: int,
+    start: InnerState | None = None,
+) -> ProbedTasks:
     """Measure the stages of a few tasks of equal shapes, as far as these stay within the room.
 
     Args:
@@ -82,6 +94,7 @@ def look(engine: Strategy, objective: Objective, batch: TaskBatch, room: float |
         batch: The tasks, with a batch that stands for those of all steps.
         room: Bytes; None: no limit.
         fetched: Bytes of the batch that a step fetches.
+        start: Where the inner trainings go on from, which says the steps that hyper-parameters are for; None: theta.
 
     Returns:
         What is known of them.
@@ -92,21 +105,28 @@ def look(engine: Strategy, objective: Objective, batch: TaskBatch, room: float |
         usual = {}
         for one in (engine, *engines):
             if one._states not in usual:
-                run = run_of(replace(one, chunk_size=None, compile=False), objective, derivatives=True)
+                run = run_of(replace(one, chunk_size=None, compile=False), objective, derivatives=True, start=start)
                 usual[one._states] = run.chunking(batch)
         fixed = engine.chunk_size if isinstance(engine.chunk_size, int) else None
         most = min(len(batch), MOST_TASKS if fixed is None else min(fixed, MOST_TASKS))
         costs = [costs_of(one) for one in engines]
-        found = probe(costs, objective, batch, range(1, most + 1), room, fetched)
+        found = probe(costs, objective, batch, range(1, most + 1), room, fetched, start)
     return ProbedTasks(tasks=len(batch), probe=found, usual=usual)
 
 
-def automatic(engine: Strategy, objective: Objective, batch: TaskBatch, shapes: Hashable, fetched: int) -> Chunking:
+def automatic(
+    engine: Strategy,
+    objective: Objective,
+    batch: TaskBatch,
+    shapes: Hashable,
+    fetched: int,
+    start: InnerState | None,
+) -> Chunking:
     """How tasks run with `chunk_size="auto"`; looked at once for these shapes, and again for more tasks up to three."""
     key, looks = (shapes, min(len(batch), MOST_TASKS)), engine._memory.looks
     if key not in looks:
         room = room_of(device_of(objective))
-        looks[key] = look(engine, objective, batch, room, fetched), room
+        looks[key] = look(engine, objective, batch, room, fetched, start), room
     found, room = looks[key]
     found = replace(found, tasks=len(batch))
     chosen = auto(engine, found, room)
@@ -114,7 +134,7 @@ def automatic(engine: Strategy, objective: Objective, batch: TaskBatch, shapes: 
     if room is None or peak <= room:
         return chosen
     if (key, "recompute") not in looks:  # a second probe, and only where nothing fits without
-        looks[key, "recompute"] = recomputing(engine, objective, [(batch, fetched)], room)
+        looks[key, "recompute"] = recomputing(engine, objective, [(batch, fetched)], room, start)
     for leaner, [again] in looks[key, "recompute"]:
         again = replace(again, tasks=len(batch))
         one = auto(leaner, again, room)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from imaml._engine.chunking import ONE_BY_ONE, Chunking, saved_bytes
+from imaml._engine.inner_state import InnerState
 from imaml._losses.replay import Role
 from imaml._objective.objective import Objective
 from imaml._sharding.runs import run_of
@@ -53,6 +54,7 @@ def probe(
     sizes: Sequence[int],
     room: float | None,
     fetched: int = 0,
+    start: InnerState | None = None,
 ) -> Probe:
     """Measure the stages of some engines that differ in their settings.
 
@@ -66,6 +68,7 @@ def probe(
         sizes: Sizes of the chunks to measure, ascending.
         room: Bytes that the next larger chunk should not exceed, by the last; None: no limit.
         fetched: Bytes of the batch that an inner step fetches for all tasks.
+        start: Where the inner trainings go on from; None: from theta.
 
     Returns:
         The stages of chunks of at least the first size. Random states are left as they were.
@@ -73,7 +76,7 @@ def probe(
     facts: Facts
     engine, uses = costs[0].engine, dict[int, dict[str, Use]]()
     base, gradients, hvps, per_task = Use(0, 0), 0, 0, 0.0
-    run = run_of(engine, objective, derivatives=True)
+    run = run_of(engine, objective, derivatives=True, start=start)
     solve = costs[0].solve(run.snapshot.theta)
     one = run.problem([0], batch[:1], ONE_BY_ONE)
     theta = one.theta
@@ -86,7 +89,7 @@ def probe(
         account = Account(run.snapshot.like.device)
         with account.recording():
             with account.stage(_SNAPSHOT):
-                run = run_of(engine, objective, derivatives=True)
+                run = run_of(engine, objective, derivatives=True, start=start)
             problem = run.problem(list(range(tasks)), batch[:tasks], Chunking(tasks, tasks, graphs=0))
             stages = Stages.of(account, problem)
             try:

@@ -85,3 +85,10 @@ def test_a_call_that_goes_on_chooses_by_its_own_batches():
     state = engine(objective, tasks, return_state=True).state
     engine.value_and_grad(objective, tasks, start=state)
     assert len(engine.plan(objective, tasks).settings) > 1
+
+
+def test_a_call_that_goes_on_is_looked_at_with_the_step_sizes_of_its_own_steps():
+    objective, tasks = problem("fetched")
+    state = MAML(inner=INNER)(objective, tasks, return_state=True).state
+    inner = replace(INNER, lr=[0.1] * 2 * INNER.steps)  # one for each step of the whole training
+    MAML(inner=inner, chunk_size="auto").value_and_grad(objective, tasks, start=state)

@@ -194,10 +194,11 @@ class InnerState:
         needs = inner.buffers if isinstance(inner, InnerOptimizer) else 0
         if len(self.buffers) != needs or self.optimizer not in (None, has):
             whose = f" of {self.optimizer}" if self.optimizer else ""
+            zeros = f", buffers=(torch.zeros(1, {n}),) * {needs}" if needs else ""
             raise ValueError(
                 f"The state is that of another optimiser. Expected the {needs} buffers of {has}. Got "
-                f"{len(self.buffers)}{whose}: go on with the optimiser that it comes from, or start anew with "
-                "InnerState(parameters=state.parameters, step=state.step) where it has none."
+                f"{len(self.buffers)}{whose}: go on with the optimiser that it comes from, or begin a training at its "
+                f"parameters, with InnerState(parameters=state.parameters{zeros})."
             )
         vectors = {"buffers": self.buffers, "solution": () if self.solution is None else (self.solution,)}
         for name, tensors in vectors.items():

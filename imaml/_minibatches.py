@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from imaml._leaves import check_leaves
 from imaml._numbers import check_integer
@@ -43,7 +44,8 @@ class Minibatches:
             no iterator, which could not be asked again, and without a state of its own.
 
     Raises:
-        TypeError: `source` is an iterator, such as that of a DataLoader, or neither of both.
+        TypeError: `source` is an iterator, such as that of a DataLoader, or a data set, whose items are examples and no
+            batches, or neither of both.
     """
 
     examples: int | None = None
@@ -52,6 +54,12 @@ class Minibatches:
     """Whether batches carry the indices of their examples; None: that was left open."""
 
     def __init__(self, source: Sequence[Batch] | Callable[[int], Batch]) -> None:
+        if isinstance(source, (Dataset, Mapping)):
+            raise TypeError(
+                "The items of a source are batches, one a step. Expected a sequence of batches or a function of the "
+                f"step. Got {type(source).__name__}: of a data set of examples make Minibatches.of(dataset, "
+                "batch_size=...); where its items are batches, pass dataset.__getitem__."
+            )
         if not callable(source) and not (isinstance(source, Sized) and hasattr(source, "__getitem__")):
             remedy = "Minibatches(list(loader)), or Minibatches.of(loader.dataset, batch_size=...)"
             raise TypeError(
@@ -82,8 +90,8 @@ class Minibatches:
         """Epoch after epoch of a data set, in an order that is a function of the seed and of the epoch alone.
 
         So sweeps, resumed runs and ranks agree on the batch of a step. While a data set is asked for the examples of a
-        step, torch's and Python's global generators are seeded for this step, so that random augmentations agree too;
-        the user's are not touched.
+        step, the global generators of torch, Python and NumPy are seeded for this step, so that random augmentations
+        agree too; the user's are not touched.
 
         Args:
             dataset: Tensors that hold the examples in their first dimension, one or a tuple or dict of them; or a
@@ -288,15 +296,17 @@ class _Dataset:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Within it the global generators of torch on the host and of Python are seeded; they are as before after it."""
-    before = random.getstate()
+    """Within it the generators of torch on the host, Python and NumPy are seeded; they are as before after it."""
+    before, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             random.seed(seed)
+            np.random.seed([seed % 2**32, seed >> 32])  # noqa: NPY002
             yield
     finally:
         random.setstate(before)
+        np.random.set_state(numpys)  # noqa: NPY002
 
 
 def _mixed(seed: int, count: int) -> int:

@@ -57,8 +57,8 @@ class Source:
                 raise ValueError(
                     f"The meta-parameter {name!r} has {len(tensor)} entries, as many as the data set has examples, of "
                     "which each step sees a batch. Expected the indices of the examples in every batch. Got none: pass "
-                    "indices=True to Minibatches.of, and use them in the loss, or indices=False where it is no weight "
-                    "per example."
+                    "indices=True to Minibatches.of, and use them in the loss, or indices=False where batches carry "
+                    "them already, or it is no weight per example."
                 )
 
     def at(self, step: int) -> Batch:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,8 @@ class Noisy:
         return len(self.x)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        return self.x[i] + 0.1 * torch.randn(4, dtype=torch.float64) + 0.1 * random.random(), self.y[i]
+        noise = torch.randn(4, dtype=torch.float64) + random.random() + np.random.rand()  # noqa: NPY002
+        return self.x[i] + 0.1 * noise, self.y[i]
 
 
 def _batches(steps: int = STEPS) -> list[tuple[Tensor, Tensor]]:
@@ -531,12 +533,19 @@ def test_full_batches_alone_and_no_order() -> None:
 def test_draws_of_a_data_set_are_those_of_the_step_and_leave_the_users_generators() -> None:
     source = SOURCES["a data set with random augmentation"]()
     first = source.at(2)[0]
-    torch.manual_seed(7)
-    random.seed(7)
-    again, a, b = source.at(2)[0], torch.rand(()), random.random()
-    torch.manual_seed(7)
-    random.seed(7)
-    assert torch.equal(first, again) and a == torch.rand(()) and b == random.random()
+
+    def draws() -> tuple[float, ...]:
+        return torch.rand(()).item(), random.random(), np.random.rand()  # noqa: NPY002
+
+    def seed() -> None:
+        torch.manual_seed(7)
+        random.seed(7)
+        np.random.seed(7)  # noqa: NPY002
+
+    seed()
+    again, drawn = source.at(2)[0], draws()
+    seed()
+    assert torch.equal(first, again) and drawn == draws()
     assert not torch.equal(source.at(5)[0], first)
     plain = Minibatches.of(Noisy(), batch_size=4, shuffle=False)  # the same examples in each epoch, drawn anew
     assert torch.equal(plain.at(3)[1], plain.at(0)[1]) and not torch.equal(plain.at(3)[0], plain.at(0)[0])
@@ -593,6 +602,12 @@ def _loader() -> DataLoader[Any]:
 def test_an_iterator_cannot_be_asked_again(source: Callable[[], Any]) -> None:
     with pytest.raises(TypeError, match=r"asked again.*Got .*wrap it as Minibatches\(list\(loader\)\)"):
         Minibatches(source())
+
+
+@pytest.mark.parametrize("source", [TensorDataset(*make_data()), dict(zip("xy", make_data(), strict=True))])
+def test_a_data_set_is_no_sequence_of_batches(source: Any) -> None:
+    with pytest.raises(TypeError, match=r"batches, one a step.*Got .*make Minibatches.of\(dataset, batch_size=...\)"):
+        Minibatches(source)
 
 
 @pytest.mark.parametrize("source", [3, None, object()])

@@ -92,8 +92,8 @@ class DrawsFromTheGlobalGenerator(MAML):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DifferentiatesUnderNoGrad(MAML):
-    def _run(self, objective, tasks, *, derivatives):
-        return super()._run(objective, tasks, derivatives=True)
+    def _run(self, *given, derivatives, **more):
+        return super()._run(*given, derivatives=True, **more)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,7 @@ class OtherSystem(ImplicitMAML):
     def pull_back(self, problem):
         phi = dataclasses.replace(problem).adapt()
         moved = dataclasses.replace(
-            problem, theta=phi, inner=GradientDescent(lr=1.0, steps=0), damping=problem.damping + 10
+            problem, _theta=phi, inner=GradientDescent(lr=1.0, steps=0), damping=problem.damping + 10
         )
         pulled = super().pull_back(moved)
         return Pullback(pulled.theta / 2, pulled.shared, pulled.outcome)

@@ -1,7 +1,10 @@
 """The strategy suite fails for every broken strategy, in the test meant for it."""
 
 import pytest
+import torch
 
+from imaml import GradientDescent, Objective
+from imaml.testing._tasks import batch_of_tasks
 from tests.testing import broken_strategies
 from tests.testing.running import run_suite
 
@@ -32,6 +35,13 @@ CAUGHT_BY = {
 def test_every_broken_strategy_is_listed():
     here = broken_strategies.__name__
     assert {n for n, v in vars(broken_strategies).items() if getattr(v, "__module__", "") == here} == set(CAUGHT_BY)
+
+
+@pytest.mark.parametrize("name", CAUGHT_BY)
+def test_a_broken_strategy_runs(name):
+    """So that it fails by its defect, and not by an error of its own."""
+    strategy = getattr(broken_strategies, name)(inner=GradientDescent(lr=0.1, steps=3))
+    strategy(Objective(torch.nn.Linear(3, 2).double(), torch.nn.functional.cross_entropy), batch_of_tasks(3, 5, 6))
 
 
 @pytest.mark.parametrize("name", CAUGHT_BY)

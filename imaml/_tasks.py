@@ -235,7 +235,10 @@ class TaskBatch:
         """
         sources = [task.support for task in tasks if isinstance(task.support, Minibatches)]
         if sources and len(sources) < len(tasks):
-            raise ValueError("Only tasks that all have minibatches, or all a fixed support set, can be stacked.")
+            raise ValueError(
+                "Only tasks that all have minibatches, or all a fixed support set, can be stacked. Got "
+                f"{len(sources)} of {len(tasks)} with minibatches: pass a list of tasks."
+            )
         if sources:
             queries = cls.stack([Task(support=task.query, query=task.query) for task in tasks]).query
             return cls(support=stacked(sources, _stacked_at_a_step), query=queries)

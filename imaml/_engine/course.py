@@ -11,7 +11,7 @@ from imaml._engine.journal import Journal, owned
 from imaml.inner._inner_problem import State
 
 Progress = Callable[[int, Literal["forward", "backward"]], object]
-"""Is told the number of an inner step, as a step of it is done in either direction."""
+"""Is told the number of an inner step when it has been taken, and when the sweep has come back over it."""
 
 
 class Resumable(Protocol):

@@ -47,24 +47,24 @@ def fingerprint(
     model = objective.model
     return {
         "versions": {"imaml": version("imaml"), "torch": torch.__version__},
-        "engine": described(engine),
+        "engine": _plain(engine),
         "model": None
         if model is None
         else {
             "text": crc32(_ADDRESS.sub("", repr(model)).encode()),
             "training": crc32(bytes(module.training for module in model.modules())),
         },
-        "loss": described(objective.loss),
-        "outer_loss": described(objective.outer_loss),
-        "metric": described(objective.metric),
+        "loss": _plain(objective.loss),
+        "outer_loss": _plain(objective.outer_loss),
+        "metric": _plain(objective.metric),
         "adapted": list(snapshot.layout.names),
         "differentiates": snapshot.differentiates,
-        "parameters": described(
+        "parameters": _plain(
             ({} if model is None else dict(model.named_parameters())) | objective.parameters() | objective.meta.flat()
         ),
-        "buffers": described(snapshot.constants.fresh()),
+        "buffers": _plain(snapshot.constants.fresh()),
         "tasks": {str(i): _of_tasks(*group, 0 if start is None else start.step) for i, group in enumerate(groups)},
-        "start": described(start),
+        "start": _plain(start),
     }
 
 
@@ -76,12 +76,12 @@ def _of_tasks(positions: list[int], batch: TaskBatch, first: int) -> dict[str, A
     return {
         "positions": positions,
         **of_source,
-        "support": [described(leaf) for leaf in tree_leaves(seen.support)],
-        "query": [described(leaf) for leaf in tree_leaves(seen.query)],
+        "support": [_plain(leaf) for leaf in tree_leaves(seen.support)],
+        "query": [_plain(leaf) for leaf in tree_leaves(seen.query)],
     }
 
 
-def described(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     """A value of any kind as plain ones: equal for equal values, in any process."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -89,22 +89,22 @@ def described(value: Any) -> Any:
         shape, dtype, bits = checksum(value)
         return f"{dtype} {list(shape)} {bits:08x}"
     if isinstance(value, Mapping):
-        return {str(key): described(part) for key, part in value.items()}
+        return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [described(part) for part in value]
+        return [_plain(part) for part in value]
     if isinstance(value, partial):
-        return {"partial": [described(part) for part in (value.func, value.args, value.keywords)]}
+        return {"partial": [_plain(part) for part in (value.func, value.args, value.keywords)]}
     if isinstance(value, nn.Module):
-        return {"module": _ADDRESS.sub("", repr(value)), "state": described(value.state_dict())}
+        return {"module": _ADDRESS.sub("", repr(value)), "state": _plain(value.state_dict())}
     if is_dataclass(value) and not isinstance(value, type):
-        settings = {f.name: described(getattr(value, f.name)) for f in fields(value) if f.init}
+        settings = {f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.init}
         return {"type": type(value).__qualname__} | settings
     return _of_callable(value) if callable(value) else type(value).__qualname__
 
 
 def _of_callable(value: Callable[..., Any]) -> Any:
     if ismethod(value):
-        return [described(value.__self__), _of_callable(value.__func__)]
+        return [_plain(value.__self__), _of_callable(value.__func__)]
     name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
     code = getattr(value, "__code__", None)
     if code is None:
@@ -117,7 +117,7 @@ def _of_cell(cell: CellType) -> Any:
         value = cell.cell_contents
     except ValueError:  # it is empty
         return None
-    return type(value).__qualname__ if callable(value) else described(value)
+    return type(value).__qualname__ if callable(value) else _plain(value)
 
 
 def _of_code(code: CodeType) -> int:

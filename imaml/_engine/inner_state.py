@@ -131,7 +131,8 @@ class InnerState:
         """
         first = parts[0][1]
         order = [position for positions, _ in parts for position in positions]
-        where = torch.tensor([order.index(i) if i not in skipped else len(order) for i in range(tasks)])
+        rows_of = {position: row for row, position in enumerate(order)}
+        where = torch.tensor([rows_of.get(i, len(order)) for i in range(tasks)])
 
         def join(own: Sequence[Tensor | None]) -> Tensor | None:
             rows = [t for t in own if t is not None]

@@ -36,9 +36,8 @@ class Problem:
     Formula: min over phi of L_support(phi) + 1/2 (phi - theta)' Lambda (phi - theta), followed by L_query(phi).
 
     `MetaGradient.pull_back` gets one for a chunk of tasks, whose vectors are `(tasks, n)`. `adapt` comes first, then
-    `judge`, then `outcome`; docs/testing.md says what else may be asked, when, and at what cost.
-
-    `support`, `query`, `derivatives`, `hyper` and `chunking` are the library's own.
+    `judge`, then `outcome`; docs/testing.md says what else may be asked, when, and at what cost. What that page does
+    not name is the library's own.
     """
 
     support: Loss
@@ -187,11 +186,10 @@ class Problem:
                 "`problem.adapt()`. Got one that does not: leave return_state out."
             )
         phi, *buffers = self.final
+        # Not rounded to the parameters' dtype, as `layout.named` would.
         parts = zip(self.layout.names, phi.split(self.layout.sizes, -1), self.layout.shapes, strict=True)
         return InnerState(
-            parameters={
-                n: part.reshape(self.tasks, *shape).clone() for n, part, shape in parts
-            },  # not rounded to their dtype
+            parameters={n: part.reshape(self.tasks, *shape).clone() for n, part, shape in parts},
             buffers=tuple(b.expand(self.tasks, -1).clone() for b in buffers),
             step=self.first + self.inner.steps,
             solution=solution,

@@ -39,8 +39,8 @@ class MAML(MetaGradient):
     through U to get its cotangents (a, w) for (s_k, g_k); then a_phi <- a_phi + H_k w + Lambda w, one Hessian-vector
     product a step.
 
-    Cost per task: K + 1 gradients and K Hessian-vector products. Where U is not linear or a step size is learned, the
-    sweep evaluates K gradients again.
+    Cost per task: K + 1 gradients and K Hessian-vector products. Where U is not linear, a step size is learned or
+    gradients are clipped, the sweep evaluates K gradients again.
 
     Memory: one product plus the K states, `(n,)` a vector of each. With `checkpoints=m` it is at most m states, and the
     steps between them are recomputed. With `linearize=m` the last m steps have their graphs instead, for a forward and
@@ -61,8 +61,8 @@ class MAML(MetaGradient):
         storage: Where the states wait for the sweep, which reads them back bit for bit. "device": where they are.
             "cpu": in pinned memory, for parameters on a CUDA device, with copies that run beside the computation; the
             same as "device" elsewhere. "disk": in a file of the temporary folder (TMPDIR) that no name leads to, so
-            that nothing is left behind; an OSError says how much room is missing. The device then holds the state at
-            hand, whatever K.
+            that nothing is left behind, or in the `folder` of a call that has one; an OSError says how much room is
+            missing. The device then holds the state at hand, whatever K.
         linearize: How many of the last steps keep their graph, so that the product there costs about one gradient less;
             True for all, False for none. The other steps are evaluated anew from their states, of which `checkpoints`
             and `storage` speak: True leaves them none. 1 is one step, although `1 == True` in Python. A graph is of the

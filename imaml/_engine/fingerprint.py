@@ -72,7 +72,7 @@ def _of_tasks(positions: list[int], batch: TaskBatch, first: int) -> dict[str, A
     of_source: dict[str, Any] = {}
     if isinstance(batch.support, Minibatches):
         of_source = {"batches": batch.support.length, "examples": batch.support.examples}
-    seen = batch.at(first)
+    seen = batch.alike(first)
     return {
         "positions": positions,
         **of_source,

@@ -364,3 +364,12 @@ def test_progress_is_told_of_each_step_once_in_each_direction(options):
     assert told == [(k, "forward") for k in range(STEPS)] + [
         (k, "backward") for k in reversed(range(STEPS - backwards, STEPS))
     ]
+
+
+def test_a_call_that_takes_no_step_needs_no_batch_past_the_end_of_its_source(tmp_path):
+    objective, tasks = problem()
+    once = TaskBatch(support=Minibatches([tasks.support]), query=tasks.query)
+    state = MAML(inner=replace(ADAM, steps=1))(objective, once, return_state=True).state
+    still = MAML(inner=replace(ADAM, steps=0))
+    kept = still(objective, once, start=state, folder=tmp_path / "run").loss
+    torch.testing.assert_close(kept, still(objective, once, start=state).loss)

@@ -81,7 +81,24 @@ class ShardedLayout(Layout):
         return found
 
     def views(self, flat: Tensor, *, cast: bool = True) -> list[Tensor]:
-        """One tensor `(*batch, *shape)` per parameter, sharded as it is."""
+        """One tensor `(*batch, *shape)` per parameter, sharded as it is, for a model.
+
+        Args:
+            flat: A vector `(*batch, n)`.
+            cast: As of `Layout`; False where an update takes its vectors apart.
+
+        Returns:
+            The tensors.
+
+        Raises:
+            ValueError: An update asks, whose norms and products of one parameter may meet in collectives that differ.
+        """
+        if not cast:
+            raise ValueError(
+                "The model's parameters are sharded over processes. Expected an optimiser that needs no parameter "
+                "as a whole, such as GradientDescent or Adam. Got one whose `update` takes vectors apart, as those of "
+                "LAMB and Muon do by `at.views`."
+            )
         batch = flat.shape[:-1]
 
         def like_parameter(mine: Tensor, placement: Placement | None, shape: torch.Size) -> Tensor:
@@ -92,7 +109,7 @@ class ShardedLayout(Layout):
             return DTensor.from_local(mine, self.mesh, [there], run_check=False, shape=full.shape, stride=full.stride())
 
         return [
-            like_parameter(mine.to(dtype) if cast else mine, placement, shape)
+            like_parameter(mine.to(dtype), placement, shape)
             for mine, dtype, placement, shape in zip(
                 self.shards(flat), self.dtypes, self.placements, self.shapes, strict=True
             )

@@ -36,6 +36,8 @@ INNER = GradientDescent(lr=0.1, steps=2, momentum=0.5)
 IMPLICIT = {"inner": GradientDescent(lr=[0.1, 0.2], steps=2), "hvp": "finite-difference", "error_bound": False}
 FIRST_ORDER = {
     "FOMAML": FOMAML(inner=INNER),
+    "FOMAML, one norm": FOMAML(inner=imaml.NormalizedDescent(lr=0.05, steps=2, momentum=0.3, max_grad_norm=0.1)),
+    "FOMAML, signs": FOMAML(inner=imaml.Lion(lr=0.05, steps=2, weight_decay=0.1)),
     "FOMAML, Adam": FOMAML(inner=Adam(lr=0.05, steps=2, weight_decay=0.1), regularization=0.5),
     "FOMAML, early stop": FOMAML(inner=GradientDescent(lr=0.1, steps=5, stationarity=1.5), microbatch_size=2),
 }
@@ -253,6 +255,8 @@ def refused(group):
         "preconditioner": (ImplicitMAML(inner=INNER, solver=CG(preconditioner=Nystrom(rank=2))), objective, tasks),
         "inner": (FOMAML(inner=TorchOptimizer(torch.optim.SGD, lr=0.1, steps=2)), objective, tasks),
         "rates": (FOMAML(inner=GradientDescent(lr=rates, steps=2)), objective, tasks),
+        "LAMB": (FOMAML(inner=imaml.LAMB(lr=0.1, steps=2)), objective, tasks),
+        "Muon": (FOMAML(inner=imaml.Muon(lr=0.1, steps=2)), objective, tasks),
         "meta": (FOMAML(inner=INNER), Objective(model, F.mse_loss, meta={"log_lr": log_lr}), tasks),
         "initial": (
             FOMAML(inner=INNER),

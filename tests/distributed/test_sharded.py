@@ -130,6 +130,8 @@ def test_the_loop_of_the_page_is_that_of_the_whole_model(found):
         ("preconditioner", "Expected CG, MINRES or Neumann without a preconditioner. Got CG"),
         ("inner", "Expected an inner optimiser such as GradientDescent or Adam. Got TorchOptimizer"),
         ("rates", "Expected `lr` as a number for all parameters"),
+        ("LAMB", "Expected an optimiser that needs no parameter as a whole"),
+        ("Muon", "Expected an optimiser that needs no parameter as a whole"),
         ("meta", "Expected no meta-parameters. Got \\['log_lr'\\]"),
         ("initial", "Expected an outer loss of the model's output. Got one that takes `initial` or `adapted`"),
         ("FSDP1", "Expected torch.distributed.fsdp.fully_shard"),

@@ -63,8 +63,8 @@ class InnerState:
 
         Raises:
             TypeError: Not an optimiser of torch, or none of these.
-            ValueError: A variant of it that has other state, an optimiser of another model, or one of which it is not
-                known how many steps it has taken.
+            ValueError: A variant of it (AMSGrad, centred, dampening, maximize), an optimiser of another model, or one
+                of which it is not known how many steps it has taken.
         """
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"Expected an optimiser of torch.optim. Got {type(optimizer).__name__}.")
@@ -83,8 +83,11 @@ class InnerState:
         states = [optimizer.state.get(p, {}) for p in adapted.values()]
         if other := sorted({key for state in states for key, value in state.items() if value is not None} & _OTHERS):
             raise ValueError(f"Expected plain {name}. Got one with {other}, which inner optimisers have not.")
+        groups = optimizer.param_groups
+        if other := sorted({option for group in groups for option in _VARIANTS if group.get(option)}):
+            raise ValueError(f"Expected plain {name}. Got one with {other}, which no inner optimiser has.")
         ours, keys = _BUFFERS[name]
-        if not any(group.get("momentum") for group in optimizer.param_groups):
+        if not any(group.get("momentum") for group in groups):
             keys = [key for key in keys if key != "momentum_buffer"]
         layout = Layout.of(adapted)
         buffers = tuple(
@@ -227,6 +230,8 @@ _BUFFERS: dict[str, tuple[str, list[str]]] = {
 """The inner optimiser that is equal to one of torch, and the keys of its buffers there."""
 _OTHERS = {"max_exp_avg_sq", "grad_avg"}
 """Keys of what only variants of these have: AMSGrad, and the centred RMSprop."""
+_VARIANTS = ("amsgrad", "centered", "dampening", "maximize")
+"""Options of them that inner optimisers have not."""
 
 
 def _flat(buffer: Tensor | None, parameter: Tensor, dtype: torch.dtype) -> Tensor:

@@ -583,11 +583,15 @@ def test_optimisers_of_torch_whose_state_cannot_be_taken() -> None:
     for optimizer in (
         torch.optim.Adam(model.parameters(), amsgrad=True),
         torch.optim.RMSprop(model.parameters(), centered=True),
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5),
+        torch.optim.Adam(model.parameters(), maximize=True),
     ):
+        with pytest.raises(ValueError, match="Expected plain"):  # before its first step too
+            InnerState.of(optimizer, objective, step=0)
         F.cross_entropy(model(QUERY[0]), QUERY[1]).backward()
         optimizer.step()
         with pytest.raises(ValueError, match="Expected plain"):
-            InnerState.of(optimizer, objective)
+            InnerState.of(optimizer, objective, step=1)
     head = torch.optim.Adam(model.parameters())
     F.cross_entropy(model[2](model[1](model[0](QUERY[0]).detach())), QUERY[1]).backward()
     for p in model[0].parameters():

@@ -111,9 +111,17 @@ class Minibatches:
             The minibatches.
 
         Raises:
-            TypeError: The data set is an `IterableDataset` or nothing of the above.
+            TypeError: The data set is an `IterableDataset`, a tuple or dict of something else than tensors, or nothing
+                of the above.
             ValueError: It is empty, its tensors differ in their number of examples, or no batch is full.
         """
+        if isinstance(dataset, (tuple, Mapping)) and not _is_stacked(dataset):
+            kinds = sorted({type(leaf).__name__ for leaf in tree_leaves(dataset)})
+            raise TypeError(
+                "A tuple or dict holds the examples of a data set stacked. Expected tensors in it. Got "
+                f"{type(dataset).__name__} of {kinds}: convert arrays with torch.as_tensor, pass dict(...) of another "
+                "mapping, and single examples as a list."
+            )
         check_integer("`batch_size`", batch_size, least=1)
         check_integer("`seed`", seed, least=0)
         data = _Stacked(dataset, int(tasks)) if _is_stacked(dataset) else _Dataset(dataset, collate_fn, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import UserDict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -608,6 +609,16 @@ def test_an_iterator_cannot_be_asked_again(source: Callable[[], Any]) -> None:
 def test_a_data_set_is_no_sequence_of_batches(source: Any) -> None:
     with pytest.raises(TypeError, match=r"batches, one a step.*Got .*make Minibatches.of\(dataset, batch_size=...\)"):
         Minibatches(source)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [tuple(t.numpy() for t in make_data()), {"x": make_data()[0].numpy()}, UserDict(x=make_data()[0])],
+    ids=["arrays", "a dict of arrays", "another mapping"],
+)
+def test_stacked_examples_are_tensors(data: Any) -> None:
+    with pytest.raises(TypeError, match=r"Expected tensors in it. Got .*torch.as_tensor, pass dict\(...\)"):
+        Minibatches.of(data, batch_size=4)
 
 
 @pytest.mark.parametrize("source", [3, None, object()])

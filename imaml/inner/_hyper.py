@@ -294,6 +294,8 @@ def _called(name: str, what: Hyper, meta: MetaParameters, leaves: Mapping[str, T
         with torch.enable_grad():
             return what(meta.like_given(leaves), *at)
     except (AttributeError, TypeError) as error:
+        if not at:
+            error.add_note(f"With one argument the function of `{name}` gets the meta-parameters, and not the step.")
         if groups := [key for key, value in meta.given.items() if isinstance(value, Mapping)]:
             error.add_note(
                 f"In the dictionary that the function of `{name}` gets, each of {groups} is a dictionary itself."

@@ -313,8 +313,14 @@ def test_an_error_of_a_function_that_takes_a_group_for_a_tensor_says_that_it_is_
             Objective(cases.make_model(), F.mse_loss, meta=meta), cases.make_tasks()
         )
     assert caught.value.__notes__ == [
-        "In the dictionary that the function of `lr` gets, each of ['rates'] is a dictionary itself."
+        "With one argument the function of `lr` gets the meta-parameters, and not the step.",
+        "In the dictionary that the function of `lr` gets, each of ['rates'] is a dictionary itself.",
     ]
+    with pytest.raises(TypeError) as caught:  # a schedule without its first argument
+        FOMAML(inner=GradientDescent(lr=lambda step: 0.1 / (step + 1), steps=3))(
+            Objective(cases.make_model(), F.mse_loss), cases.make_tasks()
+        )
+    assert "not the step" in caught.value.__notes__[0]
 
 
 def test_a_float64_copy_has_meta_parameters_of_its_own():

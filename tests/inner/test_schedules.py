@@ -33,8 +33,8 @@ SCHEDULES = {
     ),
     "learned at some steps": (
         {"late": cases.random()},
-        lambda meta, step: 0.05 if step < 3 else meta["late"].exp(),
-        lambda meta, name, k: 0.05 if k < 3 else meta["late"].exp(),
+        lambda meta, step: [0.05, torch.tensor(0.0625)][step] if step < 2 else meta["late"].exp(),
+        lambda meta, name, k: [0.05, 0.0625][k] if k < 2 else meta["late"].exp(),
     ),
     "by name": (
         {"rates": {"0.weight": cases.random(4, 3), "2.bias": cases.random()}},

@@ -41,7 +41,8 @@ class Minibatches:
 
     Args:
         source: A sequence of batches, of which step k takes the k-th; or a function `step -> batch`. It must be one:
-            no iterator, which could not be asked again, and without a state of its own.
+            no iterator, which could not be asked again, and without a state of its own. Every batch has memory of its
+            own: one buffer that is written anew for each step would change batches that are still in use.
 
     Raises:
         TypeError: `source` is an iterator, such as that of a DataLoader, or a data set, whose items are examples and no

@@ -284,7 +284,9 @@ class Problem:
         found, alone = [], []
         for row, support in self.support.split(1):
             start = None if self.start is None else self.start.of_tasks([row])
-            one = replace(self, support=support, support_losses=[], start=start)
+            last = row == self.tasks - 1  # steps are told of once for a chunk
+            course = self.course if last else Course()
+            one = replace(self, support=support, support_losses=[], start=start, course=course)
             found.append(run(one))
             one._theta = None
             alone.append(one)

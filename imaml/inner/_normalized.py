@@ -67,7 +67,7 @@ class LAMB(Adam):
     Formula: for each parameter x, x <- x - lr * |x| / |u| * u with u = m' / (sqrt(v' + eps_root) + eps) +
     weight_decay * x, where m' and v' are the moments of `Adam`. Where |x| or |u| is zero, their ratio is taken to be 1.
 
-    Equal to `optax.lamb`.
+    The formula is that of `optax.lamb`.
 
     Source: You et al. 2020, without bounds of |x|.
 

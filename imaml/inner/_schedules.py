@@ -54,7 +54,7 @@ def warmup_cosine(peak: Hyper, *, warmup: int, total: int, floor: float = 0.0) -
     For example `AdamW(lr=warmup_cosine(3e-4, warmup=100, total=1000), steps=1000)`. Steps count from 0, so that the
     first has the value 0 where there is a warm-up. After `total` steps it stays at the floor.
 
-    Equal to `get_cosine_schedule_with_warmup` of transformers, and to `optax.warmup_cosine_decay_schedule` from 0.
+    Equal to `get_cosine_schedule_with_warmup` of transformers.
 
     Args:
         peak: A number, one per parameter by name, or a function of the meta-parameters that returns either: a learned

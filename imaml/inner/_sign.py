@@ -71,7 +71,8 @@ class Lion(InnerOptimizer):
 
     Formula: phi <- phi - lr * (sign(b1 m + (1 - b1) g) + weight_decay * phi), then m <- b2 m + (1 - b2) g from zero.
 
-    Equal to `optax.lion`. Its derivative is like that of `SignDescent`: what the gradients depend on is without effect.
+    The formula is that of `optax.lion`. Its derivative is like that of `SignDescent`: what the gradients depend on is
+    without effect.
 
     Source: Chen et al. 2023.
 

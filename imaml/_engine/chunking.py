@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import ceil, inf
 
 import torch
 from torch import Tensor
@@ -14,19 +15,20 @@ from imaml._losses.slice import Slice
 from imaml._objective.blocks import Blocks
 from imaml._torch import is_functorch_wrapped_tensor, refuses_hooks, tree_leaves
 
-VECTORISED = {"cpu": 32 * 2**20}
+VECTORISED = {"cpu": 12 * 2**20}
 """Bytes that the graphs of tasks vectorised together save at most, by device type. Every task has its own weights:
 vectorising shares no work and saves calls alone, which pays on a CPU as long as what a chunk saves stays in the caches.
 """
 VECTORISED_ELSEWHERE = 256 * 2**20
-STORED = 3
+STORED = 8
 """What the inner states that these tasks hold take at most, in the same bytes."""
 KEPT = 192 * 2**20
 """Bytes of the graphs that an inner loop may keep for its reverse sweep."""
 _AGAIN = 6
 """What the graph of a gradient that can be differentiated again takes, with a product from it, in plain graphs."""
-_ENOUGH = 2.5 * 2**20
-"""Bytes that the gradient of a chunk saves: smaller chunks lose more time by their calls than kept graphs gain."""
+CALL = 2**19
+"""Issuing the operations of an evaluation takes about as long as the arithmetic of one whose graph has this size, in
+bytes: the part that vectorising saves."""
 
 
 @dataclass(frozen=True)
@@ -46,35 +48,85 @@ class Chunking:
 ONE_BY_ONE = Chunking(1, 1, graphs=0)
 
 
-def choose_chunking(support: Loss, query: Loss, theta: Tensor, steps: int, states: int) -> Chunking:
-    """Decide from one task's losses at theta `(1, n)`: two forward passes.
+@dataclass(frozen=True)
+class Needs:
+    """What an engine holds of the inner loop of a task until its sweep."""
 
-    Args:
-        support: The support loss of one task.
-        query: The query loss of the same task.
-        theta: The initial parameters.
-        steps: Inner steps whose graphs might be kept.
-        states: Vectors of inner states that a task holds.
+    states: int = 0
+    """Vectors of inner states."""
+    least: int = 0
+    """Graphs of inner steps: so many in any case,"""
+    most: int = 0
+    """and so many where they fit."""
 
-    Returns:
-        The answer depends on shapes and dtypes alone, so that runs repeat bit for bit; a timed one would not.
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one task takes, and how many run at once by it.
+
+    All answers depend on shapes and dtypes alone, so that runs repeat bit for bit; timed ones would not.
     """
-    room = _room(theta)
-    bytes_support, bytes_query = (max(1, saved_bytes(loss.slices[0][1], theta)) for loss in (support, query))
-    tasks, query_tasks = (max(1, room // each) for each in (bytes_support, bytes_query))
-    tasks = max(1, min(tasks, STORED * room // max(1, states * theta.nbytes)))
-    with_graphs = min(tasks, KEPT // (_AGAIN * max(1, steps) * bytes_support))
-    is_enough = with_graphs == tasks or with_graphs * bytes_support >= _ENOUGH
-    keeps = is_enough and len(support.slices) == 1
-    return Chunking(with_graphs if keeps else tasks, query_tasks, graphs=steps if keeps else 0)
+
+    support: int
+    """Bytes that autograd saves for the gradient of the support loss, or of a slice of it."""
+    query: int
+    """The same of the query loss."""
+    vector: int
+    """Bytes of the adapted parameters."""
+    room: int
+    """Bytes that the graphs of tasks vectorised together save at most."""
+    keeps: bool
+    """Whether steps may keep their graphs: not those of a loss that is taken slice by slice. Of one whose blocks are
+    recomputed, to save memory, a graph spares less than a gradient."""
+
+    @classmethod
+    def of(cls, support: Loss, query: Loss, theta: Tensor) -> Footprint:
+        """Look at the losses of one task, at theta `(1, n)`: two forward passes."""
+        inside, outside = (max(1, saved_bytes(loss.slices[0][1], theta)) for loss in (support, query))
+        keeps = len(support.slices) == 1 and not support.snapshot.survey.recomputes_any
+        return cls(inside, outside, theta.nbytes, _room(theta), keeps)
+
+    def most(self, needs: Needs) -> int:
+        """How many tasks of an engine are vectorised at most, kept graphs aside."""
+        return max(1, min(self.room // self.support, STORED * self.room // max(1, needs.states * self.vector)))
+
+    def chunking(self, tasks: int, needs: Needs) -> Chunking:
+        """The fastest of the chunkings whose graphs fit, where those of few tasks more leave room for more steps.
+
+        A step whose graph is kept costs 3 gradients and another one 4, by arithmetic, and each of them issues its
+        operations once a chunk.
+
+        Args:
+            tasks: All tasks of these shapes.
+            needs: What the engine holds.
+
+        Returns:
+            The one that takes the least time for all tasks. The chunks are of equal sizes, as far as that goes.
+        """
+        best, fastest = ONE_BY_ONE, inf
+        for graphs in range(needs.least, (needs.most if self.keeps else needs.least) + 1):
+            fitting = min(tasks, self.most(needs), self._with_graphs(graphs))
+            if fitting == 0 and graphs > needs.least:
+                break
+            chunks = ceil(tasks / max(1, fitting))
+            time = (4 * needs.most - graphs or 1) * (tasks * self.support + chunks * CALL)
+            if time < fastest:
+                best, fastest = Chunking(ceil(tasks / chunks), max(1, self.room // self.query), graphs), time
+        return best
+
+    def _with_graphs(self, graphs: int) -> int:
+        """How many tasks may keep so many graphs."""
+        # The first stands where a product would build it, and is held while the query gradient is taken.
+        free = graphs == 0 or graphs == 1 and self.query <= self.support
+        return self.room if free else KEPT // (_AGAIN * graphs * self.support)
 
 
 def saved_bytes(part: Slice, phi: Tensor) -> int:
-    """What autograd saves for the gradient of a slice of a loss at phi, parameters and data aside."""
+    """What autograd saves for the gradient of a slice of a loss at phi, parameters and data aside; much, if unknown."""
     saved: list[Tensor] = []
     given = saved_for(part, phi, saved)
     if given is None:
-        return _room(phi)
+        return max(KEPT, _room(phi))
     known = storages(given)
     return sum(size for pointer, size in storages(saved).items() if pointer not in known)
 

@@ -10,7 +10,7 @@ from weakref import ref
 
 from imaml._curvature.compiler import Compiler
 from imaml._curvature.derivatives import Findings
-from imaml._engine.chunking import Chunking
+from imaml._engine.chunking import Footprint
 from imaml._objective.objective import Objective
 
 K = TypeVar("K")
@@ -57,8 +57,8 @@ class Memory:
     """What was found out or made once; a copy of an engine, as in another process, begins with none of it."""
 
     compiler: Compiler = field(default_factory=Compiler)
-    chunkings: Recent[Any, Chunking] = field(default_factory=Recent)
-    """How tasks run, by their shapes."""
+    footprints: Recent[Any, Footprint] = field(default_factory=Recent)
+    """What a task takes, by its shapes."""
     slices: Known = field(default_factory=Known)
     """Shapes for which the losses of an objective are means of slices."""
     derivatives: Known = field(default_factory=Known)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -15,7 +15,7 @@ from torch import Tensor
 from imaml._curvature.compiled import Compiled
 from imaml._curvature.compiler import Session
 from imaml._curvature.derivatives import Derivatives
-from imaml._engine.chunking import ONE_BY_ONE, Chunking, choose_chunking
+from imaml._engine.chunking import ONE_BY_ONE, Chunking, Footprint
 from imaml._engine.course import Course, Progress, Resumable
 from imaml._engine.fingerprint import fingerprint
 from imaml._engine.inner_state import InnerState
@@ -266,24 +266,31 @@ class Run:
                 yield positions[start : start + chunking.tasks], batch[start : start + chunking.tasks], chunking
 
     def chunking(self, batch: TaskBatch) -> Chunking:
-        """How tasks of these shapes run; looked at once per engine."""
+        """How tasks of these shapes run."""
         fetched = batch.fetched(self.first) if self.engine.chunk_size == "auto" else 0
         batch = batch.alike(self.first)
         self.check(batch)
-        size, known, snapshot = self.engine.chunk_size, self.engine._memory.chunkings, self.snapshot
+        size = self.engine.chunk_size
         if isinstance(size, int):
             return Chunking(size, size, graphs=0)
-        key = (snapshot.layout, snapshot.shared_layout, snapshot.like.device, signature(batch))
         if size == "auto":
-            return self.engine._choose(snapshot.objective, batch, (*key, fetched), fetched, self.start)
+            key = (*self._shapes(batch), fetched)
+            return self.engine._choose(self.snapshot.objective, batch, key, fetched, self.start)
+        return self.footprint(batch).chunking(len(batch), self.engine._needs)
+
+    def footprint(self, batch: TaskBatch) -> Footprint:
+        """What a task of these shapes takes; looked at once per engine."""
+        key, known = self._shapes(batch), self.engine._memory.footprints
         if key not in known:
             trial = self._trial(differentiates=bool(self.layouts))
             one = trial.problem([0], batch[:1], ONE_BY_ONE)
-            known[key] = choose_chunking(
-                one.support, one.query, one.theta, self.engine.inner.steps, self.engine._states
-            )
+            known[key] = Footprint.of(one.support, one.query, one.theta)
             trial.snapshot.replay.undo()
         return known[key]
+
+    def _shapes(self, batch: TaskBatch) -> tuple[Hashable, ...]:
+        snapshot = self.snapshot
+        return snapshot.layout, snapshot.shared_layout, snapshot.like.device, signature(batch)
 
     def _trial(self, *, differentiates: bool) -> Self:
         """This run for a look at a task, which counts nowhere and leaves the random state alone."""

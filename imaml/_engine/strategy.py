@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from imaml._engine.chunking import Chunking
+from imaml._engine.chunking import Chunking, Needs
 from imaml._engine.inner_state import InnerState
 from imaml._engine.nonfinite import OnNonfinite, check_on_nonfinite
 from imaml._engine.problem import Problem
@@ -133,9 +133,9 @@ class Strategy(ABC):
         return found
 
     @property
-    def _states(self) -> int:
-        """Vectors of inner states that a task holds on the device during the sweep."""
-        return 0
+    def _needs(self) -> Needs:
+        """What it holds of the inner loop of a task until the sweep."""
+        return Needs()
 
     def _keep(self, problem: Problem, pullback: Pullback) -> None:  # noqa: B027
         """Remember for later calls what was found for a chunk that counts; a strategy may have nothing to remember."""

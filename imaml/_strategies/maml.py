@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from imaml._curvature.product import HvpMode, check_mode
+from imaml._engine.chunking import Needs
 from imaml._engine.problem import Problem
 from imaml._engine.report import Outcome, Pullback, Report
 from imaml._errors import DriftWarning, PrecisionWarning, warn
@@ -140,7 +141,8 @@ class MAML(MetaGradient):
         steps = self.inner.steps if self.truncate is None else min(self.truncate, self.inner.steps)
         match self.linearize:
             case None:
-                graphs = 0 if self._without_graphs else graphs
+                keeps = self.hvp in ("auto", "reverse-over-reverse")  # the others evaluate anew in any case
+                graphs = graphs if keeps and not self._without_graphs else 0
             case True:  # by identity, which 1 does not match
                 graphs = steps
             case number:
@@ -161,11 +163,12 @@ class MAML(MetaGradient):
         return found
 
     @property
-    def _states(self) -> int:
+    def _needs(self) -> Needs:
         assert isinstance(self.inner, InnerOptimizer)
-        tape = self._tape(graphs=0)
+        tape, most = self._tape(graphs=0), self._tape(graphs=self.inner.steps)
         stored = tape.most_states if self.storage == "device" else 0
-        return min(stored + tape.graphs, max(tape.steps - 1, 0)) * (1 + self.inner.buffers)
+        states = min(stored + tape.graphs, max(tape.steps - 1, 0)) * (1 + self.inner.buffers)
+        return Needs(states, least=tape.graphs, most=most.graphs)
 
     @property
     def _hyperparameters(self) -> dict[str, Hyper]:

@@ -199,7 +199,8 @@ class MAMLCosts(Costs):
 
 def _some(steps: int) -> list[int]:
     """Numbers of graphs worth trying between all and none."""
-    return [graphs for graphs in (steps // 2, steps // 4) if graphs]
+    found = dict.fromkeys((steps // 2, steps // 4, 1))
+    return [graphs for graphs in found if 0 < graphs < steps]
 
 
 def _pull_back(point: Point, stages: Stages, name: str) -> None:

@@ -102,16 +102,14 @@ def look(
     variants = costs_of(engine).variants(device_of(objective))
     engines = [replace(engine, chunk_size=1, compile=False, **changes) for changes in variants]
     with torch.inference_mode(False), torch.no_grad():
-        usual = {}
-        for one in (engine, *engines):
-            if one._states not in usual:
-                run = run_of(replace(one, chunk_size=None, compile=False), objective, derivatives=True, start=start)
-                usual[one._states] = run.chunking(batch)
+        run = run_of(replace(engine, chunk_size=None, compile=False), objective, derivatives=True, start=start)
+        run.check(batch)
+        footprint = run.footprint(batch)
         fixed = engine.chunk_size if isinstance(engine.chunk_size, int) else None
         most = min(len(batch), MOST_TASKS if fixed is None else min(fixed, MOST_TASKS))
         costs = [costs_of(one) for one in engines]
         found = probe(costs, objective, batch, range(1, most + 1), room, fetched, start)
-    return ProbedTasks(tasks=len(batch), probe=found, usual=usual)
+    return ProbedTasks(tasks=len(batch), probe=found, footprint=footprint)
 
 
 def automatic(
@@ -159,16 +157,17 @@ def chunking(engine: Strategy, batch: ProbedTasks, room: float | None) -> Chunki
     if engine.chunk_size == "auto":
         return auto(engine, batch, room)
     size = engine.chunk_size
-    return batch.usual[engine._states] if size is None else Chunking(size, size, graphs=0)
+    return batch.usual(engine) if size is None else Chunking(size, size, graphs=0)
 
 
 def auto(engine: Strategy, batch: ProbedTasks, room: float | None) -> Chunking:
     """The fastest chunking, by prediction, that stays within the room; the leanest where none does."""
-    device, usual = batch.probe.facts.device, batch.usual[engine._states]
-    most = min(batch.tasks, usual.tasks) if device.type in VECTORISED else batch.tasks
+    most, query_tasks = batch.tasks, batch.usual(engine).query_tasks
+    if batch.probe.facts.device.type in VECTORISED:
+        most = min(most, batch.footprint.most(engine._needs))
     counts = range(ceil(batch.tasks / most), batch.tasks + 1)
     chunkings = [
-        Chunking(size, min(size, usual.query_tasks), graphs)
+        Chunking(size, min(size, query_tasks), graphs)
         for size in dict.fromkeys(ceil(batch.tasks / count) for count in counts)
         for graphs in costs_of(engine).numbers_of_graphs
     ]

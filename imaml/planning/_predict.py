@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from imaml._engine.chunking import VECTORISED, Chunking
+from imaml._engine.chunking import CALL, VECTORISED, Chunking, Footprint
 from imaml._engine.strategy import Strategy
 from imaml._losses.replay import Role
 from imaml.planning._account import Use
@@ -13,9 +13,6 @@ from imaml.planning._costs import ChunkUse, Costs
 from imaml.planning._forecast import Prediction
 from imaml.planning._probe import Probe
 
-_CALL = 2**19
-"""Issuing the operations of an evaluation takes about as long as the arithmetic of one whose graph has this size, in
-bytes: the part that vectorising saves."""
 _CROWDED = 1.25
 """What the arithmetic of a vectorised chunk costs on a CPU where its graphs exceed the caches: see `chunking`."""
 
@@ -26,8 +23,11 @@ class ProbedTasks:
 
     tasks: int
     probe: Probe
-    usual: Mapping[int, Chunking]
-    """What runs at once where `chunk_size` is None, by the vectors of inner states that a task holds."""
+    footprint: Footprint
+
+    def usual(self, engine: Strategy) -> Chunking:
+        """What runs at once where `chunk_size` is None."""
+        return self.footprint.chunking(self.tasks, engine._needs)
 
     def chunks(self, size: int) -> list[int]:
         """The tasks of each."""
@@ -100,6 +100,6 @@ def _time(batch: ProbedTasks, size: int, role: Role) -> float:
     facts, own = batch.probe.facts, batch.probe.saved[role]
     room = VECTORISED.get(facts.device.type)
     if size == 1 or not facts.is_vectorised:
-        return (own + _CALL) * batch.tasks
+        return (own + CALL) * batch.tasks
     crowded = room is not None and size * own > room
-    return own * batch.tasks * (_CROWDED if crowded else 1) + _CALL * len(batch.chunks(size))
+    return own * batch.tasks * (_CROWDED if crowded else 1) + CALL * len(batch.chunks(size))

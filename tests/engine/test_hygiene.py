@@ -63,7 +63,7 @@ def test_no_tensor_is_left_by_a_step_whatever_its_shapes(name, monkeypatch):
     before = counts()
     train(range(5, 25))
     assert counts() == before
-    assert len(engine._memory.chunkings) == (3 if engine.chunk_size is None else 0)
+    assert len(engine._memory.footprints) == (3 if engine.chunk_size is None else 0)
     assert len(engine._memory.sliced(objective)) == (3 if engine.microbatch_size else 0)
 
 

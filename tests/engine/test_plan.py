@@ -50,35 +50,80 @@ def test_nothing_is_left_behind():
     assert sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects()) <= before
 
 
-def test_the_plan_fits_the_room(monkeypatch):
+def footprint(**changes):
+    found = {"support": 5 * LAYER, "query": 5 * LAYER, "vector": 0, "room": 110 * LAYER, "keeps": True}
+    return chunking.Footprint(**found | changes)
+
+
+def test_the_look_is_that_of_both_losses(monkeypatch):
     theta, support, query = losses(*wide(queries=20))
-    monkeypatch.setattr(chunking, "VECTORISED", {"cpu": 5 * LAYER * 20 + 5 * LAYER // 2})
-    room_for_ten = chunking._AGAIN * INNER.steps * 5 * LAYER * 10 + 50 * LAYER
-    ten = 5 * LAYER * 10
-    few, many = chunking.Chunking(10, 5, INNER.steps), chunking.Chunking(20, 5, 0)
-    for kept, enough, expected in ((0, ten, many), (room_for_ten, ten, few), (room_for_ten, 1.1 * ten, many)):
-        monkeypatch.setattr(chunking, "KEPT", kept)
-        monkeypatch.setattr(chunking, "_ENOUGH", enough)
-        assert chunking.choose_chunking(support, query, theta, INNER.steps, 0) == expected
-    monkeypatch.setattr(chunking, "VECTORISED", {"cpu": 10})
-    monkeypatch.setattr(chunking, "KEPT", 0)
-    assert chunking.choose_chunking(support, query, theta, INNER.steps, 0) == chunking.ONE_BY_ONE
+    monkeypatch.setattr(chunking, "VECTORISED", {"cpu": 110 * LAYER})
+    found = chunking.Footprint.of(support, query, theta)
+    assert found.support == chunking.saved_bytes(support.whole, theta)
+    assert found == footprint(support=found.support, query=found.query, vector=theta.nbytes)
+    assert found.most(chunking.Needs()) == 21 and found.chunking(6, chunking.Needs()).query_tasks == 5
 
 
-def test_the_states_of_many_steps_leave_room_for_fewer_tasks(monkeypatch):
-    theta, support, query = losses(*wide())
-    monkeypatch.setattr(chunking, "VECTORISED", {"cpu": 5 * LAYER * 20 + 5 * LAYER // 2})
+def test_chunks_of_equal_sizes_fill_the_room():
+    for tasks, size in ((1, 1), (20, 20), (22, 22), (23, 12), (100, 20)):
+        assert footprint().chunking(tasks, chunking.Needs()) == chunking.Chunking(size, 22, 0)
+    assert footprint(support=200 * LAYER, query=200 * LAYER).chunking(9, chunking.Needs()) == chunking.ONE_BY_ONE
+
+
+def test_graphs_are_kept_where_they_fit_and_calls_are_few(monkeypatch):
+    """Those of three steps of ten tasks fit; the calls of two chunks cost more than they save, or less."""
+    monkeypatch.setattr(chunking, "KEPT", chunking._AGAIN * 3 * 5 * LAYER * 10)
+    open_, few = chunking.Needs(most=3), chunking.Needs(least=2, most=2)
+    for call, expected in ((LAYER, (10, 3)), (1000 * LAYER, (20, 1))):
+        monkeypatch.setattr(chunking, "CALL", call)
+        found = footprint().chunking(20, open_)
+        assert (found.tasks, found.graphs) == expected
+        assert footprint(keeps=False).chunking(20, open_).graphs == 0
+        assert footprint().chunking(20, few) == chunking.Chunking(10, 22, 2)  # 15 at most
+        assert footprint().chunking(20, chunking.Needs()).tasks == 20
+
+
+def test_one_graph_is_kept_where_a_product_takes_more(monkeypatch):
+    """But not where the query set, whose gradient is taken beside it, is the larger one."""
     monkeypatch.setattr(chunking, "KEPT", 0)
-    states = chunking.STORED * (5 * LAYER * 20 + 5 * LAYER // 2) // theta.nbytes
-    for count, tasks in ((0, 20), (states // 20, 20), (states // 4, 4), (states, 1), (9 * states, 1)):
-        assert chunking.choose_chunking(support, query, theta, 100, count).tasks == tasks
+    needs = chunking.Needs(most=4)
+    assert footprint().chunking(6, needs).graphs == 1
+    assert footprint(query=6 * LAYER).chunking(6, needs).graphs == 0
+    assert footprint(keeps=False).chunking(6, needs).graphs == 0
+    assert footprint().chunking(6, chunking.Needs(least=3, most=3)) == chunking.Chunking(1, 22, 3)
+
+
+def test_the_states_of_many_steps_leave_room_for_fewer_tasks():
+    found = footprint(vector=LAYER)
+    states = chunking.STORED * found.room // LAYER
+    for count, tasks in ((0, 22), (states // 22, 22), (states // 4, 4), (states, 1), (9 * states, 1)):
+        assert found.chunking(22, chunking.Needs(count)).tasks == found.most(chunking.Needs(count)) == tasks
 
 
 def test_only_states_that_a_task_holds_count():
     adam = Adam(lr=0.1, steps=4)
-    assert MAML(inner=INNER)._states == 2 and MAML(inner=INNER, truncate=2)._states == 1
-    assert MAML(inner=adam)._states == 9 and MAML(inner=adam, checkpoints=1)._states == 3
-    assert MAML(inner=adam, storage="disk")._states == FOMAML(inner=INNER)._states == 0
+    assert MAML(inner=INNER)._needs.states == 2 and MAML(inner=INNER, truncate=2)._needs.states == 1
+    assert MAML(inner=adam)._needs.states == 9 and MAML(inner=adam, checkpoints=1)._needs.states == 3
+    assert MAML(inner=adam, storage="disk")._needs.states == FOMAML(inner=INNER)._needs.states == 0
+
+
+def test_only_graphs_that_serve_count():
+    def graphs(**options):
+        needs = MAML(inner=INNER, **options)._needs
+        return needs.least, needs.most
+
+    assert graphs() == graphs(hvp="reverse-over-reverse") == (0, 3) and graphs(truncate=2) == (0, 2)
+    assert graphs(linearize=True) == (3, 3) and graphs(linearize=1) == (1, 1)
+    for options in ({"linearize": False}, {"checkpoints": 1}, {"storage": "disk"}, {"hvp": "forward-over-reverse"}):
+        assert graphs(**options) == (0, 0)
+    needs = FOMAML(inner=INNER)._needs
+    assert needs == ImplicitMAML(inner=INNER)._needs == chunking.Needs()
+
+
+def test_recomputed_blocks_keep_no_graph():
+    objective, tasks = wide()
+    theta, support, query = losses(Objective(objective.model, F.cross_entropy, recompute=["1"]), tasks)
+    assert not chunking.Footprint.of(support, query, theta).keeps
 
 
 @pytest.mark.parametrize("strategy", [MAML, FOMAML, ImplicitMAML])
@@ -92,7 +137,7 @@ def test_any_plan_gives_the_same_numbers(strategy, adapt, monkeypatch):
     expected = strategy(inner=INNER, chunk_size=1, **options)
     right = expected.value_and_grad(objective, tasks)[1]
     for decided in (chunking.Chunking(5, 2, 3), chunking.Chunking(2, 1, 0), chunking.Chunking(3, 5, 2)):
-        monkeypatch.setattr("imaml._engine.run.choose_chunking", lambda *_, decided=decided: decided)
+        monkeypatch.setattr(chunking.Footprint, "chunking", lambda *_, decided=decided: decided)
         engine = strategy(inner=INNER, **options)
         assert relative_error(engine.value_and_grad(objective, tasks)[1], right) <= 1e-10
         report, same = engine(objective, tasks).report, expected(objective, tasks).report
@@ -103,8 +148,8 @@ def test_any_plan_gives_the_same_numbers(strategy, adapt, monkeypatch):
 
 
 def test_it_is_looked_at_once_for_each_shape(monkeypatch):
-    looks = []
-    monkeypatch.setattr("imaml._engine.run.choose_chunking", lambda *_: looks.append(1) or chunking.ONE_BY_ONE)
+    looks, look = [], chunking.Footprint.of
+    monkeypatch.setattr(chunking.Footprint, "of", lambda *args: looks.append(1) or look(*args))
     engine, (objective, tasks) = MAML(inner=INNER), wide()
     for batch in (tasks, tasks[:2], tasks):
         engine(objective, batch)
@@ -178,8 +223,8 @@ def test_a_model_may_differentiate_in_its_forward_pass(strategy, derivative, chu
 
 def test_what_cannot_be_looked_at_runs_one_by_one():
     theta, support, query = losses(Objective(Force(by_transform), F.cross_entropy), classification((4,)))
-    decided = chunking.choose_chunking(support, query, theta, INNER.steps, 0)
-    assert decided == chunking.ONE_BY_ONE
+    decided = chunking.Footprint.of(support, query, theta).chunking(9, chunking.Needs(most=3))
+    assert decided == chunking.Chunking(1, 1, graphs=1)  # one that a product would build
 
 
 def test_a_loss_with_forward_derivatives_of_its_own_is_looked_at():

@@ -82,8 +82,8 @@ def test_slices_of_examples_and_fixed_options_leave_no_graph_to_keep():
         assert costs_of(engine).numbers_of_graphs == [0]
 
 
-@pytest.mark.parametrize(("steps", "some"), [(9, [4, 2]), (4, [2, 1]), (3, [1]), (2, [1]), (1, [])])
-def test_half_and_a_quarter_of_the_graphs_are_predicted(steps, some):
+@pytest.mark.parametrize(("steps", "some"), [(9, [4, 2, 1]), (4, [2, 1]), (3, [1]), (2, [1]), (1, [])])
+def test_half_and_a_quarter_of_the_graphs_and_the_last_are_predicted(steps, some):
     inner = GradientDescent(lr=0.1, steps=steps)
 
     def numbers(**options):

@@ -70,7 +70,7 @@ class Footprint:
     support: int
     """Bytes that autograd saves for the gradient of the support loss, or of a slice of it."""
     query: int
-    """The same of the query loss."""
+    """Bytes that it saves for that of the query loss."""
     vector: int
     """Bytes of the adapted parameters."""
     room: int

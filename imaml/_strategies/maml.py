@@ -68,8 +68,9 @@ class MAML(MetaGradient):
             True for all, False for none. The other steps are evaluated anew from their states, of which `checkpoints`
             and `storage` speak: True leaves them none. 1 is one step, although `1 == True` in Python. A graph is of the
             whole support set, so that `microbatch_size` excludes it. None, with `checkpoints` and `storage` left open:
-            all where they take at most 192 MiB, or as many as fit with `chunk_size="auto"`, and none in chunks of a
-            given size. The modes other than reverse-over-reverse always evaluate anew.
+            as many as fit into 192 MiB, and one where a product would build as much; with `chunk_size="auto"` as many
+            as fit into the memory that is free; none in chunks of a given size, nor where blocks are recomputed. The
+            modes other than reverse-over-reverse always evaluate anew.
         outer_steps: Weights of the query losses after so many inner steps, such as {2: 0.2, 5: 0.8}; 0 is before any,
             and K after all. What is differentiated is their weighted sum, by one sweep: a gradient for each of these,
             and not an engine. A weight is a number, or a function of the objective's meta-parameters that is learned

@@ -54,10 +54,11 @@ class MetaGradient(Strategy):
     same draws (dropout masks).
 
     Chunks: memory grows with the number of tasks that run at once, and the numbers are the same (without dropout). With
-    `chunk_size=None` it is as many as save at most 32 MiB for a gradient on a CPU (256 MiB elsewhere), the support and
-    the query sets each by themselves, and as hold at most three times as much of inner states. That is found by a
-    forward pass of one task when an engine first sees its shapes; it depends on shapes alone, and does not ask whether
-    the memory is there.
+    `chunk_size=None` it is as many as save at most 12 MiB for a gradient on a CPU (256 MiB elsewhere), the support and
+    the query sets each by themselves, and as hold at most eight times as much of inner states; fewer for `MAML` where
+    that leaves room for the graphs of more steps. The chunks of a call are of equal sizes, as far as that goes. All
+    that is found by a forward pass of one task when an engine first sees its shapes; it depends on shapes alone, and
+    does not ask whether the memory is there.
 
     With `chunk_size="auto"` it is the most whose peak, as `plan` predicts it, fits into four fifths of the memory that
     is free when an engine first sees its shapes. On a CPU it is at most as many as None takes, since more are slower

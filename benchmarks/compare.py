@@ -1,6 +1,6 @@
 """This library and its rivals side by side: error, time and memory of one meta-gradient.
 
-    python -m benchmarks.compare [--workloads W1 ...] [--steps 5 ...] [--methods ...] [--passes check memory count time]
+    python -m benchmarks.compare [--workloads W1 ...] [--steps 5 ...] [--methods ...] [--passes check memory ...]
 
 Every measurement runs in a fresh process, the methods alternating; `results.jsonl` in the output folder grows by one
 line for each, and the tables, the goals and `report.html` are made from all of its lines. Rivals are fetched first into

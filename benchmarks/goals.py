@@ -10,7 +10,7 @@ from benchmarks.rivals import METHODS
 from benchmarks.summary import Figure
 from benchmarks.workloads import WORKLOADS
 
-Quantity = Literal["seconds", "bytes", "equivalents", "arithmetic"]
+Quantity = Literal["seconds", "bytes", "equivalents", "arithmetic", "first", "first_warm"]
 RECIPES = ("torch.func, vmap inside", "torch.func, vmap outside")
 LIBRARIES = ("learn2learn", "higher", "TorchOpt explicit")
 EXACT = tuple(name for name, m in METHODS.items() if m.family == "exact" and not name.startswith("imaml"))
@@ -68,6 +68,8 @@ class Goal:
             "bytes": "peak memory",
             "equivalents": "gradient-equivalents by time",
             "arithmetic": "gradient-equivalents by arithmetic",
+            "first": "CPU seconds of the first call",
+            "first_warm": "CPU seconds of the first call, from a warm cache,",
         }[self.quantity]
         title = f"{self.workload}, K = {self.steps}: {what} of {self.ours}"
         return f"{title} / {self.theirs}" if self.theirs else title
@@ -121,3 +123,53 @@ GOALS = (
         )
     ),
 )
+
+
+def _beside(workload: str, steps: int, ours: str, factor: float, theirs: str = "JAX") -> Goal:
+    return Goal(workload=workload, steps=steps, quantity="seconds", ours=ours, theirs=theirs, factor=factor)
+
+
+def _first(workload: str, steps: int, cold: float, warm: float) -> list[Goal]:
+    ours = "imaml MAML, compile=True"
+    kinds: tuple[tuple[Quantity, float], ...] = (("first", cold), ("first_warm", warm))
+    return [Goal(workload=workload, steps=steps, quantity=kind, ours=ours, factor=limit) for kind, limit in kinds]
+
+
+TORCH = (*RECIPES, "create_graph loop")
+BESIDE_JAX = (
+    *(
+        goal
+        for steps in (1, 5, 10, 50)
+        for goal in (
+            _beside("W1", steps, "imaml MAML, compile=True", 1.3),
+            *_first("W1", steps, 4, 1.5),
+            _beside("W1", steps, "imaml MAML", 4),
+            *_faster("W1", steps, RECIPES, 1.3),
+        )
+    ),
+    *(
+        goal
+        for steps in (1, 5, 16)
+        for goal in (
+            _beside("W2", steps, "imaml MAML, compile=True", 1.1),
+            *_faster("W2", steps, TORCH, 2, ours="imaml MAML, compile=True"),
+            *_first("W2", steps, 30, 10),
+            *_faster("W2", steps, TORCH, 1.3),
+        )
+    ),
+    *_faster("W2-15", 5, TORCH, 1.3),
+    *(
+        _beside("W2-implicit", 16, f"imaml ImplicitMAML{how}", 1.2, theirs="JAX, implicit")
+        for how in ("", ", compile=True")
+    ),
+    *(
+        goal
+        for steps in (4, 16)
+        for goal in (
+            _beside("W3", steps, "imaml MAML, linearize=True", 0.80),
+            _beside("W3", steps, "imaml MAML, linearize=True", 1.02, theirs="create_graph loop"),
+        )
+    ),
+    *(_leaner("W3", steps, "imaml MAML", "JAX, leanest", 1) for steps in (1, 4, 16)),
+)
+"""What this library should reach beside JAX, by processor time in turns (`benchmarks.against_jax`)."""

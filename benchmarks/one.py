@@ -1,6 +1,6 @@
 """One measurement in a process of its own: prints one JSON object, or ends with the exception that a method raised.
 
-python -m benchmarks.one METHOD WORKLOAD STEPS {check,memory,count,time} [--threads N] [--repeats N]
+python -m benchmarks.one METHOD WORKLOAD STEPS {check,memory,count,time,first} [--threads N] [--repeats N]
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ import contextlib
 import json
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from benchmarks.pipes import cpu_seconds
 from benchmarks.reference import flat, reference, support_gradients, support_products
 from benchmarks.rivals import METHODS, Method
+from benchmarks.rivals.jax import Elsewhere
 from benchmarks.workloads import WORKLOADS, Workload
 from imaml.measure import counted, peak_memory, timed
 
@@ -38,9 +41,11 @@ def memory(method: Method, workload: Workload, steps: int, repeats: int) -> dict
     A call with one step goes before, so that what torch sets up once is not counted.
     """
     problem = workload.problem(steps)
-    method.prepare(workload.problem(1))()
+    call = method.prepare(problem)
+    if not isinstance(call, Elsewhere):
+        method.prepare(workload.problem(1))()
     return {
-        "bytes": peak_memory(method.prepare(problem)),
+        "bytes": call.peak_memory() if isinstance(call, Elsewhere) else peak_memory(call),
         "gradient_bytes": peak_memory(lambda: support_gradients(problem)),
         "product_bytes": peak_memory(lambda: support_products(problem)),
         "theta_bytes": sum(p.numel() * p.element_size() for p in problem.parameters.values()),
@@ -50,7 +55,10 @@ def memory(method: Method, workload: Workload, steps: int, repeats: int) -> dict
 def count(method: Method, workload: Workload, steps: int, repeats: int) -> dict[str, Any]:
     """Operations of a call, and its arithmetic beside that of one plain gradient; no clock is read."""
     problem = workload.problem(steps)
-    counts = counted(method.prepare(problem))
+    call = method.prepare(problem)
+    if isinstance(call, Elsewhere):  # torch dispatches nothing there
+        return {}
+    counts = counted(call)
     unit = counted(lambda: support_gradients(problem, math=True))
     return {"operations": counts.operations, "flops": counts.flops, "unit_flops": unit.flops}
 
@@ -59,8 +67,22 @@ def time(method: Method, workload: Workload, steps: int, repeats: int) -> dict[s
     """Seconds of a call, and of one plain support gradient of the same tasks."""
     problem = workload.problem(steps)
     unit = timed(lambda: support_gradients(problem), repeats=repeats)
-    timing = timed(method.prepare(problem), repeats=repeats)
+    call = method.prepare(problem)
+    timing = call.timed(repeats) if isinstance(call, Elsewhere) else timed(call, repeats=repeats)
     return {"seconds": timing.median, "spread": timing.spread, "unit_seconds": unit.median}
+
+
+def first(method: Method, workload: Workload, steps: int, repeats: int) -> dict[str, Any]:
+    """Processor seconds of the first call, with all that is compiled for it; nothing is on disk to begin with."""
+    problem = workload.problem(steps)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        begun = cpu_seconds()
+        call = method.prepare(problem)
+        if isinstance(call, Elsewhere):
+            return {"first": call.start()["cpu"]}
+        call()
+        return {"first": cpu_seconds() - begun}
 
 
 PASSES: dict[str, Callable[[Method, Workload, int, int], dict[str, Any]]] = {
@@ -68,6 +90,7 @@ PASSES: dict[str, Callable[[Method, Workload, int, int], dict[str, Any]]] = {
     "memory": memory,
     "count": count,
     "time": time,
+    "first": first,
 }
 
 

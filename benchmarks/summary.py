@@ -13,7 +13,17 @@ from benchmarks.rivals import METHODS
 RIGHT = 1e-6
 """A relative error in float64 above which a meta-gradient is wrong; correct ones agree to 1e-9 and better."""
 
-_AS_MEASURED = ("bytes", "gradient_bytes", "product_bytes", "theta_bytes", "operations", "error", "error_float32")
+_AS_MEASURED = (
+    "bytes",
+    "gradient_bytes",
+    "product_bytes",
+    "theta_bytes",
+    "operations",
+    "error",
+    "error_float32",
+    "first",
+    "first_warm",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +39,10 @@ class Figure:
     """Seconds over those of one plain support gradient of all tasks, one after the other, in the same process."""
     load: float | None = None
     """The machine's highest load average when these times began to be measured."""
+    first: float | None = None
+    """Processor seconds of a process's first call, those of compilers included, with nothing on disk to begin with."""
+    first_warm: float | None = None
+    """The same in a second process, which finds what the first has left on disk."""
     bytes: int | None = None
     gradient_bytes: int | None = None
     """Of one plain support gradient."""

@@ -17,6 +17,7 @@ HEADINGS = (
     "time, ms",
     "spread",
     "load",
+    "first call, CPU s",
     "equivalents",
     "arithmetic",
     "operations",
@@ -32,11 +33,13 @@ GOAL_HEADINGS = ("", "at most", "measured", "met")
 NOTES = (
     "**time** and **spread**: median over processes, and slowest less fastest. **load**: the highest load "
     "average of the machine meanwhile; above the number of threads, other programs took a part of it.",
+    "**first call**: processor time of a process's first call, with all that is compiled for it.",
     "**equivalents**: gradient-equivalents, the time over that of one plain support gradient of all tasks, one "
     "after the other, in the same process.",
     "**arithmetic** and **operations**, which no load changes: the flops of matrix products and convolutions in "
     "the same unit, and the operations that torch dispatched.",
-    "**peak MB**: the most that one call held at once, by the allocator's own events (1 MB = 10^6 bytes).",
+    "**peak MB**: the most that one call held at once, by the allocator's own events (1 MB = 10^6 bytes); for JAX "
+    "temporary memory and results by XLA's account of the compiled program.",
     "**gradient** and **error**: relative error in float64, against plain autograd through one graph; "
     "`approximate` means by design.",
 )
@@ -44,14 +47,15 @@ NOTES = (
 
 def cells(figure: Figure) -> list[str]:
     """One row under `HEADINGS`, with the reason in place of a verdict that there is none of."""
-    milliseconds = [_number(None if s is None else 1e3 * s) for s in (figure.seconds, figure.spread)]
-    megabytes = "" if figure.bytes is None else _number(figure.bytes / 1e6)
+    milliseconds = [number(None if s is None else 1e3 * s) for s in (figure.seconds, figure.spread)]
+    megabytes = "" if figure.bytes is None else number(figure.bytes / 1e6)
     verdict = figure.verdict if figure.reason is None else figure.reason
     errors = ["" if e is None else f"{e:.0e}" for e in (figure.error, figure.error_float32)]
     load = "" if figure.load is None else f"{figure.load:.1f}"
+    first = "" if figure.first is None else f"{figure.first:.1f}"
     operations = "" if figure.operations is None else f"{figure.operations:,}"
-    work = [_number(figure.equivalents), _number(figure.arithmetic), operations]
-    return [*milliseconds, load, *work, megabytes, verdict, *errors]
+    work = [number(figure.equivalents), number(figure.arithmetic), operations]
+    return [*milliseconds, load, first, *work, megabytes, verdict, *errors]
 
 
 def rich(figures: Sequence[Figure]) -> Iterator[Table]:
@@ -87,14 +91,18 @@ def markdown(figures: Sequence[Figure], about: dict[str, Any]) -> str:
         "",
     ]
     for title, group in groups(figures):
-        lines += [f"## {title}", "", *_rows(("method", *HEADINGS), [[f.method, *cells(f)] for f in group]), ""]
-    lines += ["## Goals", "", *_rows(GOAL_HEADINGS, goal_rows(figures)), ""]
+        lines += [f"## {title}", "", *rows(("method", *HEADINGS), [[f.method, *cells(f)] for f in group]), ""]
+    lines += ["## Goals", "", *rows(GOAL_HEADINGS, goal_rows(figures)), ""]
     return "\n".join(lines)
 
 
-def goal_rows(figures: Sequence[Figure]) -> list[list[str]]:
+def goal_rows(figures: Sequence[Figure], goals: Sequence[Goal] | None = None) -> list[list[str]]:
     """Title, target, what was measured, and yes or no; goals on workloads that were not measured are left out."""
-    found = [(goal, reached) for goal in GOALS if (reached := goal.reached(figures)) is not None]
+    found = [
+        (goal, reached)
+        for goal in (GOALS if goals is None else goals)
+        if (reached := goal.reached(figures)) is not None
+    ]
     return [
         [goal.title, _amount(goal, goal.factor), _amount(goal, reached), "yes" if reached <= goal.factor else "**no**"]
         for goal, reached in found
@@ -114,12 +122,12 @@ def groups(figures: Sequence[Figure]) -> Iterator[tuple[str, list[Figure]]]:
         yield f"{workload}, K = {steps}: {WORKLOADS[workload].title}", list(group)
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _rows(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def rows(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     rule = "|---" + "|---:" * (len(headings) - 1) + "|"
     return [f"| {' | '.join(headings)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)]

@@ -36,11 +36,15 @@ class Method:
         return prepared
 
 
+IN_JAX = ("W1", "W2", "W2-15", "W2-20", "W2-implicit", "W3", "W4", "small", "tiny")
+"""Workloads whose models are written in JAX."""
+
 METHODS = {
     "imaml MAML": Method(where="ours:maml"),
-    "imaml MAML, compile=True": Method(where="ours:maml_compiled", only=("W1", "tiny")),
+    "imaml MAML, compile=True": Method(where="ours:maml_compiled", only=("W1", "W2", "W2-15", "tiny")),
     "imaml MAML, chunk_size=1": Method(where="ours:maml_task_by_task", only=("W1", "W2", "W2-15", "W2-20", "tiny")),
     "imaml MAML, checkpoints=4": Method(where="ours:maml_checkpointed", only=("W3", "W4", "tiny")),
+    "imaml MAML, linearize=True": Method(where="ours:maml_with_graphs", only=("W3", "tiny")),
     "create_graph loop": Method(where="create_graph:prepare"),
     "torch.func, vmap inside": Method(where="torch_func:vmap_inside"),
     "torch.func, vmap outside": Method(where="torch_func:vmap_outside"),
@@ -49,8 +53,16 @@ METHODS = {
     "TorchOpt explicit": Method(where="torchopt_explicit:prepare"),
     "torch-maml": Method(where="torch_maml:naive"),
     "torch-maml, checkpointing": Method(where="torch_maml:checkpointed"),
+    "JAX": Method(where="jax:reverse", only=IN_JAX),
+    "JAX, forward-over-reverse": Method(where="jax:tangents", only=IN_JAX),
+    "JAX, leanest": Method(where="jax:lean", only=("W3", "W4", "small")),
     "imaml ImplicitMAML": Method(where="ours:implicit", family="implicit"),
     "imaml ImplicitMAML, linearize=False": Method(where="ours:implicit_rebuilt", family="implicit", only=("W3", "W4")),
+    "imaml ImplicitMAML, compile=True": Method(
+        where="ours:implicit_compiled", family="implicit", only=("W2-implicit", "tiny")
+    ),
+    "JAX, implicit": Method(where="jax:implicit", family="implicit", only=IN_JAX),
+    "JAX, implicit, leanest": Method(where="jax:implicit_lean", family="implicit", only=("W3", "W4")),
     "TorchOpt implicit": Method(where="torchopt_implicit:prepare", family="implicit"),
     "Betty cg": Method(where="betty:cg", family="implicit"),
     "Betty neumann": Method(where="betty:neumann", family="implicit", approximate=True),

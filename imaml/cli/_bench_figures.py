@@ -11,7 +11,7 @@ from imaml.cli._figures import Theme, empty_axes
 COLORS = (
     *("#3b7dd8", "#2f9e6e", "#d9822b", "#c2410c", "#7c5cd6", "#0f9bb3", "#d6459a", "#8a8f98", "#b08a00"),
     *("#6b8e23", "#a0522d", "#4b5bd1", "#20a39e", "#ef6f6c", "#93b5e1", "#7fcfb0", "#b39ddb", "#f2b880"),
-    *("#5f6b7a", "#c9a227"),
+    *("#5f6b7a", "#c9a227", "#8c2d5e", "#2b6f77", "#a3a635", "#7a4fa0", "#e0763c", "#4f7f3a", "#b5651d"),
 )
 """Enough for every point of a figure to have its own."""
 Points = Mapping[str, tuple[float, float]]

@@ -76,7 +76,7 @@ def first(method: Method, workload: Workload, steps: int, repeats: int) -> dict[
     """Processor seconds of the first call, with all that is compiled for it; nothing is on disk to begin with."""
     problem = workload.problem(steps)
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # this process measures nothing else
         begun = cpu_seconds()
         call = method.prepare(problem)
         if isinstance(call, Elsewhere):

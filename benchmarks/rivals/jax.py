@@ -41,10 +41,15 @@ class Elsewhere:
     def __init__(
         self, problem: Problem, way: str, family: Family = "exact", variables: Mapping[str, str] | None = None
     ) -> None:
+        python = environment.jax_python()
+        if not python.exists():
+            raise FileNotFoundError(
+                "Expected JAX in an environment of its own. Got none. `python -m benchmarks.rivals.environment` makes it."
+            )
         self._names, self._folder = list(problem.parameters), tempfile.TemporaryDirectory()
         file = Path(self._folder.name) / "problem.npz"
         np.savez(file, **_arrays(problem, family))
-        command = [str(environment.jax_python()), "-m", "benchmarks.jax_programs", str(file), way]
+        command = [str(python), "-m", "benchmarks.jax_programs", str(file), way]
         self.process = Process(
             [*command, "--threads", str(torch.get_num_threads())],
             {**(variables or {}), "PYTHONPATH": str(ROOT)},

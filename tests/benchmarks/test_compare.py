@@ -91,9 +91,10 @@ def run(tmp_path, monkeypatch):
 
 def test_every_measurement_becomes_a_line_of_json(run, tmp_path):
     rows = run("--methods", "imaml MAML", "--rounds", "1", "--repeats", "1", "--threads", "1")
-    assert [row["pass"] for row in rows] == ["check", "memory", "count", "time"]
-    check, memory, count, time = rows
+    assert [row["pass"] for row in rows] == ["check", "memory", "count", "time", "first"]
+    check, memory, count, time, first = rows
     assert check["error"] < 1e-12 and memory["bytes"] > 100 and time["seconds"] > 0
+    assert first["first"] > 0
     assert count["flops"] > count["unit_flops"] > 0 and count["operations"] > 100
     assert len(json.loads((tmp_path / "environment.json").read_text())) == 1
     assert "| imaml MAML |" in (tmp_path / "README.md").read_text()

@@ -1,6 +1,6 @@
 """Processor time of this library, of other ways in torch and of JAX, in turns.
 
-    python -m benchmarks.against_jax [--workloads W1 ...] [--steps 5 ...] [--methods ...] [--repeats N] [--seconds S]
+    python -m benchmarks.against_jax [--workloads W1 ...] [--steps 5 ...] [--methods ...] [--repeats N]
 
 Each method has a process of its own that answers for one call after the other, so that all of them see the same minutes
 of a busy machine. What compiles is started twice with one new folder for what it keeps on disk: the first calls of both
@@ -54,8 +54,8 @@ class Here:
     def start(self) -> dict[str, float]:
         return self.process.ask("first")
 
-    def seconds(self) -> dict[str, float]:
-        return self.process.ask("call")
+    def seconds(self, calls: int = 1) -> dict[str, float]:
+        return self.process.ask(f"call {calls}")
 
     def peak_memory(self) -> int:
         return int(self.process.ask("memory")["bytes"])
@@ -85,12 +85,19 @@ def started(method: str, workload: str, steps: int, cache: Path) -> Here | Elsew
     return Here(method, workload, steps, kept)
 
 
-def measure(workload: str, steps: int, methods: Sequence[str], repeats: int, seconds: float) -> list[dict[str, Any]]:
-    """A row for each method; at least one round of calls, and no new one after so many seconds."""
+def measure(
+    workload: str, steps: int, methods: Sequence[str], repeats: int, seconds: float, turn: float
+) -> list[dict[str, Any]]:
+    """A row for each method; at least one round of turns, and no new one after so many seconds.
+
+    A turn is calls in a row for `turn` seconds, at least one: in use one call follows the other and finds what it needs
+    in the caches. Single calls of W1, K = 1 take JAX twice as long.
+    """
     rows: dict[str, dict[str, Any]] = {name: {"method": name} for name in methods}
     running: dict[str, Here | Elsewhere] = {}
     gradients: dict[str, torch.Tensor] = {}
     taken: dict[str, list[float]] = {}
+    calls: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, row) in enumerate(rows.items()):
             compiles = "compile" in name or name.startswith("JAX")
@@ -101,15 +108,16 @@ def measure(workload: str, steps: int, methods: Sequence[str], repeats: int, sec
                     running[name] = started(name, workload, steps, Path(folder) / str(number))
                     row[f"first_{state}"] = running[name].start()["cpu"]
                 gradients[name] = running[name].gradient()
+                calls[name] = max(1, round(turn / min(running[name].seconds()["cpu"] for _ in range(2))))
                 taken[name] = []
             except (RuntimeError, OSError, NotImplementedError) as failure:
                 row["reason"] = str(failure)
         began = time.perf_counter()
-        for turn in range(repeats):
-            if turn and time.perf_counter() - began > seconds:
+        for finished in range(repeats):
+            if finished and time.perf_counter() - began > seconds:
                 break
             for name, times in taken.items():
-                times.append(running[name].seconds()["cpu"])
+                times.append(running[name].seconds(calls[name])["cpu"])
         for name, times in taken.items():
             jax = gradients.get("JAX, implicit" if METHODS[name].family == "implicit" else "JAX")
             rows[name] |= {"cpu": median(times), "spread": max(times) - min(times), "rounds": len(times)}
@@ -157,7 +165,8 @@ def page(folder: Path) -> str:
 
 NOTES = (
     "Made by `python -m benchmarks.against_jax`: processor time of one meta-gradient (median), each method in a",
-    "process of its own and all of them in turns.",
+    "process of its own and all of them in turns. A turn is a tenth of a second of calls in a row,",
+    "and at least one.",
     "",
     "- **first call**: processor time of a process's first call, with all that it compiles; **warm**: in a second",
     "  process that finds what the first one has left on disk.",
@@ -207,6 +216,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", choices=METHODS, help="those that the goals speak of if not given")
     parser.add_argument("--repeats", type=int, default=15, help="rounds of calls, after the first ones")
     parser.add_argument("--seconds", type=float, default=40.0, help="no new round after so long, but one in any case")
+    parser.add_argument("--turn", type=float, default=0.1, help="seconds of calls in a row; 0: one call")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options, console = parser.parse_args(), Console()
     if hasattr(os, "sched_setaffinity"):  # one processor for all of them
@@ -219,7 +229,8 @@ def main() -> None:
             methods = fitting(workload, options.methods)
             about = machine() | versions | {"load": round(os.getloadavg()[0], 1)}
             with console.status(f"{workload}, K = {steps}"):
-                rows = measure(workload, steps, methods, options.repeats, options.seconds)
+                rows = measure(workload, steps, methods, options.repeats, options.seconds, options.turn)
+            about["turn"] = options.turn
             run = {"workload": workload, "steps": steps, "about": about, "rows": rows}
             (options.out / f"{workload}-{steps}.json").write_text(json.dumps(run, indent=1) + "\n")
             console.print(f"{workload}, K = {steps}", *HEADINGS, sep=" | ", highlight=False)

@@ -39,8 +39,8 @@ def serve(answers: Mapping[str, Answer]) -> None:
 def serve_call(prepare: Callable[[], Callable[[], Any]], save: Callable[[str, Any], None], **others: Answer) -> None:
     """Answer for a call that takes no arguments: what the first one costs, what one more costs, and what it returned.
 
-    `first` prepares the call and makes it, `call` makes it once more; both answer `cpu` and `wall` seconds. `gradient`
-    writes what the last call returned to the file that follows.
+    `first` prepares the call and makes it, `call` makes it once more or as often as the number that follows says; both
+    answer `cpu` and `wall` seconds of a call. `gradient` writes what the last call returned to the file that follows.
     """
     known: dict[str, Any] = {}
 
@@ -56,17 +56,18 @@ def serve_call(prepare: Callable[[], Callable[[], Any]], save: Callable[[str, An
         known["found"] = call()
         return {"wall": time.perf_counter() - wall, "cpu": cpu_seconds() - cpu}
 
-    def one(_: str) -> dict[str, Any]:
+    def more(count: str) -> dict[str, Any]:
         # the process's own time alone, whose clock is finer: nothing is compiled any more
-        cpu, wall = time.process_time(), time.perf_counter()
-        known["found"] = known["call"]()
-        return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+        cpu, wall, calls = time.process_time(), time.perf_counter(), int(count or 1)
+        for _ in range(calls):
+            known["found"] = known["call"]()
+        return {"wall": (time.perf_counter() - wall) / calls, "cpu": (time.process_time() - cpu) / calls}
 
     def gradient(file: str) -> dict[str, Any]:
         save(file, known["found"])
         return {}
 
-    serve({"first": first, "call": one, "gradient": gradient, **others})
+    serve({"first": first, "call": more, "gradient": gradient, **others})
 
 
 def cpu_seconds() -> float:

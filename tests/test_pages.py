@@ -9,7 +9,7 @@ from imaml.cli import main
 from tests.pages import ROOT, read
 
 WIDTH = 120
-ELSEWHERE = {".venv", ".rivals", "build", "dist", "runs", "node_modules"}
+ELSEWHERE = {".venv", ".rivals", ".rivals-jax", "build", "dist", "runs", "node_modules"}
 PAGES = sorted(
     str(path.relative_to(ROOT))
     for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md"))
@@ -21,7 +21,7 @@ OTHERS = (
     "pyproject.toml",
     *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("tests/**/*.py"))),
 )
-GENERATED = re.compile(r"benchmarks/results/(rivals|rivals-two-threads|plan|scaling|memory|storage)/")
+GENERATED = re.compile(r"benchmarks/results/(jax|rivals|rivals-two-threads|plan|scaling|memory|storage)/")
 """Pages that a benchmark writes: their tables are as wide as what was measured."""
 COMMANDS = {"train", "compare", "bench", "plan", "verify"}
 

@@ -44,7 +44,7 @@ class Elsewhere:
         python = environment.jax_python()
         if not python.exists():
             raise FileNotFoundError(
-                "Expected JAX in an environment of its own. Got none. `python -m benchmarks.rivals.environment` makes it."
+                "JAX has no environment of its own here: `python -m benchmarks.rivals.environment` makes it"
             )
         self._names, self._folder = list(problem.parameters), tempfile.TemporaryDirectory()
         file = Path(self._folder.name) / "problem.npz"
@@ -75,9 +75,9 @@ class Elsewhere:
         with np.load(file) as found:
             return [torch.from_numpy(found[name]) for name in self._names]
 
-    def seconds(self) -> dict[str, float]:
-        """Processor and wall seconds of a call."""
-        return self.process.ask("call") if self._started else self.start()
+    def seconds(self, calls: int = 1) -> dict[str, float]:
+        """Processor and wall seconds of a call, the mean of some in a row; of one if it is the first."""
+        return self.process.ask(f"call {calls}") if self._started else self.start()
 
     def timed(self, repeats: int) -> Timing:
         """Wall time, after a first call."""

@@ -16,7 +16,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -85,48 +86,85 @@ def started(method: str, workload: str, steps: int, cache: Path) -> Here | Elsew
     return Here(method, workload, steps, kept)
 
 
-def measure(
-    workload: str, steps: int, methods: Sequence[str], repeats: int, seconds: float, turn: float
-) -> list[dict[str, Any]]:
-    """A row for each method; at least one round of turns, and no new one after so many seconds.
+class Turns:
+    """The methods of one workload and K, each with a row of what was measured, or of why it was not.
 
     A turn is calls in a row for `turn` seconds, at least one: in use one call follows the other and finds what it needs
     in the caches. Single calls of W1, K = 1 take JAX twice as long.
     """
-    rows: dict[str, dict[str, Any]] = {name: {"method": name} for name in methods}
-    running: dict[str, Here | Elsewhere] = {}
-    gradients: dict[str, torch.Tensor] = {}
-    taken: dict[str, list[float]] = {}
-    calls: dict[str, int] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for number, (name, row) in enumerate(rows.items()):
-            compiles = "compile" in name or name.startswith("JAX")
-            try:
-                for state in ("cold", "warm") if compiles else ("cold",):
-                    if name in running:
-                        running.pop(name).close()
-                    running[name] = started(name, workload, steps, Path(folder) / str(number))
-                    row[f"first_{state}"] = running[name].start()["cpu"]
-                gradients[name] = running[name].gradient()
-                calls[name] = max(1, round(turn / min(running[name].seconds()["cpu"] for _ in range(2))))
-                taken[name] = []
-            except (RuntimeError, OSError, NotImplementedError) as failure:
-                row["reason"] = str(failure)
-        began = time.perf_counter()
-        for finished in range(repeats):
-            if finished and time.perf_counter() - began > seconds:
-                break
-            for name, times in taken.items():
-                times.append(running[name].seconds(calls[name])["cpu"])
-        for name, times in taken.items():
-            jax = gradients.get("JAX, implicit" if METHODS[name].family == "implicit" else "JAX")
-            rows[name] |= {"cpu": median(times), "spread": max(times) - min(times), "rounds": len(times)}
-            rows[name]["bytes"] = running[name].peak_memory()
-            if jax is not None:
-                rows[name]["off_jax"] = ((gradients[name] - jax).norm() / jax.norm()).item()
-        for process in running.values():
-            process.close()
-    return list(rows.values())
+
+    def __init__(self, workload: str, steps: int, methods: Sequence[str], turn: float) -> None:
+        self.workload, self.steps, self.turn = workload, steps, turn
+        self.rows: dict[str, dict[str, Any]] = {name: {"method": name} for name in methods}
+        self._running: dict[str, Here | Elsewhere] = {}
+        self._gradients: dict[str, torch.Tensor] = {}
+        self._taken: dict[str, list[float]] = {name: [] for name in methods}
+        self._calls: dict[str, int] = {}
+
+    def measure(self, repeats: int, seconds: float) -> list[dict[str, Any]]:
+        """All rows; at least one round of turns, and no new one after so many seconds."""
+        with tempfile.TemporaryDirectory() as folder:
+            for number, name in enumerate(self.rows):
+                self._attempt(name, partial(self._start, name, Path(folder) / str(number)))
+            began = time.perf_counter()
+            for what in (self._count, *[self._take] * repeats):
+                if what == self._take and all(self._taken[n] for n in self._running):
+                    if time.perf_counter() - began > seconds:
+                        break
+                for name in list(self._running):
+                    self._attempt(name, partial(what, name))
+            for name in list(self._running):
+                self._attempt(name, partial(self._sum_up, name))
+            for process in self._running.values():
+                process.close()
+        return list(self.rows.values())
+
+    def _attempt(self, name: str, what: Callable[[], None]) -> None:
+        try:
+            what()
+        except (RuntimeError, OSError, NotImplementedError) as failure:
+            self.rows[name]["reason"] = str(failure)
+            if name in self._running:
+                self._running.pop(name).close()
+
+    def _start(self, name: str, cache: Path) -> None:
+        """The first call; and once more in a new process where something was compiled, but for JAX's long compilations.
+
+        No goal is about the latter, and transformers take minutes.
+        """
+        in_jax = name.startswith("JAX")
+        twice = "compile" in name or (in_jax and not WORKLOADS[self.workload].attention)
+        for state in ("cold", "warm") if twice else ("cold",):
+            if name in self._running:
+                self._running.pop(name).close()
+            self._running[name] = started(name, self.workload, self.steps, cache)
+            self.rows[name][f"first_{state}"] = self._running[name].start()["cpu"]
+        self._gradients[name] = self._running[name].gradient()
+
+    def _count(self, name: str) -> None:
+        """How many calls a turn has. Where it is one, this was one."""
+        single = self._running[name].seconds()["cpu"]
+        if single < self.turn:
+            single = min(single, self._running[name].seconds()["cpu"])
+        self._calls[name] = max(1, round(self.turn / single))
+        if self._calls[name] == 1:
+            self._taken[name].append(single)
+
+    def _take(self, name: str) -> None:
+        self._taken[name].append(self._running[name].seconds(self._calls[name])["cpu"])
+
+    def _sum_up(self, name: str) -> None:
+        times, found = self._taken[name], self._gradients[name]
+        row = {"cpu": median(times), "spread": max(times) - min(times), "rounds": len(times)}
+        jax = self._gradients.get(_jax(name))
+        if jax is not None:
+            row["off_jax"] = ((found - jax).norm() / jax.norm()).item()
+        self.rows[name] |= row | {"bytes": self._running[name].peak_memory()}
+
+
+def _jax(method: str) -> str:
+    """JAX's method of the same family."""
+    return "JAX, implicit" if METHODS[method].family == "implicit" else "JAX"
 
 
 def fitting(workload: str, chosen: Sequence[str] | None) -> list[str]:
@@ -183,7 +221,7 @@ def _cells(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
     if "reason" in row:
         return [row["reason"], *[""] * (len(HEADINGS) - 1)]
     times = {r["method"]: r["cpu"] for r in rows if "cpu" in r}
-    jax = times.get("JAX, implicit" if METHODS[row["method"]].family == "implicit" else "JAX")
+    jax = times.get(_jax(row["method"]))
     warm, off = row.get("first_warm"), row.get("off_jax")
     return [
         tables.number(1e3 * row["cpu"]),
@@ -215,7 +253,7 @@ def main() -> None:
     parser.add_argument("--steps", nargs="*", type=int, help="inner steps K; those of the goals if not given")
     parser.add_argument("--methods", nargs="*", choices=METHODS, help="those that the goals speak of if not given")
     parser.add_argument("--repeats", type=int, default=15, help="rounds of calls, after the first ones")
-    parser.add_argument("--seconds", type=float, default=40.0, help="no new round after so long, but one in any case")
+    parser.add_argument("--seconds", type=float, default=20.0, help="no new round after so long, but one in any case")
     parser.add_argument("--turn", type=float, default=0.1, help="seconds of calls in a row; 0: one call")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options, console = parser.parse_args(), Console()
@@ -229,7 +267,7 @@ def main() -> None:
             methods = fitting(workload, options.methods)
             about = machine() | versions | {"load": round(os.getloadavg()[0], 1)}
             with console.status(f"{workload}, K = {steps}"):
-                rows = measure(workload, steps, methods, options.repeats, options.seconds, options.turn)
+                rows = Turns(workload, steps, methods, options.turn).measure(options.repeats, options.seconds)
             about["turn"] = options.turn
             run = {"workload": workload, "steps": steps, "about": about, "rows": rows}
             (options.out / f"{workload}-{steps}.json").write_text(json.dumps(run, indent=1) + "\n")

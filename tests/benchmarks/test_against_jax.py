@@ -98,9 +98,12 @@ class Counting:
     def __init__(self, cpu, gradient, failure=None):
         self.cpu, self.vector, self.failure, self.turns, self.closed = cpu, gradient, failure, [], False
 
+    def fail(self):
+        raise RuntimeError(self.failure)
+
     def start(self):
         if self.failure:
-            raise RuntimeError(self.failure)
+            self.fail()
         return {"cpu": 10 * self.cpu, "wall": 0.0}
 
     def seconds(self, calls=1):
@@ -128,7 +131,7 @@ def rows(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(against_jax, "started", started)
-    found = against_jax.measure("tiny", 1, ["imaml MAML", "JAX", "create_graph loop"], 3, 60.0, 8.4)
+    found = against_jax.Turns("tiny", 1, ["imaml MAML", "JAX", "create_graph loop"], 8.4).measure(3, 60.0)
     assert [process.turns for process in made if process.turns] == [[1, 1, 4, 4, 4], [1, 1, 8, 8, 8]]
     assert all(process.closed for process in made)
     return found
@@ -140,6 +143,23 @@ def test_the_methods_take_turns_and_what_fails_has_a_reason(rows):
     assert (ours["first_cold"], ours.get("first_warm"), jax["first_warm"]) == (20.0, None, 10.0)
     assert ours["off_jax"] == pytest.approx(0.5 / (9 + 20.25) ** 0.5) and jax["off_jax"] == 0.0
     assert loop == {"method": "create_graph loop", "reason": "it is not there"}
+
+
+def test_a_slow_call_is_a_turn_and_time_that_is_over_ends_the_rounds(monkeypatch):
+    process = Counting(9.0, [1.0])
+    monkeypatch.setattr(against_jax, "started", lambda *_: process)
+    (row,) = against_jax.Turns("tiny", 1, ["imaml MAML"], 1.0).measure(5, 0.0)
+    assert process.turns == [1] and (row["cpu"], row["rounds"]) == (9.0, 1)
+
+
+def test_a_process_that_dies_in_its_turn_has_a_reason(monkeypatch):
+    process = Counting(9.0, [1.0])
+    monkeypatch.setattr(against_jax, "started", lambda *_: process)
+    monkeypatch.setattr(process, "seconds", lambda calls=1: process.fail())
+    monkeypatch.setattr(process, "start", lambda: {"cpu": 1.0, "wall": 1.0})
+    process.failure = "the process ended with exit code -9"
+    (row,) = against_jax.Turns("tiny", 1, ["imaml MAML"], 1.0).measure(5, 60.0)
+    assert row["reason"] == process.failure and process.closed
 
 
 def test_the_page_has_every_row_and_the_goals(rows, tmp_path, monkeypatch):

@@ -13,6 +13,8 @@ Tested with torch 2.9 to 2.15. A private name may be gone in the next release:
 | `_checkpoint_impl` | functions that `checkpoint` has decorated are recomputed | their activations are kept |
 | `get_interpreter_stack`, `TransformType` | buffers are copied once a call | copied in every pass |
 | `_add_batch_dim`, `_vmap_increment_nesting` and their like | `vmap` without its trees | `torch.func.vmap` |
+| `maybe_get_level`, `maybe_get_bdim` and their like | an operation on all tasks at once | what `vmap` makes of it |
+| `_engine_run_backward` | gradients without checks | with them |
 | `_set_vmap_fallback_warning_enabled` | an operation that `vmap` runs in a loop is no matter | torch warns |
 | `_get_sequence_nr` | equal graphs are looked through once | looked through every time |
 | `aten._to_copy` | `verify` knows what a model rounds to | ImportError |
@@ -73,14 +75,20 @@ except ImportError:
     _SPECTRAL_NORMS = (object,)
 
 try:
-    _load_decompositions = torch._functorch.vmap.lazy_load_decompositions  # type: ignore[attr-defined]
+    _load_decompositions = cache(torch._functorch.vmap.lazy_load_decompositions)  # type: ignore[attr-defined]
     _nesting: Any = torch._C._functorch
     for _name in ("_vmap_increment_nesting", "_vmap_decrement_nesting", "_add_batch_dim", "_remove_batch_dim"):
+        getattr(_nesting, _name)
+    for _name in ("maybe_current_level", "maybe_get_level", "maybe_get_bdim"):
+        getattr(_nesting, _name)
+    for _name in ("pop_dynamic_layer_stack", "push_dynamic_layer_stack"):
         getattr(_nesting, _name)
 except (ImportError, AttributeError):
     _nesting = None
 
+_warn_of_fallback: Any = getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled", lambda _: None)
 _checkpoint: Any = torch.utils.checkpoint
+_run_backward: Any = getattr(torch.autograd.graph, "_engine_run_backward", None)
 
 LACKS_SECOND_DERIVATIVE = (
     "is not implemented",
@@ -165,8 +173,7 @@ def vectorised(function: Callable[[list[Tensor]], Sequence[Tensor]], rows: Seque
     Returns:
         Tensors `(size, ...)`.
     """
-    warn = getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled", lambda _: None)
-    warn(False)
+    _warn_of_fallback(False)
     try:
         if _nesting is None:
             found: Sequence[Tensor] = torch.func.vmap(function, randomness="different")(list(rows))
@@ -179,7 +186,63 @@ def vectorised(function: Callable[[list[Tensor]], Sequence[Tensor]], rows: Seque
         finally:
             _nesting._vmap_decrement_nesting()
     finally:
-        warn(True)
+        _warn_of_fallback(True)
+
+
+def at_once(
+    function: Callable[..., Tensor | None], tensors: Sequence[Tensor], places: Sequence[int], place: int
+) -> Tensor | None:
+    """Call a function with the tensors of all tasks, of which `vmap` shows those of one, and outside of it.
+
+    Args:
+        function: Takes the tensors of all tasks, and returns one.
+        tensors: Tensors of one task.
+        places: Which dimension is that of the tasks in each of those of all.
+        place: Which one is in what the function returns.
+
+    Returns:
+        What one task has of it; None where it has returned None, and without a call unless a single transform is
+        active, a `vmap` over all of the tensors.
+    """
+    if _nesting is None or not is_batchedtensor(tensors[0]) or _nesting.maybe_current_level() != 1:
+        return None
+    own = []
+    for tensor, there in zip(tensors, places, strict=True):
+        if _nesting.maybe_get_level(tensor) != 1:
+            return None
+        here, whole = _nesting.maybe_get_bdim(tensor), get_unwrapped(tensor)
+        own.append(whole if here == there else whole.movedim(here, there))
+    level = _nesting.pop_dynamic_layer_stack()
+    try:
+        found = function(*own)
+    finally:
+        _nesting.push_dynamic_layer_stack(level)
+    return None if found is None else _nesting._add_batch_dim(found, place, 1)
+
+
+def gradient(
+    outputs: Sequence[Any], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], *, retain: bool, create: bool
+) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad` without its checks, which take longer than the derivative of a small layer.
+
+    Args:
+        outputs: Tensors, or edges of a graph.
+        inputs: What is differentiated by.
+        cotangents: One for each output, in its shape and dtype.
+        retain: Whether the graph is needed again.
+        create: Whether the gradient can be differentiated again.
+
+    Returns:
+        The gradients, None where there is no path.
+    """
+    if _run_backward is None:
+        return torch.autograd.grad(
+            outputs, inputs, cotangents, retain_graph=retain, create_graph=create, allow_unused=True
+        )
+    found: tuple[Tensor | None, ...] = _run_backward(
+        tuple(outputs), tuple(cotangents), retain, create, tuple(inputs), allow_unreachable=True, accumulate_grad=False
+    )
+    return found
 
 
 def sequence_number() -> float:
@@ -198,6 +261,10 @@ def is_traced() -> bool:
         return False
 
 
+_trusted: set[type] = set()
+"""Types of nodes that have a second derivative, as far as they have been met."""
+
+
 def may_drop_second_derivative(node: Any) -> bool:
     """Whether a graph's node has, or may have, no second derivative, which autograd does not say.
 
@@ -210,9 +277,15 @@ def may_drop_second_derivative(node: Any) -> bool:
     Returns:
         Whether it is not to be trusted.
     """
-    if node.name().rsplit("::", 1)[-1] in ("Error", "DelayedError", "NotImplemented"):
+    kind = type(node)
+    if kind in _trusted:
+        return False
+    name = node.name().rsplit("::", 1)[-1]
+    if name in ("Error", "DelayedError", "NotImplemented"):
         return True
     if not isinstance(node, BackwardCFunction):
+        if kind.__name__ == name:  # it has one name, for all of its nodes
+            _trusted.add(kind)
         return False
     rewrites = getattr(torch._functorch, "autograd_function", None)
     function = getattr(node, "_forward_cls", None)

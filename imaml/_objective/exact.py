@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from imaml._objective.at_once import batch_norm, conv2d, linear
 from imaml._torch import may_drop_second_derivative, of_all_tasks, weight_norm
 
 
@@ -24,6 +25,7 @@ class ExactDerivatives(TorchFunctionMode):
 
     - `torch.view_as_complex` of a parameter, which lies anywhere in a flat vector, is a copy where torch wants another
       alignment; so is its view as a complex dtype.
+    - `F.linear`, `F.conv2d` and `F.batch_norm` are those of all tasks at once: see `at_once.py`.
     - `requires_grad`, `is_leaf` and `grad_fn` of a tensor inside `vmap` are those of the tensors of all tasks; torch
       says that none requires grad, and a forward pass that asks would take another branch than for one task.
 
@@ -151,6 +153,9 @@ _REPLACED: Mapping[Callable[..., Any], Callable[..., Any]] = {
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
     F.scaled_dot_product_attention: _attention,
+    F.linear: linear,
+    F.conv2d: conv2d,
+    F.batch_norm: batch_norm,
     weight_norm: _weight_norm,
     torch.view_as_complex: _view_as_complex,
     Tensor.view: _view,

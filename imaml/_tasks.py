@@ -133,7 +133,9 @@ class TaskBatch:
 
     def __len__(self) -> int:
         """The number of tasks."""
-        return int(tree_flatten(self.query)[0][0].shape[0])
+        query = self.query
+        first = query[0] if type(query) is tuple and query else None  # asked often, of pairs as a rule
+        return int((first if isinstance(first, Tensor) else tree_flatten(query)[0][0]).shape[0])
 
     @overload
     def __getitem__(self, index: int) -> Task: ...

@@ -25,7 +25,7 @@ from imaml._losses.slice import Slice
 from imaml._objective.attention import MathAttention
 from imaml._objective.block_derivatives import TangentsAlone
 from imaml._objective.exact import check_twice_differentiable
-from imaml._torch import LACKS_SECOND_DERIVATIVE, load_forward_ad, sequence_number, tree_map
+from imaml._torch import LACKS_SECOND_DERIVATIVE, gradient, load_forward_ad, sequence_number, tree_map
 
 _End = Tensor | GradientEdge | None
 _Graph = tuple[list[Tensor], list[Tensor], list[_End]]
@@ -40,9 +40,8 @@ def differentiate(
 ) -> tuple[Tensor | None, ...]:
     """The gradient of the losses, summed over tasks; remembers which adapted parameters the support loss uses."""
     part.check_depends(losses)
-    ones = torch.ones_like(losses)
-    grads = torch.autograd.grad(losses, wanted, ones, create_graph=create_graph, allow_unused=True)
-    if part.role is Role.SUPPORT:
+    grads = gradient([losses], wanted, [torch.ones_like(losses)], retain=create_graph, create=create_graph)
+    if part.role is Role.SUPPORT and len(part.record.used) < len(part.snapshot.layout.names):
         part.record.used.update(n for n, g in zip(part.snapshot.layout.names, grads, strict=False) if g is not None)
     return grads
 
@@ -96,7 +95,7 @@ class ReverseOverReverse:
         found: tuple[Tensor | None, ...] = (None,) * len(wanted)
         if pairs:
             outputs, cotangents = zip(*pairs, strict=True)
-            found = torch.autograd.grad(outputs, wanted, cotangents, retain_graph=not self._once, allow_unused=True)
+            found = gradient(outputs, wanted, cotangents, retain=not self._once, create=False)
         for hook in hooks:
             hook.remove()
         if into is not None and hooks:
@@ -138,7 +137,7 @@ class ForwardOverReverse:
         tangents: dict[int, Tensor] = {}
         takes: list[Callable[[Tensor | None], Tensor | None]]
         takes = [partial(_keep, tangents, i) for i in range(len(layout.names) + len(part.snapshot.shared) * mixed)]
-        if adds := all(dtype == layout.dtype for dtype in layout.dtypes):
+        if adds := layout.is_of_one_dtype:
             into = into or Sum(torch.zeros_like(w))
             takes = [*into.hooks(part, _tangent), *takes[len(layout.names) :]]
         with forward_ad.dual_level():

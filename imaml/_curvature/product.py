@@ -101,8 +101,7 @@ def itself(found: Tensor) -> Tensor:
 
 def is_long(part: Slice, vector: Tensor) -> bool:
     """Whether a vector matters beside a graph, and is of one dtype; else hooks cost more time than they save memory."""
-    layout = part.snapshot.layout
-    return vector.numel() >= LONG and all(dtype == layout.dtype for dtype in layout.dtypes)
+    return vector.numel() >= LONG and part.snapshot.layout.is_of_one_dtype
 
 
 class Product(Protocol):

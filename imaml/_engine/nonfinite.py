@@ -74,6 +74,8 @@ def check_history(losses: Tensor, positions: list[int], smaller: str) -> None:
         NonFiniteError: Before the first step.
         DivergenceError: Later.
     """
+    if bool(losses.abs().max() <= EXPLOSION):  # as a rule; not with a NaN
+        return
     bad = ~torch.isfinite(losses) | (losses.abs() > EXPLOSION * losses[0].abs().clamp(min=1))
     if not bad.any():
         return
@@ -93,10 +95,15 @@ def check_history(losses: Tensor, positions: list[int], smaller: str) -> None:
     )
 
 
+def is_finite(values: Tensor) -> bool:
+    """Whether all of them are: as a rule their sum is, which says so for a single pass."""
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
 def check_query(losses: Tensor, positions: list[int], steps: int, smaller: str) -> None:
     """Raise NonFiniteError where a query loss `(tasks,)` is NaN or infinite."""
-    bad = ~torch.isfinite(losses)
-    if bad.any():
+    if not is_finite(losses):
+        bad = ~torch.isfinite(losses)
         column = int(bad.nonzero()[0])
         raise NonFiniteError(
             f"The query loss of task {positions[column]} is {losses[column].item()} after {steps} inner steps: look "
@@ -127,24 +134,24 @@ def check_chunk(
     Raises:
         NonFiniteError: It is not; of all tasks where a sum over them is not.
     """
-    bad = ~pullback.theta.isfinite().all(-1)
-    status = pullback.outcome.solver_status
+    status, tasks = pullback.outcome.solver_status, list[int]()
+    if not is_finite(pullback.theta):
+        tasks = _marked(positions, ~pullback.theta.isfinite().all(-1))
     if how == "skip" and status is not None:
-        bad = bad | (status == Status.NONFINITE)
-    if bad.any():
-        tasks = _marked(positions, bad)
+        tasks = sorted({*tasks, *_marked(positions, status == Status.NONFINITE)})
+    if tasks:
         raise NonFiniteError(
             f"The meta-gradient of task {tasks[0]} is not finite although its losses are: look for an operation with "
             "an infinite second derivative, such as sqrt or norm at 0.",
             tasks,
         )
-    if direct is not None and not bool(direct.isfinite().all()):
+    if direct is not None and not is_finite(direct):
         raise NonFiniteError(
             f"The derivative of the query losses of tasks {positions[0]} to {positions[-1]} by `initial` is not finite "
             "although the losses are: look for an operation with an infinite derivative, such as sqrt or norm at 0.",
             positions,
         )
-    if pullback.shared is not None and not (bool(pullback.shared.isfinite().all()) and hyper.is_finite):
+    if pullback.shared is not None and not (is_finite(pullback.shared) and hyper.is_finite):
         raise NonFiniteError(
             f"The meta-gradient of tasks {positions[0]} to {positions[-1]} for a parameter that does not adapt is not "
             "finite although their losses are: look for an operation with an infinite derivative, such as sqrt at 0.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from numbers import Real
 from typing import Any
 
@@ -268,7 +269,7 @@ class Problem:
         """The step for a gradient that is known."""
         return self.stepper.take(state, gradient, step)
 
-    @property
+    @cached_property
     def stepper(self) -> Stepper:
         """The steps of the inner loop, where it can be differentiated."""
         return Stepper(self.optimizer, self.hyper, self.snapshot, self.positions[0], self.first)
@@ -367,8 +368,9 @@ class Problem:
     def history(self) -> Tensor:
         """L_support before each inner step, `(steps, tasks)`; NaN for steps that the inner loop did not need."""
         like = self.snapshot.like
-        missing = like.new_full((self.tasks,), torch.nan)
-        losses = [*self.support_losses, *[missing] * (self.inner.steps - len(self.support_losses))]
+        losses, others = self.support_losses, self.inner.steps - len(self.support_losses)
+        if others:
+            losses = [*losses, *[like.new_full((self.tasks,), torch.nan)] * others]
         return torch.stack(losses) if losses else like.new_empty(0, self.tasks)
 
     def finish(self) -> None:

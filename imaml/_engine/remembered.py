@@ -12,6 +12,7 @@ from imaml._curvature.compiler import Compiler
 from imaml._curvature.derivatives import Findings
 from imaml._engine.chunking import Footprint
 from imaml._objective.objective import Objective
+from imaml._objective.reach import modules_in
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -85,7 +86,7 @@ class Memory:
 
 
 def _modes(objective: Objective) -> Hashable:
-    modules = () if objective.model is None else objective.model.modules()
+    modules = () if objective.model is None else modules_in(objective.model)
     return getattr(objective._program, "buffers", None), tuple(module.training for module in modules)
 
 

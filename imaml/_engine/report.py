@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import count
+from operator import eq
 from typing import Any
 
 import torch
@@ -169,6 +171,8 @@ _MISSING = {"solver_status": int(Status.NONFINITE), "solver_steps": 0}
 
 def _place(values: Tensor, positions: Sequence[int], skipped: Sequence[int], missing: float) -> Tensor:
     """Put the tasks in the order of the input, the missing value in the places of those that were skipped."""
+    if not skipped and all(map(eq, positions, count())):
+        return values
     size = (*values.shape[:-1], len(positions) + len(skipped))
     dtype = torch.result_type(values, missing) if skipped else values.dtype
     placed = torch.full(size, missing if skipped else 0, dtype=dtype, device=values.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -82,13 +83,13 @@ class Stepper:
             )
         return tuple(t.detach() for t in following)
 
-    @property
+    @cached_property
     def needs_gradient(self) -> bool:
         """Whether the derivative of a step depends on where it is taken, and not on its number alone."""
         clips = self.optimizer.max_grad_norm is not None
         return bool(self._learned) or clips or not self.optimizer.said_of_update("is_linear")
 
-    @property
+    @cached_property
     def _learned(self) -> frozenset[str]:
         """Names of what a step uses itself and is learned; the weight of the proximal term is in its gradient."""
         own = self.optimizer.hyperparameters
@@ -112,7 +113,7 @@ class Stepper:
         with torch.enable_grad(), self._draws(step):
             return self.optimizer.stepped(state, gradient, self.first + step, at)
 
-    @property
+    @cached_property
     def _draws_nothing(self) -> bool:
         return bool(self.optimizer.said_of_update("is_deterministic"))
 

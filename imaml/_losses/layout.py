@@ -33,6 +33,11 @@ class Layout:
         """The dtype of the flat vector: the widest of the parameters', at least float32."""
         return reduce(torch.promote_types, self.dtypes, torch.float32)
 
+    @cached_property
+    def is_of_one_dtype(self) -> bool:
+        """Whether every parameter is of the flat vector's dtype."""
+        return all(dtype == self.dtype for dtype in self.dtypes)
+
     def empty(self, like: Tensor) -> Tensor:
         """A flat vector of no entries, where a parameter is."""
         return like.detach().new_empty(0, dtype=self.dtype)
@@ -43,10 +48,11 @@ class Layout:
 
     def views(self, flat: Tensor, *, cast: bool = True) -> list[Tensor]:
         """Split `(*batch, n)` into one tensor `(*batch, *shape)` per parameter: views, unless cast to another dtype."""
-        batch = flat.shape[:-1]
-        parts = flat.split(self.sizes, dim=-1)
-        views = [p.view((*batch, *s)) for p, s in zip(parts, self.shapes, strict=True)]
-        return [v if v.dtype == d or not cast else v.to(d) for v, d in zip(views, self.dtypes, strict=True)]
+        batch, parts = flat.shape[:-1], flat.split_with_sizes(self.sizes, -1)
+        views = [p if len(s) == 1 else p.view(batch + s) for p, s in zip(parts, self.shapes, strict=True)]
+        if not cast or self.is_of_one_dtype and flat.dtype == self.dtype:
+            return views
+        return [v.to(d) for v, d in zip(views, self.dtypes, strict=True)]
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         """Like `views`, by name."""
@@ -54,11 +60,22 @@ class Layout:
 
     def gather(self, tensors: Sequence[Tensor | None], like: Tensor) -> Tensor:
         """One tensor `(*batch, *shape)` per parameter, None for zeros, as a new flat one; `like`: `(*batch, m)`."""
-        batch = like.shape[:-1]
+        batch, dtype = like.shape[:-1], self.dtype
+        if not all([tensor is None or tensor.is_contiguous() for tensor in tensors]):
+            return self._gathered(tensors, like.new_empty((*batch, sum(self.sizes)), dtype=dtype))
         parts = [
-            torch.zeros(*batch, size, dtype=self.dtype, device=like.device)
+            torch.zeros(*batch, size, dtype=dtype, device=like.device)
             if tensor is None
-            else tensor.reshape(*batch, size).to(self.dtype)
+            else tensor.reshape(*batch, size).to(dtype)
             for tensor, size in zip(tensors, self.sizes, strict=True)
         ]
-        return torch.cat(parts, -1) if parts else torch.zeros(*batch, 0, dtype=self.dtype, device=like.device)
+        return torch.cat(parts, -1) if parts else torch.zeros(*batch, 0, dtype=dtype, device=like.device)
+
+    def _gathered(self, tensors: Sequence[Tensor | None], flat: Tensor) -> Tensor:
+        """The same, written part by part, so that what lies in another order is copied once."""
+        for tensor, view in zip(tensors, self.views(flat, cast=False), strict=True):
+            if tensor is None:
+                view.zero_()
+            else:
+                view.copy_(tensor)
+        return flat

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,10 +39,14 @@ class Replay:
         self._accelerator: Any = None if device.type == "cpu" else torch.get_device_module(device)
         self._device = device
         self._before = self._start = self._after = self.states()
+        self._first: tuple[int, ...] | None = None
+
+    @cached_property
+    def _base(self) -> int:
+        """What the user's generator would draw next, for seeds."""
         generator = torch.Generator()
         generator.set_state(self._before[0])
-        self._base = int(torch.randint(2**31, (), generator=generator))
-        self._first: tuple[int, ...] | None = None
+        return int(torch.randint(2**31, (), generator=generator))
 
     @property
     def draws(self) -> bool:

@@ -38,6 +38,8 @@ def blocks_of(model: nn.Module, blocks: Blocks) -> list[nn.Module]:
     Raises:
         ValueError: An entry matches no module.
     """
+    if not blocks:
+        return []
     named = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     chosen = set[nn.Module]()
     for block in blocks:

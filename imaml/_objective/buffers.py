@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from imaml._objective.reach import buffers_in, modules_in
 from imaml._torch import inside_transform, is_spectral_norm
 
 BufferPolicy = Literal["batch", "frozen", "update"]
@@ -27,8 +28,9 @@ def check_policy(policy: str | None) -> None:
 
 def check_buffers(model: nn.Module) -> None:
     """Raise ValueError where a module would update buffers of which no policy says what becomes."""
-    for name, module in model.named_modules():
-        if module.training and getattr(module, "track_running_stats", False):
+    tracking = [m for m in modules_in(model) if m.training and getattr(m, "track_running_stats", False)]
+    for name, module in model.named_modules() if tracking else ():
+        if module in tracking:
             raise ValueError(
                 f"{type(module).__name__} {name!r} updates running statistics in training mode, which would leak "
                 "from task to task. Say what becomes of them by Objective(..., buffers='batch'), 'frozen' or 'update'; "
@@ -49,7 +51,7 @@ def statistics(model: nn.Module) -> list[str]:
     """Names of the buffers that normalisation layers update in training mode, the first of a shared one."""
     moving = {
         buffer
-        for module in model.modules()
+        for module in modules_in(model)
         if module.training and getattr(module, "track_running_stats", False)
         for buffer in module.buffers(recurse=False)
     }
@@ -118,7 +120,7 @@ class Constants:
     @classmethod
     def of(cls, model: nn.Module | None) -> Constants:
         """Copies of the buffers of a model, if there is one."""
-        constants = cls({} if model is None else dict(model.named_buffers()))
+        constants = cls({} if model is None else buffers_in(model))
         constants._copies = constants._copied()
         return constants
 
@@ -143,6 +145,8 @@ def differ(copy: Tensor, buffer: Tensor) -> bool:
 
 def power_iterations(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
     """Every spectral_norm of more than a vector, with the module in whose training mode it updates."""
+    if not any([m._forward_pre_hooks or hasattr(m, "n_power_iterations") for m in modules_in(model)]):
+        return
     for name, module in model.named_modules():
         for norm in (module, *module._forward_pre_hooks.values()):
             if is_spectral_norm(norm):

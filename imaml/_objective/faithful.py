@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from imaml._objective.blocks import Blocks, blocks_of
 from imaml._objective.buffers import BufferPolicy, Constants, HeldBuffers, Statistics, power_iterations
 from imaml._objective.exact import ExactDerivatives
+from imaml._objective.reach import buffers_in, modules_in
 from imaml._objective.recompute import Conditions, Swapped, begin, end, lean_attention, name_of, recompute
 from imaml._torch import give_back, is_compiled, is_sharded, recompute_by_torch, take_over
 
@@ -124,14 +125,14 @@ class Survey:
             return cls({}, False, [], [], [], False)
         if isinstance(model, torch.jit.ScriptModule):
             raise TypeError("The parameters of a scripted module cannot be swapped. Expected the original nn.Module.")
-        modules = list(model.modules())
+        modules = modules_in(model)
         places: dict[int, list[tuple[dict[str, Any], str]]] = {}
         for module in modules:
             for members in (module._parameters, module._buffers):
                 for name, tensor in members.items():
                     if tensor is not None:
                         places.setdefault(id(tensor), []).append((members, name))
-        first = {name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+        first = {name: tensor for name, tensor in (*model.named_parameters(), *buffers_in(model).items())}
         return cls(
             places={name: places[id(tensor)] for name, tensor in first.items()},
             is_compiled=any(is_compiled(module) for module in modules),

@@ -17,7 +17,7 @@ from imaml._objective.criteria import ADAPTED, INITIAL, META, Criteria, check_lo
 from imaml._objective.faithful import Survey, faithful
 from imaml._objective.meta import Given, MetaParameters
 from imaml._objective.program import FunctionProgram, ModelProgram, Parameters, Program
-from imaml._objective.reach import modules_of
+from imaml._objective.reach import modules_in, modules_of
 from imaml._objective.select import select
 from imaml._tasks import Batch
 
@@ -225,7 +225,7 @@ class Objective:
         held = modules_of((self.loss, self.outer_loss, self.metric))
         if self.model is None:
             return held
-        own = {*self.model.modules(), *held}
+        own = {*modules_in(self.model), *held}
         return held + [module for module in modules_of([self.model]) if module not in own]
 
     def statistics(self) -> list[str]:

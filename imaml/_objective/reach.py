@@ -23,6 +23,23 @@ _CONTAINERS = (list, tuple, set, frozenset, deque)
 _DICTIONARIES = (dict, OrderedDict, defaultdict)
 
 
+def modules_in(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model, each once, in the order of `model.modules()`, which takes several times as long."""
+    found: dict[nn.Module, None] = {}
+    pending = [model]
+    while pending:
+        module = pending.pop()
+        if module not in found:
+            found[module] = None
+            pending += [child for child in reversed(module._modules.values()) if child is not None]
+    return list(found)
+
+
+def buffers_in(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers of a model by name; names take time, and many models have none."""
+    return dict(model.named_buffers()) if any([module._buffers for module in modules_in(model)]) else {}
+
+
 def modules_of(functions: Iterable[Callable[..., Any] | None]) -> list[nn.Module]:
     """The modules that functions hold: themselves, by attributes, closures, defaults, arguments bound, or global names.
 

@@ -25,14 +25,14 @@ class Growth(Resumable):
 
     def begin(self, cotangent: Tensor) -> None:
         """Take note of the cotangent where the derivatives of a query loss have been added to it."""
-        norm = cotangent.norm(dim=-1)
+        norm = torch.linalg.vector_norm(cotangent, dim=-1)
         self._first = norm if self._first is None else torch.maximum(self._first, norm)
         self._largest = norm if self._largest is None else torch.maximum(self._largest, norm)
 
     def see(self, cotangent: Tensor) -> None:
         """Take note of the cotangent before a step."""
         assert self._largest is not None
-        self._largest = torch.maximum(self._largest, cotangent.norm(dim=-1))
+        self._largest = torch.maximum(self._largest, torch.linalg.vector_norm(cotangent, dim=-1))
 
     def figure(self) -> Tensor:
         """The growth, `(tasks,)`; 1 where all query gradients are zero."""

@@ -147,7 +147,7 @@ class OuterLoss:
         losses = torch.stack([self.losses[step] for step in self.steps])
         terms = [(self.weights[step] * loss).to(loss) for step, loss in zip(self.steps, losses, strict=True)]
         return Outcome(
-            query_loss=torch.stack(terms).sum(0),
+            query_loss=terms[0] if len(terms) == 1 else torch.stack(terms).sum(0),
             support_loss=self.problem.history(),
             metric=self.metric,
             outer_losses=losses if lists else None,

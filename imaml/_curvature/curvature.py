@@ -44,7 +44,7 @@ class Curvature(LinearOperator):
         gauss_newton: bool = False,
     ) -> None:
         self._derivatives, self._loss, self._phi, self._step, self._record = derivatives, loss, phi, step, loss.record
-        self._asked, self._gauss_newton = mode, gauss_newton
+        self._asked, self._gauss_newton, self._tasks = mode, gauss_newton, loss.tasks
         inexact = not derivatives.has_second or self._record.mode == "finite-difference"
         self._mode: HvpMode = "finite-difference" if mode == "auto" and inexact else mode
         self._record.gauss_newton |= gauss_newton
@@ -79,7 +79,7 @@ class Curvature(LinearOperator):
             # The Gauss-Newton mixed product would drop the term that a linear head on a learned body lives on.
             at = (self._derivatives, self._loss, self._phi, self._step)
             return Curvature(*at, mode=self._asked, graph=Graph.REBUILT).product(w, mixed=True, into=into)
-        self._record.products += self._loss.tasks
+        self._record.products += self._tasks
         total = None if into is None else Sum(into)
         try:
             if self._all is not None:

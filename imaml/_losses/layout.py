@@ -49,7 +49,7 @@ class Layout:
     def views(self, flat: Tensor, *, cast: bool = True) -> list[Tensor]:
         """Split `(*batch, n)` into one tensor `(*batch, *shape)` per parameter: views, unless cast to another dtype."""
         batch, parts = flat.shape[:-1], flat.split_with_sizes(self.sizes, -1)
-        views = [p if len(s) == 1 else p.view(batch + s) for p, s in zip(parts, self.shapes, strict=True)]
+        views = [p.view(batch + s) for p, s in zip(parts, self.shapes, strict=True)]
         if not cast or self.is_of_one_dtype and flat.dtype == self.dtype:
             return views
         return [v.to(d) for v, d in zip(views, self.dtypes, strict=True)]

@@ -61,7 +61,8 @@ class Layout:
     def gather(self, tensors: Sequence[Tensor | None], like: Tensor) -> Tensor:
         """One tensor `(*batch, *shape)` per parameter, None for zeros, as a new flat one; `like`: `(*batch, m)`."""
         batch, dtype = like.shape[:-1], self.dtype
-        if not all([tensor is None or tensor.is_contiguous() for tensor in tensors]):
+        given = [t for t in tensors if t is not None]
+        if not all([t.is_contiguous() for t in given]) and not any([t.requires_grad for t in given]):
             return self._gathered(tensors, like.new_empty((*batch, sum(self.sizes)), dtype=dtype))
         parts = [
             torch.zeros(*batch, size, dtype=dtype, device=like.device)
@@ -72,7 +73,7 @@ class Layout:
         return torch.cat(parts, -1) if parts else torch.zeros(*batch, 0, dtype=dtype, device=like.device)
 
     def _gathered(self, tensors: Sequence[Tensor | None], flat: Tensor) -> Tensor:
-        """The same, written part by part, so that what lies in another order is copied once."""
+        """The same, written part by part, so that what lies in another order is copied once; without a graph."""
         for tensor, view in zip(tensors, self.views(flat, cast=False), strict=True):
             if tensor is None:
                 view.zero_()

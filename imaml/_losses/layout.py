@@ -73,7 +73,7 @@ class Layout:
         return torch.cat(parts, -1) if parts else torch.zeros(*batch, 0, dtype=dtype, device=like.device)
 
     def _gathered(self, tensors: Sequence[Tensor | None], flat: Tensor) -> Tensor:
-        """The same, written part by part, so that what lies in another order is copied once; without a graph."""
+        """`gather` without a graph, written part by part, so that what lies in another order is copied once."""
         for tensor, view in zip(tensors, self.views(flat, cast=False), strict=True):
             if tensor is None:
                 view.zero_()

@@ -26,7 +26,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Of tensors `(tasks, ..., in)`, `(tasks, out, in)` and `(tasks, out)`."""
+    """Linear layers with an input `(tasks, ..., in)`, a weight `(tasks, out, in)` and a bias `(tasks, out)`."""
     rows = input.unsqueeze(1) if input.ndim == 2 else input.flatten(1, -2)
     found = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)
     return found if input.ndim == 3 else found.view(*input.shape[:-1], found.shape[-1])
@@ -73,9 +73,9 @@ def batch_norm(
     Args:
         input: `(n, channels, h, w)`; for others, or without weight and bias, it is torch's.
         running_mean: None, or it is torch's.
-        running_var: Likewise.
+        running_var: None, or it is torch's.
         weight: `(channels,)`.
-        bias: Likewise.
+        bias: `(channels,)`.
         training: True, or it is torch's.
         momentum: For the running statistics.
         eps: Is added to the variance.

@@ -25,7 +25,7 @@ def convolution_of(own: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[s
         own: The input `(n, tasks, in, h, w)`, the weight `(tasks, out, in / groups, kh, kw)`, and a bias `(tasks, out)`
             if there is one.
         args: What else `F.conv2d` was given.
-        kwargs: That by name.
+        kwargs: What it was given by name.
 
     Returns:
         Of shape `(n, tasks, out, h, w)`; None where the geometry is not known.
@@ -52,7 +52,7 @@ def convolution_of(own: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[s
 
 
 _ARGUMENTS = ("stride", "padding", "dilation", "groups")
-"""Of `F.conv2d`, after the tensors."""
+"""Arguments of `F.conv2d` after the tensors."""
 
 
 def _pair(size: Any) -> list[int] | None:
@@ -86,7 +86,7 @@ class _Convolution(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, how: Geometry) -> Tensor:
-        """Of images that lie as `how` says."""
+        """The convolution of images that lie as `how` says."""
         stride, padding, dilation, groups, _ = how
         ctx.save_for_backward(x, w)
         ctx.how, ctx.has_bias = how, b is not None
@@ -242,7 +242,7 @@ def _projected(
 def _second(
     g: Tensor, x: Tensor, gamma: Tensor, u: Tensor, a: Tensor, b: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same derivatives, with a graph: those of plain operations."""
+    """Derivatives of the derivatives of batch normalisation with a graph, by plain operations."""
     # Views, since g may itself depend on x.
     g, x, gamma = (t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (g, x, gamma))
     centred = x - x.mean((0, 2, 3), keepdim=True)

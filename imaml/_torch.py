@@ -22,6 +22,9 @@ Tested with torch 2.9 to 2.15. A private name may be gone in the next release:
 | `_forward_cls`, `autograd_function` | custom functions under `vmap` are known | none is trusted |
 | `_get_dispatch_mode` and its keys | a trace sees no random state | as if there were no trace |
 | `torch._inductor` | `compile=True` | it warns, and runs uncompiled |
+| `_inductor.config` | compilation in a third of the time | a setting that is gone is left out |
+| `AsyncCompile`, `CppPythonBindingsCodeCache` | kernels are compiled as one file | each is compiled for itself |
+| `torch._guards`, `FakeTensorMode`, `ShapeEnv` | what is compiled is kept on disk | compiled in every process |
 | `_orig_mod`, `_compiled_call_impl` | compiled modules are known | torch's own error for them |
 | `_is_profiler_enabled` | a forecast says that a profiler is in use | torch's own error for it |
 
@@ -32,11 +35,13 @@ What is wrong in silence without a name is an ImportError. `Tensor._version`, `M
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NoReturn
 
@@ -309,11 +314,126 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-    """By TorchInductor, which takes a second to import; ImportError where there is none."""
+    """By TorchInductor, which takes a second to import; ImportError where there is none.
+
+    What it makes is kept on disk, in `TORCHINDUCTOR_CACHE_DIR`, and is found there by other processes.
+
+    Args:
+        graph: Of operations below autograd.
+        inputs: Tensors of the shapes that it is compiled for.
+
+    Returns:
+        A function of tensors of these shapes.
+    """
     from torch import _inductor as inductor  # noqa: PLC0415
 
-    compiled: Callable[..., Any] = inductor.compile(graph, list(inputs))
+    with _inductor_settings(), _one_translation_unit(), _with_cache(inputs) as given:
+        compiled: Callable[..., Any] = inductor.compile(graph, given)
     return compiled
+
+
+_INDUCTOR_SETTINGS = {
+    # A fresh cache would compile six programs to try out what the processor says it can: 7 s.
+    "cpp.vec_isa_ok": True,
+    # Workers would import torch, for a few seconds each, to compile the only C++ file that there is.
+    "compile_threads": 1,
+    # That takes 5 s, once on a machine, and saves 1.3 s a file.
+    "cpp_cache_precompile_headers": False,
+}
+
+
+def _inductor_settings() -> AbstractContextManager[Any]:
+    """The settings that this release of torch has."""
+    from torch._inductor import config  # noqa: PLC0415
+
+    known = config.get_config_copy()
+    patch: AbstractContextManager[Any] = config.patch({k: v for k, v in _INDUCTOR_SETTINGS.items() if k in known})
+    return patch
+
+
+@contextmanager
+def _with_cache(inputs: Sequence[Tensor]) -> Iterator[list[Any]]:
+    """What to compile for: without an environment of shapes TorchInductor neither reads nor writes its cache."""
+    try:
+        from torch._guards import TracingContext, tracing  # noqa: PLC0415
+        from torch._subclasses import FakeTensorMode  # noqa: PLC0415
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: PLC0415
+    except ImportError:
+        yield list(inputs)
+        return
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with tracing(TracingContext(mode)):
+        yield [mode.from_tensor(tensor, static_shapes=True) for tensor in inputs]
+
+
+@contextmanager
+def _one_translation_unit() -> Iterator[None]:
+    """Within it the kernels of a graph are compiled as one C++ file: each for itself takes half a second more."""
+    try:
+        from torch._inductor.async_compile import AsyncCompile  # noqa: PLC0415
+
+        one, wait = AsyncCompile.cpp_pybinding, AsyncCompile.wait
+    except (ImportError, AttributeError):
+        yield
+        return
+
+    def collect(self: Any, argtypes: list[str], source_code: str) -> Any:
+        return _Kernel(argtypes, source_code)
+
+    def compile_all(self: Any, scope: dict[str, Any]) -> None:
+        kernels = {name: value for name, value in scope.items() if isinstance(value, _Kernel)}
+        try:
+            scope.update(zip(kernels, _compiled_together(list(kernels.values())), strict=True))
+        except Exception:  # of a release that binds kernels in another way: one by one, with its own errors
+            scope.update({name: one(self, kernel.argtypes, kernel.source) for name, kernel in kernels.items()})
+        wait(self, scope)
+
+    compiler: Any = AsyncCompile
+    compiler.cpp_pybinding, compiler.wait = collect, compile_all
+    try:
+        yield
+    finally:
+        compiler.cpp_pybinding, compiler.wait = one, wait
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """The C++ source of a function `kernel`."""
+
+    argtypes: list[str]
+    source: str
+
+
+def _compiled_together(kernels: Sequence[_Kernel]) -> list[Callable[..., Any]]:
+    """The functions of one file, in which each kernel has a namespace of its own, and a Python module."""
+    from torch._inductor.codecache import CppPythonBindingsCodeCache  # noqa: PLC0415
+
+    class Together(CppPythonBindingsCodeCache):
+        cache: dict[str, Any] = {}  # noqa: RUF012
+        entry_function = "kernel0"
+
+    includes, parts = dict[str, None](), list[str]()
+    for i, kernel in enumerate(kernels):
+        given = ", ".join(f"parse_arg<{t.replace('const ', '')}>(args, {n})" for n, t in enumerate(kernel.argtypes))
+        binding = Together.suffix_template.format(
+            arg_len=len(kernel.argtypes),
+            call_entry_func=Together.call_entry_function.format(given),
+            entry_func=f"kernel{i}",
+            extra_parse_arg="",
+        )
+        lines = f"{kernel.source}\n{binding}".splitlines()
+        includes |= {line.strip(): None for line in lines if line.lstrip().startswith("#include")}
+        own = [line for line in lines if not line.lstrip().startswith("#include")]
+        parts += [f"namespace n{i} {{", f"#define kernel kernel{i}", *own, "#undef kernel", "}"]
+    if not kernels:
+        return []
+    first = Together.load_async("\n".join(["#define PY_SSIZE_T_CLEAN", *includes, *parts]))()
+    modules, name = [first], first.__name__.rpartition(".")[0]
+    for i in range(1, len(kernels)):
+        spec: Any = importlib.util.spec_from_file_location(f"{name}.kernel{i}", first.__file__)
+        modules.append(importlib.util.module_from_spec(spec))
+        spec.loader.exec_module(modules[-1])
+    return [getattr(module, f"kernel{i}") for i, module in enumerate(modules)]
 
 
 def is_profiling() -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from imaml._curvature.deadline import within
+from imaml._curvature.patches import DECOMPOSITIONS, Patches
 from imaml._torch import TorchDispatchMode, compile_graph, tree_leaves
 
 Outputs = tuple[Tensor | None, ...]
@@ -50,7 +51,7 @@ def trace_and_compile(function: Function, tensors: Sequence[Tensor], what: str, 
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of its own
         from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415
 
-        graph = make_fx(_refusing_to_read_zeros(function))(*tensors)
+        graph = make_fx(_as_compiled(function), decomposition_table=DECOMPOSITIONS)(*tensors)
         size = _size(graph)
         left = max(0.0, seconds - (monotonic() - start))
         LOGGER.info("Compiling %s (%s). It may take %.0f s.", what, size, left)
@@ -97,12 +98,14 @@ class _RefuseToReadZeros(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _refusing_to_read_zeros(function: Function) -> Function:
-    def refusing(*tensors: Tensor) -> Outputs:
-        with _RefuseToReadZeros():  # type: ignore[no-untyped-call]
+def _as_compiled(function: Function) -> Function:
+    """The function in the operations that compile best."""
+
+    def traced(*tensors: Tensor) -> Outputs:
+        with Patches(), _RefuseToReadZeros():  # type: ignore[no-untyped-call]
             return function(*tensors)
 
-    return refusing
+    return traced
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

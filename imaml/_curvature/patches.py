@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-SMALL = 1024
-"""Positions of an output image up to which patches are faster. They hold every pixel as often as the kernel has
-elements, which no longer fits in the caches for larger images."""
+SMALL = 2**18
+"""Elements of the patches of a task, up to which they stay in the caches between the products that read them. They hold
+a pixel as often as kernels overlap; beyond that, torch's are as fast, and up to 2.5 times so where strides are 1."""
 
 
 class Patches(TorchFunctionMode):
@@ -61,7 +61,8 @@ def convolve(
     kernel = weight.shape[2:]
     reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
     size = [(s + 2 * p - r) // t + 1 for s, p, r, t in zip(input.shape[2:], padding, reach, stride, strict=True)]
-    if min(size) < 1 or torch.Size(size).numel() > SMALL:
+    length = kernel.numel() * input.shape[1]
+    if min(size) < 1 or len(input) * torch.Size(size).numel() * length > SMALL:
         return None
     patches = F.pad(input, [p for p in reversed(padding) for _ in range(2)]) if any(padding) else input
     for axis, (r, t) in enumerate(zip(reach, stride, strict=True), 2):
@@ -69,8 +70,8 @@ def convolve(
     for axis, d in enumerate(dilation, 2 + axes):
         patches = patches if d == 1 else patches.unfold(axis, 1, d).squeeze(-1)
     # Channels last: they are contiguous in the product that the next layer reads.
-    rows = patches.permute(0, *range(2, 2 + 2 * axes), 1).reshape(-1, kernel.numel() * input.shape[1])
-    columns = weight.permute(*range(2, 2 + axes), 1, 0).reshape(rows.shape[1], -1)
+    rows = patches.permute(0, *range(2, 2 + 2 * axes), 1).reshape(-1, length)
+    columns = weight.permute(*range(2, 2 + axes), 1, 0).reshape(length, -1)
     product = rows @ columns if bias is None else torch.addmm(bias, rows, columns)
     return product.view(-1, *size, weight.shape[0]).permute(0, -1, *range(1, 1 + axes))
 

@@ -19,6 +19,9 @@ VECTORISED = {"cpu": 12 * 2**20}
 """Bytes that the graphs of tasks vectorised together save at most, by device type. Every task has its own weights:
 vectorising shares no work and saves calls alone, which pays on a CPU as long as what a chunk saves stays in the caches.
 """
+COMPILED = {"cpu": 2**20}
+"""The same for compiled derivatives, whose calls cost little: tasks that fill the nearest cache are faster one by one.
+"""
 VECTORISED_ELSEWHERE = 256 * 2**20
 STORED = 8
 """What the inner states that these tasks hold take at most, in the same bytes."""
@@ -74,21 +77,34 @@ class Footprint:
     vector: int
     """Bytes of the adapted parameters."""
     room: int
-    """Bytes that the graphs of tasks vectorised together save at most."""
+    """Bytes that the graphs of tasks vectorised together save at most,"""
+    held: int
+    """and that their inner states take."""
     keeps: bool
-    """Whether steps may keep their graphs: not those of a loss that is taken slice by slice. Of one whose blocks are
-    recomputed, to save memory, a graph spares less than a gradient."""
+    """Whether steps may keep their graphs: not those of a loss that is taken slice by slice, nor compiled ones, which
+    have none. Of one whose blocks are recomputed, to save memory, a graph spares less than a gradient."""
 
     @classmethod
-    def of(cls, support: Loss, query: Loss, theta: Tensor) -> Footprint:
-        """Look at the losses of one task, at theta `(1, n)`: two forward passes."""
+    def of(cls, support: Loss, query: Loss, theta: Tensor, *, compiled: bool) -> Footprint:
+        """Look at the losses of one task, at theta `(1, n)`: two forward passes.
+
+        Args:
+            support: Its support loss.
+            query: Its query loss.
+            theta: The point.
+            compiled: Whether derivatives are compiled.
+
+        Returns:
+            What it takes.
+        """
         inside, outside = (max(1, saved_bytes(loss.slices[0][1], theta)) for loss in (support, query))
-        keeps = len(support.slices) == 1 and not support.snapshot.survey.recomputes_any
-        return cls(inside, outside, theta.nbytes, _room(theta), keeps)
+        keeps = not compiled and len(support.slices) == 1 and not support.snapshot.survey.recomputes_any
+        room = COMPILED.get(theta.device.type, _room(theta)) if compiled else _room(theta)
+        return cls(inside, outside, theta.nbytes, room, STORED * _room(theta), keeps)
 
     def most(self, needs: Needs) -> int:
         """How many tasks of an engine are vectorised at most, kept graphs aside."""
-        return max(1, min(self.room // self.support, STORED * self.room // max(1, needs.states * self.vector)))
+        return max(1, min(self.room // self.support, self.held // max(1, needs.states * self.vector)))
 
     def chunking(self, tasks: int, needs: Needs) -> Chunking:
         """The fastest of the chunkings whose graphs fit, where those of few tasks more leave room for more steps.

@@ -284,7 +284,7 @@ class Run:
         if key not in known:
             trial = self._trial(differentiates=bool(self.layouts))
             one = trial.problem([0], batch[:1], ONE_BY_ONE)
-            known[key] = Footprint.of(one.support, one.query, one.theta)
+            known[key] = Footprint.of(one.support, one.query, one.theta, compiled=self.engine.compile)
             trial.snapshot.replay.undo()
         return known[key]
 

@@ -442,7 +442,7 @@ def test_a_budget_is_that_of_all_functions_of_an_engine(monkeypatch: pytest.Monk
 
 def test_convolutions_are_said(traced: None, caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Sequential(
-        nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4, 2)
+        nn.Unflatten(1, (1, 4)), nn.ConvTranspose1d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 2)
     ).double()
     with caplog.at_level(logging.INFO, "imaml"):
         FOMAML(inner=STEPS, compile=True).value_and_grad(Objective(model, F.mse_loss), _tasks())

@@ -41,9 +41,8 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.utils.checkpoint
@@ -319,7 +318,7 @@ def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Call
     What it makes is kept on disk, in `TORCHINDUCTOR_CACHE_DIR`, and is found there by other processes.
 
     Args:
-        graph: Of operations below autograd.
+        graph: Operations below autograd.
         inputs: Tensors of the shapes that it is compiled for.
 
     Returns:
@@ -396,8 +395,7 @@ def _one_translation_unit() -> Iterator[None]:
         compiler.cpp_pybinding, compiler.wait = one, wait
 
 
-@dataclass(frozen=True)
-class _Kernel:
+class _Kernel(NamedTuple):
     """The C++ source of a function `kernel`."""
 
     argtypes: list[str]

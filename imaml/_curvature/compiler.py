@@ -94,8 +94,7 @@ class Session:
         except OutOfTimeError:
             self.compiler.give_up(
                 f"compiling takes more than compile_budget={self.budget:g} seconds (at {what}, function "
-                f"{self.compiler.made} of this engine). Convolutions take minutes and gain little; for a larger model "
-                "without, give more."
+                f"{self.compiler.made} of this engine). A larger model takes longer: give more, or leave out compile."
             )
             return None
         except Exception as error:  # whatever a compiler may raise, the uncompiled loss has just been evaluated

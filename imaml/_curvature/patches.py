@@ -46,7 +46,7 @@ def convolve(
         input: Images `(n, channels, *size)`.
         weight: `(outputs, channels, *kernel)`.
         bias: `(outputs,)`.
-        stride: Of all dimensions, or of each.
+        stride: One for all dimensions, or one for each.
         padding: Zeros on both sides.
         dilation: Between the elements of the kernel.
         groups: How many.

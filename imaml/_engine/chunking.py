@@ -20,8 +20,7 @@ VECTORISED = {"cpu": 12 * 2**20}
 vectorising shares no work and saves calls alone, which pays on a CPU as long as what a chunk saves stays in the caches.
 """
 COMPILED = {"cpu": 2**20}
-"""The same for compiled derivatives, whose calls cost little: tasks that fill the nearest cache are faster one by one.
-"""
+"""Bytes for compiled derivatives, whose calls cost little: tasks that fill the nearest cache are faster one by one."""
 VECTORISED_ELSEWHERE = 256 * 2**20
 STORED = 8
 """What the inner states that these tasks hold take at most, in the same bytes."""

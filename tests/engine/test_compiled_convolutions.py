@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from imaml import MAML, GradientDescent, Objective, TaskBatch
 from imaml._curvature.patches import DECOMPOSITIONS, SMALL, Patches, convolve, fold, normalise
+from imaml._sharding.runs import run_of
 
 CONVOLUTIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "plain": ((2, 3, 7, 6), (4, 3, 3, 3), {}),
@@ -135,3 +136,14 @@ def test_compiled_convolutions_find_what_uncompiled_ones_find() -> None:
     expected = MAML(inner=inner).value_and_grad(Objective(model, F.cross_entropy), tasks)[1]
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_compiled_tasks_that_fill_a_cache_run_one_by_one() -> None:
+    objective = Objective(nn.Sequential(nn.Linear(200, 400), nn.Tanh(), nn.Linear(400, 200)), F.mse_loss)
+    tasks = TaskBatch(support=(torch.randn(4, 500, 200),) * 2, query=(torch.randn(4, 500, 200),) * 2)
+    chunks = []
+    for is_compiled in (False, True):
+        engine = MAML(inner=GradientDescent(lr=0.1, steps=1), compile=is_compiled)
+        run = run_of(engine, objective, derivatives=True)
+        chunks.append(run.chunking(tasks).tasks)
+    assert chunks[0] > 1 == chunks[1]

@@ -94,6 +94,17 @@ def test_one_graph_is_kept_where_a_product_takes_more(monkeypatch):
     assert footprint().chunking(6, chunking.Needs(least=3, most=3)) == chunking.Chunking(1, 22, 3)
 
 
+def test_compiled_tasks_that_fill_a_cache_run_one_by_one(monkeypatch):
+    theta, support, query = losses(*wide())
+    monkeypatch.setattr(chunking, "COMPILED", {"cpu": 14 * LAYER})
+    found = chunking.Footprint.of(support, query, theta, compiled=True)
+    assert found.room == 14 * LAYER and found.held > found.room and not found.keeps
+    assert found.chunking(6, chunking.Needs(most=3)) == chunking.Chunking(2, 2, graphs=0)
+    monkeypatch.setattr(chunking, "COMPILED", {"cpu": LAYER})
+    found = chunking.Footprint.of(support, query, theta, compiled=True)
+    assert found.chunking(6, chunking.Needs(most=3)) == chunking.ONE_BY_ONE
+
+
 def test_the_states_of_many_steps_leave_room_for_fewer_tasks():
     found = footprint(vector=LAYER)
     states = found.held // LAYER
@@ -124,7 +135,7 @@ def test_only_graphs_that_serve_count():
 def test_recomputed_blocks_keep_no_graph():
     objective, tasks = wide()
     theta, support, query = losses(Objective(objective.model, F.cross_entropy, recompute=["1"]), tasks)
-    assert not chunking.Footprint.of(support, query, theta).keeps
+    assert not chunking.Footprint.of(support, query, theta, compiled=False).keeps
 
 
 @pytest.mark.parametrize("strategy", [MAML, FOMAML, ImplicitMAML])
@@ -224,7 +235,7 @@ def test_a_model_may_differentiate_in_its_forward_pass(strategy, derivative, chu
 
 def test_what_cannot_be_looked_at_runs_one_by_one():
     theta, support, query = losses(Objective(Force(by_transform), F.cross_entropy), classification((4,)))
-    decided = chunking.Footprint.of(support, query, theta).chunking(9, chunking.Needs(most=3))
+    decided = chunking.Footprint.of(support, query, theta, compiled=False).chunking(9, chunking.Needs(most=3))
     assert decided == chunking.Chunking(1, 1, graphs=1)  # one that a product would build
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 from weakref import WeakKeyDictionary
@@ -17,6 +17,7 @@ from imaml._curvature.inductor import Function, Outputs, run
 from imaml._curvature.product import Graph, HvpMode, Product, Sum
 from imaml._leaves import objects
 from imaml._losses.gradient import Gradient
+from imaml._losses.record import Record
 from imaml._losses.replay import Role
 from imaml._losses.slice import Slice
 from imaml._objective.buffers import Constants
@@ -27,16 +28,16 @@ class Compiled(Derivatives):
     """Compiled functions of every tensor that a loss is made of.
 
     Whatever else it depends on is frozen in them. So what is compiled anew is compared with the uncompiled derivative,
-    and the losses of the next gradient of its shape, as of the first in every later call, with an uncompiled forward
-    pass of the first task (of the query set only if it has a loss of its own); where they differ, or cannot be
-    compiled, the engine goes on without. A guard by bytecode (Dynamo) would see more, and would have to trace through
-    `vmap`, hooks and modes.
+    and the losses of the next gradient of its shape with an uncompiled forward pass of the first task (of the query set
+    only if it has a loss of its own). Later calls compare where anything has changed that the losses and the model can
+    reach, and the 1st, 2nd, 4th, 8th... do in any case. Where they differ, or cannot be compiled, the engine goes on
+    without. A guard by bytecode (Dynamo) would see more, and would have to trace through `vmap`, hooks and modes.
     """
 
     def __init__(self, session: Session, found: Findings) -> None:
         super().__init__(found)
         self._session = session
-        self._known: WeakKeyDictionary[Slice, _Shape] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[Slice, _Made] = WeakKeyDictionary()
 
     def gradient_of(self, part: Slice, phi: Tensor, step: int, want: Want, into: Sum | None = None) -> Gradient:
         """See `Derivatives`."""
@@ -77,19 +78,52 @@ class Compiled(Derivatives):
         assert found is not None
         return found, by_shared
 
+    @property
+    def compiles(self) -> bool:
+        """Whether the compiler has not given up."""
+        return self._session.compiler.is_on
+
+    @property
+    def uncompiled(self) -> Derivatives:
+        """See `Derivatives`."""
+        return Derivatives(self._found)
+
+    def whole(
+        self,
+        part: Slice,
+        name: str,
+        plain: Function,
+        given: tuple[Tensor, ...],
+        step: int,
+        *,
+        key: Hashable,
+        losses: int | None,
+    ) -> Outputs | None:
+        """See `Derivatives`."""
+        made = self._session.compiler.made
+        found = self._derive(part, name, plain, given, key=key)
+        if losses is None or not self.compiles or self._session.compiler.made > made:
+            return found
+        values = found[losses]
+        assert values is not None
+        return found if self._is_still(part, values, given[0], step) else None
+
     def _is_still(self, part: Slice, losses: Tensor, phi: Tensor, step: int) -> bool:
-        """Whether the first of the losses is what it is uncompiled; looked at once a call for each shape."""
-        session, objective = self._session, part.snapshot.objective
+        """Whether the first of the losses is what it is uncompiled, where this call is to compare; once a shape."""
+        session, objective, shape = self._session, part.snapshot.objective, self._shape(part).known
         has_own_loss = part.role is Role.SUPPORT or objective.outer_loss is not None
-        shape = id(self._shape(part).functions)
-        if not session.compiler.is_on or shape in session.checked or not has_own_loss:
+        if not session.compiler.is_on or id(shape) in session.looked_at or not has_own_loss:
             return True
-        session.checked.add(shape)
+        session.looked_at.add(id(shape))
+        reach = part.snapshot.survey.reach
+        if not shape.is_due(reach):
+            return True
         first = part if part.tasks == 1 else part.of_tasks(0, 1)
         expected = first.at_leaves(phi[:1], step, shared=False)[2].detach()  # as it was traced, with gradients enabled
         if self._keeps_what_is_recomputed(part):
             return False
         if agree(losses[:1], expected, session.accuracy):
+            shape.reach = reach
             return True
         session.compiler.give_up(
             "the loss is another than the one that was compiled, for the same shapes. Expected a loss that "
@@ -107,58 +141,60 @@ class Compiled(Derivatives):
             )
         return bool(names)
 
-    def _derive(self, part: Slice, name: str, plain: Function, given: tuple[Tensor, ...]) -> Outputs:
+    def _derive(
+        self, part: Slice, name: str, plain: Function, given: tuple[Tensor, ...], *, key: Hashable = ()
+    ) -> Outputs:
         """A function of this loss and of tensors, compiled if it can be."""
-        session, snapshot, record = self._session, part.snapshot, part.record
-        if not session.compiler.is_on:
+        if not self._session.compiler.is_on:
             return plain(part, *given)
-        shape, key = self._shape(part), (name, len(given))
-        constants = session.frozen | snapshot.constants.fresh()
-        own = [*snapshot.shared, *snapshot.initial]
-        tensors = [*_plain(given), *_plain(own), *_plain(constants.values()), *shape.data]
-        if key not in shape.functions:
-            used, used_shared = set[str](), set[str]()
-
-            def traced(*tensors: Tensor) -> Outputs:
-                parts = iter(tensors[len(given) :])
-                shared, initial = ([next(parts) for _ in some] for some in (snapshot.shared, snapshot.initial))
-                arguments = _Arguments({name: next(parts) for name in constants})
-                inside = replace(
-                    part,
-                    snapshot=replace(
-                        snapshot, shared=shared, initial=initial, constants=arguments, differentiates=False
-                    ),
-                    record=replace(record, used=used, used_shared=used_shared),
-                    batch=shape.structure.unflatten(list(parts)),
-                    writes={},
-                )
-                return plain(inside, *tensors[: len(given)])
-
-            expected = plain(part, *given)
-            if others := objects(part.batch):
-                session.compiler.give_up(f"a task holds a {type(others[0]).__name__}, which is no tensor.")
-                return expected
-            if snapshot.replay.draws:
-                session.compiler.give_up("a loss draws random numbers (dropout), which are replayed uncompiled.")
-                return expected
-            if part.tasks > 1 and not record.is_vectorised:
-                session.compiler.give_up("the model cannot be vectorised over tasks. Use chunk_size=1 to compile it.")
-                return expected
-            if self._keeps_what_is_recomputed(part):
-                return expected
-            what = f"the {name.partition(' ')[0]} of the {part.role} loss, {part.tasks} at once"
-            function = session.compile(traced, tensors, expected, what)
+        shape, record = self._shape(part), part.record
+        key = (name, key, *[t.shape for t in given])
+        if key not in shape.known.functions:
+            function, expected = self._compile(part, name, plain, given)
             if function is None:
                 return expected
-            shape.functions[key] = CompiledFunction(function, used, used_shared)
-        compiled = shape.functions[key]
-        record.used |= compiled.used
-        record.used_shared |= compiled.used_shared
-        return run(compiled.function, tensors)
+            shape.known.functions[key] = function
+        compiled = shape.known.functions[key]
+        record.add(compiled.done)
+        return run(compiled.function, [*_plain(given), *shape.tensors()])
 
-    def _shape(self, part: Slice) -> _Shape:
+    def _compile(
+        self, part: Slice, name: str, plain: Function, given: tuple[Tensor, ...]
+    ) -> tuple[CompiledFunction | None, Outputs]:
+        """The compiled function, if it can be, and what the uncompiled one finds."""
+        session, snapshot, shape = self._session, part.snapshot, self._shape(part)
+        done = Record(needs_shared=part.record.needs_shared, needs_grad_mode=part.record.needs_grad_mode)
+
+        def traced(*tensors: Tensor) -> Outputs:
+            parts = iter(tensors[len(given) :])
+            shared, initial = ([next(parts) for _ in some] for some in (snapshot.shared, snapshot.initial))
+            arguments = _Arguments({name: next(parts) for name in shape.constants})
+            inside = replace(
+                part,
+                snapshot=replace(snapshot, shared=shared, initial=initial, constants=arguments, differentiates=False),
+                record=done,
+                batch=shape.structure.unflatten(list(parts)),
+                writes={},
+            )
+            return plain(inside, *tensors[: len(given)])
+
+        expected = plain(part, *given)
+        if others := objects(part.batch):
+            session.compiler.give_up(f"a task holds a {type(others[0]).__name__}, which is no tensor.")
+        elif snapshot.replay.draws:
+            session.compiler.give_up("a loss draws random numbers (dropout), which are replayed uncompiled.")
+        elif part.tasks > 1 and not part.record.is_vectorised:
+            session.compiler.give_up("the model cannot be vectorised over tasks. Use chunk_size=1 to compile it.")
+        elif part.record.mode != "finite-difference" and not self._keeps_what_is_recomputed(part):
+            what = f"the {name.partition(' ')[0]} of the {part.role} loss, {part.tasks} at once"
+            function = session.compile(traced, [*_plain(given), *shape.tensors()], expected, what)
+            if function is not None:
+                return CompiledFunction(function, done), expected
+        return None, expected
+
+    def _shape(self, part: Slice) -> _Made:
         if part not in self._known:
-            self._known[part] = _Shape(self._session, part)
+            self._known[part] = _Made(self._session, part)
         return self._known[part]
 
 
@@ -169,15 +205,23 @@ class _Arguments(Constants):
         return dict(self.buffers)
 
 
-class _Shape:
-    """What a slice is made of, and the functions that are compiled for it."""
+class _Made:
+    """What a slice is made of, and the functions that are compiled for such."""
 
     def __init__(self, session: Session, part: Slice) -> None:
         leaves, self.structure = tree_flatten(part.batch)
-        self.data = _plain(leaves)
+        self._snapshot, self._frozen, self._data = part.snapshot, session.frozen, _plain(leaves)
+        self._own = _plain([*part.snapshot.shared, *part.snapshot.initial])
+        self.constants = (*session.frozen, *part.snapshot.constants.buffers)
         sizes = [(t.shape, t.dtype, t.device) for t in (*leaves, *part.snapshot.constants.buffers.values())]
-        key = (session.state, part.role, part.tasks, self.structure, *sizes)
-        self.functions = session.functions[key]
+        self.known = session.functions[(session.state, part.role, part.tasks, self.structure, *sizes)]
+
+    def tensors(self) -> list[Tensor]:
+        """All of them but the function's own arguments; buffers that nothing has written to."""
+        if not self.constants:
+            return [*self._own, *self._data]
+        constants = self._frozen | self._snapshot.constants.fresh()
+        return [*self._own, *_plain(constants[name] for name in self.constants), *self._data]
 
 
 def _plain(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -14,8 +14,10 @@ from torch import Tensor
 from imaml._curvature.deadline import OutOfTimeError
 from imaml._curvature.inductor import Function, Outputs, run, trace_and_compile
 from imaml._errors import CompileWarning, warn
+from imaml._losses.record import Record
 from imaml._losses.snapshot import Snapshot
 from imaml._objective.objective import Objective
+from imaml._objective.reach import Reach
 
 MOST = 12
 """Functions that one engine compiles; more say that the shapes or the objective keep changing."""
@@ -26,12 +28,30 @@ class CompiledFunction:
     """One function for one shape, and which parameters it uses; see `Record`."""
 
     function: Function
-    used: set[str]
-    used_shared: set[str]
+    done: Record
+    """What it adds to the record of a call."""
 
 
-Functions = defaultdict[Hashable, dict[Hashable, CompiledFunction]]
-"""By what the loss is made of, then by what they compute."""
+@dataclass
+class Shape:
+    """The functions of losses that are made of the same kinds of things, by what they compute."""
+
+    functions: dict[Hashable, CompiledFunction] = field(default_factory=dict)
+    calls: int = 0
+    """How many calls have used them."""
+    reach: list[Reach] | None = None
+    """What the losses could reach when one of them was last compared with an uncompiled evaluation."""
+
+    def is_due(self, reach: list[Reach]) -> bool:
+        """Count a call; whether it is to compare: it is the 1st, 2nd, 4th, 8th..., or what losses reach has changed."""
+        self.calls += 1
+        if self.reach is None or self.calls & (self.calls - 1) == 0:
+            return True
+        return not all(new.is_as(old) for new, old in zip(reach, self.reach, strict=True))
+
+
+Functions = defaultdict[Hashable, Shape]
+"""By what the loss is made of."""
 
 
 @dataclass
@@ -65,8 +85,8 @@ class Session:
     """Relative accuracy of the losses: the square root of the coarsest rounding in them."""
     budget: float
     """Seconds of compilation, in all of an engine's calls."""
-    checked: set[int] = field(default_factory=set)
-    """Addresses of the functions whose loss has been compared with an uncompiled evaluation."""
+    looked_at: set[int] = field(default_factory=set)
+    """Addresses of the shapes that this call has looked at."""
 
     @classmethod
     def of(cls, compiler: Compiler, snapshot: Snapshot, budget: float) -> Session:
@@ -76,7 +96,7 @@ class Session:
         lower = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         rounding = max(torch.finfo(d).eps for d in (lower, *snapshot.layout.dtypes) if d is not None)
         state = (snapshot.layout, snapshot.shared_layout, training, lower)
-        functions = compiler.functions.setdefault(objective, defaultdict(dict))
+        functions = compiler.functions.setdefault(objective, defaultdict(Shape))
         learned = {*snapshot.layout.names, *snapshot.shared_layout.names}
         return cls(compiler, functions, objective.others(learned), state, rounding**0.5, budget)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from imaml._curvature.exact_products import ForwardOverReverse, ReverseOverReverse, differentiate
+from imaml._curvature.inductor import Outputs
 from imaml._curvature.product import Graph, HvpMode, Product, Sum, is_long, itself
 from imaml._losses.gradient import Gradient
 from imaml._losses.loss import Loss
@@ -47,9 +48,43 @@ class Derivatives:
 
     has_second: ClassVar[bool] = True
     """Whether there are exact products."""
+    compiles: bool = False
+    """Whether functions of a slice are compiled."""
 
     def __init__(self, found: Findings | None = None) -> None:
         self._found = found or Findings()
+
+    @property
+    def uncompiled(self) -> Derivatives:
+        """Those of plain autograd."""
+        return self
+
+    def whole(
+        self,
+        part: Slice,
+        name: str,
+        plain: Callable[..., Outputs],
+        given: tuple[Tensor, ...],
+        step: int,
+        *,
+        key: Hashable,
+        losses: int | None,
+    ) -> Outputs | None:
+        """What a function makes of a slice and of tensors, where such functions are compiled.
+
+        Args:
+            part: The slice.
+            name: What is computed, for people and as a key.
+            plain: A function of a slice and of tensors, and of what the key says.
+            given: The tensors, the parameters first.
+            step: The inner step there.
+            key: What else is frozen in the function.
+            losses: Which of the outputs the losses are, by which the function is known again; None: there are none.
+
+        Returns:
+            The outputs; None where they are not compiled.
+        """
+        return None
 
     def value(self, loss: Loss, phi: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
         """Losses and metric `(tasks,)` at phi `(tasks, n)`, without derivatives; both are averaged over the slices."""

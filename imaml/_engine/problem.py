@@ -13,7 +13,9 @@ from torch import Tensor
 
 from imaml._curvature.curvature import Curvature
 from imaml._curvature.derivatives import Derivatives, Want
+from imaml._curvature.inductor import Outputs
 from imaml._curvature.product import Graph, HvpMode
+from imaml._engine.at_once import at_once
 from imaml._engine.chunking import Chunking
 from imaml._engine.course import Course
 from imaml._engine.inner_state import InnerState
@@ -220,7 +222,7 @@ class Problem:
         if support is None:
             self.record.gradients += self.tasks
             support = self.derivatives.gradient(self.support_at(step), phi, step)
-        self._remember(phi, step, support)
+        self._remember(phi, step, support.losses)
         return self.add_proximal(support.adapted, phi)
 
     def value_and_gradient(self, phi: Tensor, step: int, support: Gradient | None = None) -> tuple[Tensor, Tensor]:
@@ -263,7 +265,13 @@ class Problem:
 
     def step(self, state: State, step: int) -> State:
         """One inner step of an optimiser, from state s_step to s_{step+1}."""
-        return self.update(state, self.gradient(state[0], step), step)
+        found = at_once(self, "step", _step, step, state, losses=-1)
+        if found is None:
+            return self.update(state, self.gradient(state[0], step), step)
+        *following, losses = found
+        assert losses is not None
+        self._remember(state[0], step, losses)
+        return tuple(t for t in following if t is not None)
 
     def update(self, state: State, gradient: Tensor, step: int) -> State:
         """The step for a gradient that is known."""
@@ -295,11 +303,11 @@ class Problem:
         self.statistics = {n: torch.cat([t.statistics[n] for t in alone]) for n in alone[0].statistics}
         return torch.cat(found)
 
-    def _remember(self, phi: Tensor, step: int, support: Gradient) -> None:
+    def _remember(self, phi: Tensor, step: int, losses: Tensor) -> None:
         """Add to the history what is known of a step, once."""
-        if len(self.support_losses) != step or step >= self.inner.steps:
+        if self._is_over or len(self.support_losses) != step or step >= self.inner.steps:
             return
-        self.support_losses.append(support.losses)
+        self.support_losses.append(losses)
         for _, part in self.support_at(step).slices if self.statistics else ():
             self.statistics = self._of_moving(part.statistics(phi, step, self.statistics))
         if self.watch is not None:
@@ -386,3 +394,10 @@ class Problem:
     def _than_lr(self) -> str:
         lr = getattr(self.inner, "lr", None)
         return f" than lr={lr:g}" if isinstance(lr, Real) else ""
+
+
+def _step(problem: Problem, step: int, *state: Tensor) -> Outputs:
+    """The state after a step, and the support losses before it."""
+    problem.record.gradients += problem.tasks
+    support = problem.derivatives.gradient(problem.support, state[0], step)
+    return (*problem.update(state, problem.add_proximal(support.adapted, state[0]), step), support.losses)

@@ -66,7 +66,7 @@ class Stepper:
             raise TypeError(f"{name} must return a tuple of phi and its {size - 1} `buffers`. Got {got}.")
         if versions != [t._version for t in (*state, gradient)]:
             raise ValueError(in_place)
-        if step == 0 and len(gradient) > 1 and not self._draws_nothing:
+        if not self._draws_nothing and step == 0 and len(gradient) > 1:
             self._check_rows(name, state, gradient, following, at)
         if not any([t.requires_grad for t in following]):
             return following

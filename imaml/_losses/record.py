@@ -50,6 +50,14 @@ class Record:
     statistics: list[dict[str, Tensor]] = field(default_factory=list)
     """Running statistics after the inner loop by name, `(tasks, *shape)`, of every chunk so far; none unless asked."""
 
+    def add(self, done: Record) -> None:
+        """Add what was counted and found to be used elsewhere."""
+        self.gradients += done.gradients
+        self.products += done.products
+        self.mode = self.mode or done.mode
+        self.used |= done.used
+        self.used_shared |= done.used_shared
+
     def saved(self) -> dict[str, Any]:
         """All of it."""
         return {name: _listed(value) if isinstance(value, set) else value for name, value in vars(self).items()}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from imaml._objective.blocks import Blocks, blocks_of
 from imaml._objective.buffers import BufferPolicy, Constants, HeldBuffers, Statistics, power_iterations
 from imaml._objective.exact import ExactDerivatives
-from imaml._objective.reach import buffers_in, modules_in
+from imaml._objective.reach import Reach, buffers_in, modules_in
 from imaml._objective.recompute import Conditions, Swapped, begin, end, lean_attention, name_of, recompute
 from imaml._torch import give_back, is_compiled, is_sharded, recompute_by_torch, take_over
 
@@ -113,6 +113,8 @@ class Survey:
     """Copies of the model's buffers."""
     held: HeldBuffers = field(default_factory=lambda: HeldBuffers([]))
     """Buffers of other modules, of which a block that is recomputed sees copies too."""
+    reach: list[Reach] = field(default_factory=list)
+    """What the losses and the model can reach besides their arguments."""
     only: frozenset[str] | None = None
     """Names of the blocks that are recomputed; None: every block."""
     recomputed: set[str] = field(default_factory=set)

@@ -17,7 +17,7 @@ from imaml._objective.criteria import ADAPTED, INITIAL, META, Criteria, check_lo
 from imaml._objective.faithful import Survey, faithful
 from imaml._objective.meta import Given, MetaParameters
 from imaml._objective.program import FunctionProgram, ModelProgram, Parameters, Program
-from imaml._objective.reach import modules_in, modules_of
+from imaml._objective.reach import Reach, buffers_in, modules_in
 from imaml._objective.select import select
 from imaml._tasks import Batch
 
@@ -222,11 +222,18 @@ class Objective:
 
     def held(self) -> list[nn.Module]:
         """The modules that the losses and the metric use besides their arguments, and the model besides its own."""
-        held = modules_of((self.loss, self.outer_loss, self.metric))
+        return self._look()[0]
+
+    def _look(self) -> tuple[list[nn.Module], list[Reach]]:
+        """The modules of `held`, and all that the losses and the model can reach besides their arguments."""
+        arguments = [*self._program.parameters().values(), *self.meta.flat().values()]
+        if self.model is not None:
+            arguments += buffers_in(self.model).values()
+        losses = Reach.of((self.loss, self.outer_loss, self.metric), arguments)
         if self.model is None:
-            return held
-        own = {*modules_in(self.model), *held}
-        return held + [module for module in modules_of([self.model]) if module not in own]
+            return losses.modules, [losses]
+        model, own = Reach.of([self.model], arguments), {*modules_in(self.model), *losses.modules}
+        return losses.modules + [module for module in model.modules if module not in own], [losses, model]
 
     def statistics(self) -> list[str]:
         """Names of the buffers that follow each task's inner loop; none unless `buffers="update"`."""
@@ -234,8 +241,9 @@ class Objective:
 
     def survey(self) -> Survey:
         """What the model needs in a forward pass, for the evaluations of one call."""
-        constants, held = Constants.of(self.model), HeldBuffers.of(self.held())
-        return replace(self._program.survey(), constants=constants, held=held)
+        held, reach = self._look()
+        constants = Constants.of(self.model)
+        return replace(self._program.survey(), constants=constants, held=HeldBuffers.of(held), reach=reach)
 
     def evaluate(
         self,

@@ -1,15 +1,17 @@
-"""The modules that a function can reach: what a loss uses besides its arguments."""
+"""What a function can reach, and whether that has changed: what a loss uses besides its arguments."""
 
 from __future__ import annotations
 
 import sys
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache, partial
 from inspect import getattr_static
 from types import CellType, CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
+from weakref import ref
 
 from torch import Tensor, nn
 
@@ -18,7 +20,8 @@ _MOST = 10_000
 _DATA = 1_000
 """A container of more entries is data, and is not looked into."""
 _OF_EVERY_MODULE = vars(nn.Module()).keys()
-_VALUES = (Tensor, str, bytes, int, float, complex, bool, type(None))
+_PLAIN = (str, bytes, int, float, complex, bool, type(None))
+_VALUES = (Tensor, *_PLAIN)
 _CONTAINERS = (list, tuple, set, frozenset, deque)
 _DICTIONARIES = (dict, OrderedDict, defaultdict)
 
@@ -40,33 +43,76 @@ def buffers_in(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_buffers()) if any([module._buffers for module in modules_in(model)]) else {}
 
 
-def modules_of(functions: Iterable[Callable[..., Any] | None]) -> list[nn.Module]:
-    """The modules that functions hold: themselves, by attributes, closures, defaults, arguments bound, or global names.
+@dataclass(frozen=True)
+class Reach:
+    """What functions can reach, when it was looked at."""
 
-    Functions that they call by a global name are followed, methods to their object, objects to the methods and
-    attributes of their class, modules to their forward pass, and lists, tuples, sets, deques and dictionaries of at
-    most 1,000 entries to what they contain. Weak references, other mappings, and the classes and global names of
-    installed packages are not. No code of the user's runs.
+    modules: list[nn.Module]
+    """Each module once, the outer ones first."""
+    values: list[Any]
+    """What was met on the way: objects, plain values as they were, and of a tensor which it was and in which version."""
 
-    Args:
-        functions: Functions, methods, modules or other callables.
+    @classmethod
+    def of(cls, functions: Iterable[Callable[..., Any] | None], arguments: Collection[Tensor] = ()) -> Reach:
+        """What functions hold: themselves, by attributes, closures, defaults, arguments bound, or global names.
 
-    Returns:
-        Each module once, the outer ones first.
-    """
-    found: dict[int, nn.Module] = {}
-    pending: deque[Any] = deque(f for f in functions if f is not None)
-    seen: dict[int, Any] = {}  # with the objects, whose addresses would be used again
-    while pending and len(seen) < _MOST:
-        item = pending.popleft()
-        if id(item) in seen or issubclass(type(item), _VALUES):
-            continue
-        seen[id(item)] = item
-        if issubclass(type(item), nn.Module):
-            found[id(item)] = item
-            pending.extendleft(item._modules.values())
-        pending += _held_by(item, type(item))
-    return list(found.values())
+        Functions that they call by a global name are followed, methods to their object, objects to the methods and
+        attributes of their class, modules to their forward pass, and lists, tuples, sets, deques and dictionaries of at
+        most 1,000 entries to what they contain. Weak references, other mappings, and the classes and global names of
+        installed packages are not. No code of the user's runs.
+
+        Args:
+            functions: Functions, methods, modules or other callables.
+            arguments: Tensors that the functions are given others for, so that nobody asks which they are.
+
+        Returns:
+            What they reach.
+        """
+        found: dict[int, nn.Module] = {}
+        pending: deque[Any] = deque(f for f in functions if f is not None)
+        seen: dict[int, Any] = {id(t): t for t in arguments}  # with the objects, whose addresses would be used again
+        values: list[Any] = []
+        most = _MOST + len(seen)
+        while pending and len(seen) < most:
+            item = pending.popleft()
+            kind = type(item)
+            if issubclass(kind, _VALUES):
+                if not issubclass(kind, Tensor):
+                    values.append(item)
+                elif id(item) not in seen:
+                    values.append(_as_it_is_now(item))
+                continue
+            values.append(item)
+            if id(item) in seen:
+                continue
+            seen[id(item)] = item
+            if issubclass(kind, nn.Module):
+                found[id(item)] = item
+                pending.extendleft(item._modules.values())
+                values += (item.training, *item._forward_pre_hooks.values(), *item._forward_hooks.values())
+                own = (*item._parameters.values(), *item._buffers.values())
+                values += [_as_it_is_now(t) for t in own if t is not None and id(t) not in seen]
+            pending += _held_by(item, kind)
+        return cls(list(found.values()), values if len(seen) < most else [object()])
+
+    def is_as(self, earlier: Reach) -> bool:
+        """Whether nothing has changed since, as far as it was looked at; False where there was too much to look at."""
+        return len(self.values) == len(earlier.values) and all(map(_is_same, self.values, earlier.values))
+
+
+def _as_it_is_now(tensor: Tensor) -> tuple[Any, int]:
+    return ref(tensor), 0 if tensor.is_inference() else tensor._version
+
+
+def _is_same(new: Any, old: Any) -> bool:
+    if new is old:
+        return True
+    kind = type(new)
+    if kind is not type(old):
+        return False
+    if kind is tuple and len(new) == 2 and type(new[0]) is ref:
+        return type(old[0]) is ref and new[0]() is old[0]() is not None and new[1] == old[1]
+    return kind in _PLAIN and bool(new == old or new != new and old != old)  # noqa: PLR0124
 
 
 def as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -39,14 +39,14 @@ class Adjoint(Resumable):
 
     def pull_through(self, point: Point) -> None:
         """Come from the state after a step to that before it."""
-        self.state, w = _pulled(point, self.state)
-        self.state[0], mixed = point.add_product(tuple(self.state), w, mixed=self.shared is not None)
-        damping = self._problem.damping
-        if damping is not None and self.by_pull is not None:
-            self.state[0].addcmul_(w, damping)
-            self.by_pull -= damping * w
-        if self.shared is not None and mixed is not None:
-            self.shared.add_(mixed)
+        state, self.state = tuple(self.state), []  # nothing else holds what is written over
+        pulled = point.pull(state, mixed=self.shared is not None)
+        self.state = pulled.state
+        if self.by_pull is not None and pulled.by_pull is not None:
+            self.by_pull -= pulled.by_pull
+        if self.shared is not None and pulled.mixed is not None:
+            self.shared.add_(pulled.mixed)
+        self._problem.hyper.add(pulled.rates, self._problem.first + point.step)
 
     def theta(self, *, from_start: bool) -> Tensor:
         """The meta-gradient, where the sweep is at the first step that is differentiated.
@@ -68,7 +68,3 @@ class Adjoint(Resumable):
         """Be where it was when that was saved."""
         self.state, self.shared, self.by_pull = saved["state"], saved["shared"], saved["by_pull"]
 
-
-def _pulled(point: Point, cotangents: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    before, w = point.pull_through_update(tuple(cotangents))
-    return list(before), w

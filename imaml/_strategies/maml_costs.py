@@ -78,7 +78,7 @@ class MAMLCosts(Costs):
         if tape.by_states and stages.missing("rebuilt"):
             problem.settle(mode)
             with stages.account.stage("rebuilt"):
-                point = Point.at(problem, state, last, mode)
+                point = Point(problem, state, last, mode).evaluated()
             _pull_back(point, stages, "rebuilt product")
             del point
 
@@ -207,6 +207,6 @@ def _pull_back(point: Point, stages: Stages, name: str) -> None:
     """One step of the sweep, from cotangents that it gives back."""
     cotangents: State = tuple(torch.ones_like(part) for part in point.state)
     with stages.account.stage(name):
-        cotangents, w = point.pull_through_update(cotangents)
+        cotangents, w, _ = point.pull_through_update(cotangents)
         product = point.add_product(cotangents, w, mixed=bool(point.problem.snapshot.shared))
     del cotangents, w, product

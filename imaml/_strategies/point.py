@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from imaml._curvature.curvature import Curvature
+from imaml._curvature.inductor import Outputs
 from imaml._curvature.product import Graph, HvpMode
+from imaml._engine.at_once import at_once
 from imaml._engine.problem import Problem
 from imaml.inner._inner_problem import State
+
+
+@dataclass
+class Pulled:
+    """What a step makes of the cotangents of the state after it."""
+
+    state: list[Tensor]
+    """Those of the state before it."""
+    by_pull: Tensor | None
+    """Minus that of theta in the proximal term; None without one."""
+    mixed: Tensor | None
+    """What is added to that of the shared parameters."""
+    rates: dict[str, Tensor]
+    """Those of the learned hyper-parameters."""
 
 
 @dataclass
@@ -21,9 +38,11 @@ class Point:
     state: State
     """s_k."""
     step: int
-    curvature: Curvature
-    """Curvature of the support loss at phi_k."""
-    gradient: Tensor | None
+    mode: HvpMode
+    """How Hessian-vector products are computed."""
+    curvature: Curvature | None = None
+    """Curvature of the support loss at phi_k, with the graph of the gradient there; None: made when it is needed."""
+    gradient: Tensor | None = None
     """g_k of the inner objective, where the derivative of U depends on it."""
 
     @classmethod
@@ -31,17 +50,47 @@ class Point:
         """One that keeps the graph of the gradient, with the gradient: the graph serves the product at the step too."""
         curvature = problem.curvature(state[0], step, mode, Graph.ONCE)
         gradient = problem.gradient(state[0], step, curvature.take_gradient())
-        return cls(problem, state, step, curvature, gradient if problem.stepper.needs_gradient else None), gradient
+        needed = gradient if problem.stepper.needs_gradient else None
+        return cls(problem, state, step, mode, curvature, needed), gradient
 
-    @classmethod
-    def at(cls, problem: Problem, state: State, step: int, mode: HvpMode) -> Point:
-        """One that builds the graph in its product, unless it needs the gradient before."""
-        if problem.stepper.needs_gradient:
-            return cls.with_gradient(problem, state, step, mode)[0]
-        return cls(problem, state, step, problem.curvature(state[0], step, mode, Graph.REBUILT), None)
+    def evaluated(self) -> Point:
+        """This point with its curvature, whose graph a product builds, unless the gradient is needed before."""
+        if self.curvature is not None:
+            return self
+        at = (self.problem, self.state, self.step, self.mode)
+        if self.problem.stepper.needs_gradient:
+            return self.with_gradient(*at)[0]
+        return Point(*at, self.problem.curvature(self.state[0], self.step, self.mode, Graph.REBUILT))
 
-    def pull_through_update(self, cotangents: State) -> tuple[State, Tensor]:
-        """The cotangents of s_k and of g_k; the derivatives by learned hyper-parameters are added up on the way."""
+    def pull(self, cotangents: State, *, mixed: bool) -> Pulled:
+        """Come from the state after the step to that before it.
+
+        Args:
+            cotangents: Those of phi and of the optimiser's buffers after it, which may be written over.
+            mixed: Whether the mixed product is wanted.
+
+        Returns:
+            Those before it.
+        """
+        if self.curvature is None and self.mode in ("auto", "reverse-over-reverse"):
+            function = partial(_pull, mode=self.mode, mixed=mixed)
+            found = at_once(self.problem, f"product {mixed}", function, self.step, (*self.state, *cotangents))
+            if found is not None:
+                return _collected(found, len(cotangents), self.problem)
+        return self.evaluated().pull_as_it_is(cotangents, mixed=mixed)
+
+    def pull_as_it_is(self, cotangents: State, *, mixed: bool) -> Pulled:
+        """What `pull` does, uncompiled; the point has its curvature."""
+        before, w, rates = self.pull_through_update(cotangents)
+        phi, by_shared = self.add_product(before, w, mixed=mixed)
+        damping = self.problem.damping
+        pull = None if damping is None else damping * w
+        if pull is not None:
+            phi.add_(pull)
+        return Pulled([phi, *before[1:]], pull, by_shared, rates)
+
+    def pull_through_update(self, cotangents: State) -> tuple[State, Tensor, dict[str, Tensor]]:
+        """The cotangents of s_k, of g_k and of the learned hyper-parameters."""
         problem, state, gradient = self.problem, self.state, self.gradient
         if gradient is None:  # a linear step: its derivative is the same anywhere
             gradient = cotangents[0].new_zeros(()).expand_as(cotangents[0])
@@ -49,8 +98,7 @@ class Point:
         before, w, rates = problem.stepper.pull_back(state, gradient, cotangents, self.step)
         if "regularization" in problem.hyper.learned:
             rates["regularization"] = w * (self.state[0] - problem.theta)
-        problem.hyper.add(rates, problem.first + self.step)
-        return before, w
+        return before, w, rates
 
     def add_product(self, cotangents: State, w: Tensor, *, mixed: bool) -> tuple[Tensor, Tensor | None]:
         """H w + a, and the mixed product with w.
@@ -69,4 +117,21 @@ class Point:
         pointer = mine.untyped_storage().data_ptr()
         if 0 in mine.stride() or any(pointer == t.untyped_storage().data_ptr() for t in (w, *others)):
             mine = mine.clone(memory_format=torch.contiguous_format)
+        assert self.curvature is not None
         return self.curvature.product(w, mixed=mixed, into=mine)
+
+
+def _pull(problem: Problem, step: int, *tensors: Tensor, mode: HvpMode, mixed: bool) -> Outputs:
+    """What `pull` finds, as tensors, for the state before a step and the cotangents of that after it."""
+    size = len(tensors) // 2
+    cotangents = tuple(t.clone() for t in tensors[size:])  # whose places are written over
+    pulled = Point(problem, tensors[:size], step, mode).evaluated().pull_as_it_is(cotangents, mixed=mixed)
+    rates = [pulled.rates.get(name) for name in sorted(problem.hyper.learned)]
+    return (*pulled.state, pulled.by_pull, pulled.mixed, *rates)
+
+
+def _collected(found: Outputs, size: int, problem: Problem) -> Pulled:
+    state = [t for t in found[:size] if t is not None]
+    by_pull, mixed, *rates = found[size:]
+    named = zip(sorted(problem.hyper.learned), rates, strict=True)
+    return Pulled(state, by_pull, mixed, {name: rate for name, rate in named if rate is not None})

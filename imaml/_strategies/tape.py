@@ -68,7 +68,7 @@ class Tape:
         with store(self.storage, problem.snapshot.like.device, self.most_states, course.journal) as kept:
             states = self._states_backwards(problem, kept, drift)
             # Neither phi nor a state has a name here, which would keep it through the sweep.
-            points = (Point.at(problem, next(states), step, mode) for step in reversed(range(self.first, last)))
+            points = (Point(problem, next(states), step, mode) for step in reversed(range(self.first, last)))
             if self.by_states and Do.END not in left:
                 problem.final = course.kept(problem.inner.steps)
                 yield None, points

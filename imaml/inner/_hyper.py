@@ -209,6 +209,18 @@ class Hyperparameters:
             by_name[name] = value.at(0) if isinstance(value, Value) else value
         return Rates(by_name, self.layout, self.named)
 
+    def tensors_at(self, step: int) -> dict[str, Tensor]:
+        """The values of `at` that may be others at another step or in another call, each as a tensor, by name."""
+        at = self.at(step)
+        found = at.tensors({*self._values, *self._schedules, *(f"{META}{name}" for name in self.named.flat())})
+        return found | {n: self.like.new_tensor(at[n]) for n in self._schedules.keys() - found.keys()}
+
+    def at_one_step(self, step: int, values: Mapping[str, Tensor]) -> Hyperparameters:
+        """Those of one step, whatever the step, with other values in the place of `tensors_at`."""
+        found = _AtOneStep(self.leaves, self.meta, self.layout, self.like, self.named, self.numbers)
+        found.rates, found.learned = self.at(step).replaced(values), self.learned
+        return found
+
     def for_all_steps(self, name: str, otherwise: float = 0.0) -> float | Tensor:
         """The value of one that is the same at all steps; another where there is none of this name."""
         return self._values[name].at(0) if name in self._values else self.numbers.get(name, otherwise)
@@ -285,6 +297,14 @@ class Hyperparameters:
         """The derivatives by the meta-parameters that act through hyper-parameters, as far as any was added."""
         self._sum(self._through([pair for value in self._values.values() for pair in value.pulled]))
         return self._sums
+
+
+class _AtOneStep(Hyperparameters):
+    rates: Rates
+
+    def at(self, step: int) -> Rates:
+        """See `Hyperparameters`."""
+        return self.rates
 
 
 def _called(name: str, what: Hyper, meta: MetaParameters, leaves: Mapping[str, Tensor], *at: int) -> Any:

@@ -433,7 +433,7 @@ def test_a_budget_is_that_of_all_functions_of_an_engine(monkeypatch: pytest.Monk
     compiled = MAML(inner=STEPS, compile=True, compile_budget=60.0)
     _compare(MAML(inner=STEPS), Objective(_model(), F.mse_loss), _tasks(), compiled=compiled)
     assert given == [
-        ("the gradient of the support loss, 3 at once", 60.0),
+        ("the step of the support loss, 3 at once", 60.0),
         ("the gradient of the query loss, 3 at once", 59.0),
         ("the product of the support loss, 3 at once", 58.0),
     ]

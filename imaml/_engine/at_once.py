@@ -1,0 +1,86 @@
+"""What happens at an inner step, as one function of tensors, where such functions are compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from imaml._curvature.inductor import Outputs
+from imaml._engine.course import Course
+from imaml._losses.loss import Loss, MeanLoss
+from imaml._losses.slice import Slice
+from imaml.inner import InnerOptimizer
+
+if TYPE_CHECKING:
+    from imaml._engine.problem import Problem
+
+OfStep = Callable[..., Outputs]
+"""A function of a problem, the number of a step as a tensor, and tensors `(tasks, n)`."""
+_OWN = ("update", "pullback", "clipped")
+
+
+def at_once(
+    problem: Problem, name: str, function: OfStep, step: int, tensors: tuple[Tensor, ...], *, losses: int | None = None
+) -> Outputs | None:
+    """What a function makes of a problem at a step, compiled as a whole.
+
+    A gradient or a product alone would leave the update and the Python between them to every step.
+
+    Args:
+        problem: The problem; the function gets one whose values are arguments of what is compiled.
+        name: What the function computes, for people and as a key.
+        function: It depends on nothing else.
+        step: The step.
+        tensors: Its arguments, the parameters first.
+        losses: Which of the outputs the support losses are, by which the compiled function is known again; None: none.
+
+    Returns:
+        The outputs; None where it is not compiled as a whole.
+    """
+    derivatives, loss, hyper = problem.derivatives, problem.support_at(step), problem.hyper
+    if not derivatives.compiles or not _is_traceable(problem, loss, tensors[0]):
+        return None
+    number, damping = problem.first + step, problem.damping
+    named, device = hyper.tensors_at(number), problem.snapshot.like.device
+    proximal = () if damping is None else (damping, problem.theta[0])
+    given = (*tensors, torch.tensor(number, dtype=torch.float64, device=device), *proximal, *named.values())
+
+    def plain(part: Slice, *given: Tensor) -> Outputs:
+        rest = iter(given[len(tensors) :])
+        traced_number = next(rest)
+        inside = replace(
+            problem,
+            support=Loss(part),
+            derivatives=derivatives.uncompiled,
+            damping=None if damping is None else next(rest),
+            support_losses=[],
+            course=Course(),
+            first=0,
+            watch=None,
+        )
+        inside._is_over = True  # nothing is remembered
+        inside._theta = None if damping is None else next(rest)
+        inside.hyper = hyper.at_one_step(number, dict(zip(named, rest, strict=True)))
+        return function(inside, traced_number, *given[: len(tensors)])
+
+    key = (hyper.learned, *hyper.numbers.items(), *named)
+    return derivatives.whole(loss.slices[0][1], name, plain, given, step, key=key, losses=losses)
+
+
+def _is_traceable(problem: Problem, loss: Loss, phi: Tensor) -> bool:
+    """Whether a trace depends on nothing that it does not show: the update is the library's own, and not in blocks."""
+    optimizer = problem.inner
+    return (
+        isinstance(optimizer, InnerOptimizer)
+        and all(getattr(optimizer, name).__func__.__module__.startswith("imaml.") for name in _OWN)
+        and bool(optimizer.said_of_update("is_deterministic"))
+        and not optimizer._blocks((phi,) * (2 + optimizer.buffers))
+        and not problem.statistics
+        and problem.record.mode != "finite-difference"
+        and not isinstance(loss, MeanLoss)
+        and len(loss.slices) == 1
+    )

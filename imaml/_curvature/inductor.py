@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from imaml._curvature.deadline import within
+from imaml._curvature.narrow import transpose_tall
 from imaml._curvature.patches import DECOMPOSITIONS, Patches
 from imaml._torch import TorchDispatchMode, compile_graph, tree_leaves
 
@@ -52,6 +53,7 @@ def trace_and_compile(function: Function, tensors: Sequence[Tensor], what: str, 
         from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415
 
         graph = make_fx(_as_compiled(function), decomposition_table=DECOMPOSITIONS)(*tensors)
+        transpose_tall(graph)
         size = _size(graph)
         left = max(0.0, seconds - (monotonic() - start))
         LOGGER.info("Compiling %s (%s). It may take %.0f s.", what, size, left)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from imaml._curvature.inductor import Outputs
@@ -42,12 +41,12 @@ def at_once(
         The outputs; None where it is not compiled as a whole.
     """
     derivatives, loss, hyper = problem.derivatives, problem.support_at(step), problem.hyper
-    if not derivatives.compiles or not _is_traceable(problem, loss, tensors[0]):
+    if not (derivatives.compiles and problem.is_traceable and _is_one_slice(loss)):
         return None
     number, damping = problem.first + step, problem.damping
-    named, device = hyper.tensors_at(number), problem.snapshot.like.device
+    named = hyper.tensors_at(number)
     proximal = () if damping is None else (damping, problem.theta[0])
-    given = (*tensors, torch.tensor(number, dtype=torch.float64, device=device), *proximal, *named.values())
+    given = (*tensors, problem.numbers[step], *proximal, *named.values())
 
     def plain(part: Slice, *given: Tensor) -> Outputs:
         rest = iter(given[len(tensors) :])
@@ -71,16 +70,27 @@ def at_once(
     return derivatives.whole(loss.slices[0][1], name, plain, given, step, key=key, losses=losses)
 
 
-def _is_traceable(problem: Problem, loss: Loss, phi: Tensor) -> bool:
-    """Whether a trace depends on nothing that it does not show: the update is the library's own, and not in blocks."""
+def is_traceable(problem: Problem) -> bool:
+    """Whether a trace of a step depends on nothing that it does not show.
+
+    The update is then the library's own. One of long vectors goes block by block, uncompiled.
+
+    Args:
+        problem: The problem.
+
+    Returns:
+        Whether it is.
+    """
     optimizer = problem.inner
     return (
         isinstance(optimizer, InnerOptimizer)
         and all(getattr(optimizer, name).__func__.__module__.startswith("imaml.") for name in _OWN)
         and bool(optimizer.said_of_update("is_deterministic"))
-        and not optimizer._blocks((phi,) * (2 + optimizer.buffers))
+        and not optimizer._blocks((problem.snapshot.like.new_empty(()).expand(problem.tasks, sum(problem.layout.sizes)),))
         and not problem.statistics
-        and problem.record.mode != "finite-difference"
-        and not isinstance(loss, MeanLoss)
-        and len(loss.slices) == 1
     )
+
+
+def _is_one_slice(loss: Loss) -> bool:
+    inexact = loss.record.mode == "finite-difference"
+    return not inexact and not isinstance(loss, MeanLoss) and len(loss.slices) == 1

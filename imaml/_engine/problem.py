@@ -15,7 +15,7 @@ from imaml._curvature.curvature import Curvature
 from imaml._curvature.derivatives import Derivatives, Want
 from imaml._curvature.inductor import Outputs
 from imaml._curvature.product import Graph, HvpMode
-from imaml._engine.at_once import at_once
+from imaml._engine.at_once import at_once, is_traceable
 from imaml._engine.chunking import Chunking
 from imaml._engine.course import Course
 from imaml._engine.inner_state import InnerState
@@ -110,6 +110,17 @@ class Problem:
     def phi_0(self) -> Tensor:
         """Where the inner loop starts, `(tasks, n)`: theta, or the parameters of the state that it goes on from."""
         return self.theta if self.start is None else self.start.flat(self.layout)[0].expand(self.tasks, -1)
+
+    @cached_property
+    def is_traceable(self) -> bool:
+        """Whether its steps may be compiled as a whole."""
+        return is_traceable(self)
+
+    @cached_property
+    def numbers(self) -> tuple[Tensor, ...]:
+        """The number of each step in the whole training, as a tensor."""
+        device, last = self.snapshot.like.device, self.first + self.inner.steps
+        return torch.arange(self.first, last, dtype=torch.float64, device=device).unbind()
 
     def begin(self) -> State:
         """The state of the inner optimiser before the first step."""

@@ -29,6 +29,8 @@ class Adjoint(Resumable):
         """The gradient of the shared parameters, summed over tasks, `(m,)`; None: there are none."""
         self.by_pull: Tensor | None = None
         """The cotangent of theta in the proximal term; None: there is none."""
+        self.norm = problem.snapshot.like
+        """Norms of the cotangents of phi where the last step has left them, `(tasks,)`."""
 
     def begin(self, query: Gradient) -> None:
         """Be at the end of the inner loop, with the derivatives of the query loss there."""
@@ -41,7 +43,7 @@ class Adjoint(Resumable):
         """Come from the state after a step to that before it."""
         state, self.state = tuple(self.state), []  # nothing else holds what is written over
         pulled = point.pull(state, mixed=self.shared is not None)
-        self.state = pulled.state
+        self.state, self.norm = pulled.state, pulled.norm
         if self.by_pull is not None and pulled.by_pull is not None:
             self.by_pull -= pulled.by_pull
         if self.shared is not None and pulled.mixed is not None:

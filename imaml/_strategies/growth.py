@@ -21,31 +21,33 @@ class Growth(Resumable):
 
     def __init__(self) -> None:
         self._first: Tensor | None = None
-        self._largest: Tensor | None = None
+        self._norms: list[Tensor] = []
 
     def begin(self, cotangent: Tensor) -> None:
         """Take note of the cotangent where the derivatives of a query loss have been added to it."""
         norm = torch.linalg.vector_norm(cotangent, dim=-1)
         self._first = norm if self._first is None else torch.maximum(self._first, norm)
-        self._largest = norm if self._largest is None else torch.maximum(self._largest, norm)
+        self._norms.append(norm)
 
-    def see(self, cotangent: Tensor) -> None:
-        """Take note of the cotangent before a step."""
-        assert self._largest is not None
-        self._largest = torch.maximum(self._largest, torch.linalg.vector_norm(cotangent, dim=-1))
+    def see(self, norm: Tensor) -> None:
+        """Take note of the norms of the cotangents before a step, `(tasks,)`."""
+        self._norms.append(norm)
 
     def figure(self) -> Tensor:
         """The growth, `(tasks,)`; 1 where all query gradients are zero."""
-        assert self._first is not None and self._largest is not None
-        return torch.where(self._first > 0, self._largest / self._first, 1)
+        assert self._first is not None
+        return torch.where(self._first > 0, self._largest() / self._first, 1)
+
+    def _largest(self) -> Tensor:
+        return torch.stack(self._norms).amax(0)
 
     def saved(self) -> dict[str, Any]:
         """See `Resumable`."""
-        return {"first": self._first, "largest": self._largest}
+        return {"first": self._first, "largest": self._largest() if self._norms else None}
 
     def resume(self, saved: dict[str, Any]) -> None:
         """See `Resumable`."""
-        self._first, self._largest = saved["first"], saved["largest"]
+        self._first, self._norms = saved["first"], [] if saved["largest"] is None else [saved["largest"]]
 
 
 def lost(growth: Tensor) -> Tensor:

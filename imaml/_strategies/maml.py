@@ -211,7 +211,7 @@ class MAML(MetaGradient):
                 step, phi = point.step, point.state[0]
                 adjoint.pull_through(point)
                 del point  # like phi below: they would stand beside those of the step before
-                growth.see(adjoint.state[0])
+                growth.see(adjoint.norm)
                 if outer.add(step, phi, adjoint.state[0], adjoint.shared):
                     growth.begin(adjoint.state[0])
                 del phi

@@ -22,6 +22,8 @@ class Pulled:
 
     state: list[Tensor]
     """Those of the state before it."""
+    norm: Tensor
+    """Norms of that of phi, `(tasks,)`."""
     by_pull: Tensor | None
     """Minus that of theta in the proximal term; None without one."""
     mixed: Tensor | None
@@ -87,7 +89,7 @@ class Point:
         pull = None if damping is None else damping * w
         if pull is not None:
             phi.add_(pull)
-        return Pulled([phi, *before[1:]], pull, by_shared, rates)
+        return Pulled([phi, *before[1:]], torch.linalg.vector_norm(phi, dim=-1), pull, by_shared, rates)
 
     def pull_through_update(self, cotangents: State) -> tuple[State, Tensor, dict[str, Tensor]]:
         """The cotangents of s_k, of g_k and of the learned hyper-parameters."""
@@ -127,11 +129,11 @@ def _pull(problem: Problem, step: int, *tensors: Tensor, mode: HvpMode, mixed: b
     cotangents = tuple(t.clone() for t in tensors[size:])  # whose places are written over
     pulled = Point(problem, tensors[:size], step, mode).evaluated().pull_as_it_is(cotangents, mixed=mixed)
     rates = [pulled.rates.get(name) for name in sorted(problem.hyper.learned)]
-    return (*pulled.state, pulled.by_pull, pulled.mixed, *rates)
+    return (*pulled.state, pulled.norm, pulled.by_pull, pulled.mixed, *rates)
 
 
 def _collected(found: Outputs, size: int, problem: Problem) -> Pulled:
-    state = [t for t in found[:size] if t is not None]
-    by_pull, mixed, *rates = found[size:]
+    state, (norm, by_pull, mixed, *rates) = [t for t in found[:size] if t is not None], found[size:]
+    assert norm is not None
     named = zip(sorted(problem.hyper.learned), rates, strict=True)
-    return Pulled(state, by_pull, mixed, {name: rate for name, rate in named if rate is not None})
+    return Pulled(state, norm, by_pull, mixed, {name: rate for name, rate in named if rate is not None})

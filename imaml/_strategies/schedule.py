@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import lru_cache
 
 from checkpoint_schedules import Copy, Forward, Move, MultistageCheckpointSchedule, Reverse
 
@@ -28,7 +29,8 @@ class Do(Enum):
     """Hand it out: the step is differentiated."""
 
 
-def moves(steps: int, checkpoints: int | None) -> Iterator[tuple[Do, int]]:
+@lru_cache(maxsize=16)  # the same for every call of an engine, and Python that a short step would feel
+def moves(steps: int, checkpoints: int | None) -> Sequence[tuple[Do, int]]:
     """What to do in order, each with the step that it is about.
 
     The binomial schedule of Griewank & Walther 2000 (Algorithm 799) needs the fewest recomputations. The package
@@ -38,9 +40,13 @@ def moves(steps: int, checkpoints: int | None) -> Iterator[tuple[Do, int]]:
         steps: K.
         checkpoints: States kept at most, besides the first, which is never put away; None: all.
 
-    Yields:
+    Returns:
         The moves.
     """
+    return tuple(_moves(steps, checkpoints))
+
+
+def _moves(steps: int, checkpoints: int | None) -> Iterator[tuple[Do, int]]:
     if steps == 0:
         return
     is_at_the_end = False

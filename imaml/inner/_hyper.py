@@ -211,6 +211,8 @@ class Hyperparameters:
 
     def tensors_at(self, step: int) -> dict[str, Tensor]:
         """The values of `at` that may be others at another step or in another call, each as a tensor, by name."""
+        if not (self._values or self._schedules or self.named.given):  # asked at every step
+            return {}
         at = self.at(step)
         found = at.tensors({*self._values, *self._schedules, *(f"{META}{name}" for name in self.named.flat())})
         return found | {n: self.like.new_tensor(at[n]) for n in self._schedules.keys() - found.keys()}

@@ -15,7 +15,7 @@ from imaml._curvature.curvature import Curvature
 from imaml._curvature.derivatives import Derivatives, Want
 from imaml._curvature.inductor import Outputs
 from imaml._curvature.product import Graph, HvpMode
-from imaml._engine.at_once import at_once, is_traceable
+from imaml._engine.whole_steps import at_once, is_traceable
 from imaml._engine.chunking import Chunking
 from imaml._engine.course import Course
 from imaml._engine.inner_state import InnerState

@@ -11,7 +11,7 @@ from torch import Tensor
 from imaml._curvature.curvature import Curvature
 from imaml._curvature.inductor import Outputs
 from imaml._curvature.product import Graph, HvpMode
-from imaml._engine.at_once import at_once
+from imaml._engine.whole_steps import at_once
 from imaml._engine.problem import Problem
 from imaml.inner._inner_problem import State
 

@@ -80,7 +80,7 @@ class Compiled(Derivatives):
 
     @property
     def compiles(self) -> bool:
-        """Whether the compiler has not given up."""
+        """See `Derivatives`; no longer where the compiler has given up."""
         return self._session.compiler.is_on
 
     @property
@@ -151,9 +151,9 @@ class Compiled(Derivatives):
         key = (name, key, *[t.shape for t in given])
         if key not in shape.known.functions:
             function, expected = self._compile(part, name, plain, given)
-            if function is None:
-                return expected
-            shape.known.functions[key] = function
+            if function is not None:
+                shape.known.functions[key] = function
+            return expected
         compiled = shape.known.functions[key]
         record.add(compiled.done)
         return run(compiled.function, [*_plain(given), *shape.tensors()])

@@ -48,15 +48,18 @@ class Derivatives:
 
     has_second: ClassVar[bool] = True
     """Whether there are exact products."""
-    compiles: bool = False
-    """Whether functions of a slice are compiled."""
 
     def __init__(self, found: Findings | None = None) -> None:
         self._found = found or Findings()
 
     @property
+    def compiles(self) -> bool:
+        """Whether functions of a slice are compiled."""
+        return False
+
+    @property
     def uncompiled(self) -> Derivatives:
-        """Those of plain autograd."""
+        """Derivatives by plain autograd."""
         return self
 
     def whole(

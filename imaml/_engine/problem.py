@@ -15,13 +15,13 @@ from imaml._curvature.curvature import Curvature
 from imaml._curvature.derivatives import Derivatives, Want
 from imaml._curvature.inductor import Outputs
 from imaml._curvature.product import Graph, HvpMode
-from imaml._engine.whole_steps import at_once, is_traceable
 from imaml._engine.chunking import Chunking
 from imaml._engine.course import Course
 from imaml._engine.inner_state import InnerState
 from imaml._engine.nonfinite import check_history, check_query
 from imaml._engine.report import Outcome
 from imaml._engine.stepper import Stepper
+from imaml._engine.whole_steps import at_once, is_traceable
 from imaml._losses.gradient import Gradient
 from imaml._losses.layout import Layout
 from imaml._losses.loss import Loss

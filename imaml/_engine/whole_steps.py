@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor
 
@@ -14,23 +14,20 @@ from imaml._losses.loss import Loss, MeanLoss
 from imaml._losses.slice import Slice
 from imaml.inner import InnerOptimizer
 
-if TYPE_CHECKING:
-    from imaml._engine.problem import Problem
-
 OfStep = Callable[..., Outputs]
 """A function of a problem, the number of a step as a tensor, and tensors `(tasks, n)`."""
 _OWN = ("update", "pullback", "clipped")
 
 
 def at_once(
-    problem: Problem, name: str, function: OfStep, step: int, tensors: tuple[Tensor, ...], *, losses: int | None = None
+    problem: Any, name: str, function: OfStep, step: int, tensors: tuple[Tensor, ...], *, losses: int | None = None
 ) -> Outputs | None:
     """What a function makes of a problem at a step, compiled as a whole.
 
     A gradient or a product alone would leave the update and the Python between them to every step.
 
     Args:
-        problem: The problem; the function gets one whose values are arguments of what is compiled.
+        problem: The `Problem`, which knows this file; the function gets one whose values are arguments of what is compiled.
         name: What the function computes, for people and as a key.
         function: It depends on nothing else.
         step: The step.
@@ -43,14 +40,14 @@ def at_once(
     derivatives, loss, hyper = problem.derivatives, problem.support_at(step), problem.hyper
     if not (derivatives.compiles and problem.is_traceable and _is_one_slice(loss)):
         return None
-    number, damping = problem.first + step, problem.damping
-    named = hyper.tensors_at(number)
+    at, damping = hyper.at(problem.first + step), problem.damping
+    named = hyper.tensors_of(at)
     proximal = () if damping is None else (damping, problem.theta[0])
     given = (*tensors, problem.numbers[step], *proximal, *named.values())
 
     def plain(part: Slice, *given: Tensor) -> Outputs:
         rest = iter(given[len(tensors) :])
-        traced_number = next(rest)
+        number = next(rest)
         inside = replace(
             problem,
             support=Loss(part),
@@ -63,20 +60,20 @@ def at_once(
         )
         inside._is_over = True  # nothing is remembered
         inside._theta = None if damping is None else next(rest)
-        inside.hyper = hyper.at_one_step(number, dict(zip(named, rest, strict=True)))
-        return function(inside, traced_number, *given[: len(tensors)])
+        inside.hyper = hyper.at_one_step(at.replaced(dict(zip(named, rest, strict=True))))
+        return function(inside, number, *given[: len(tensors)])
 
     key = (hyper.learned, *hyper.numbers.items(), *named)
     return derivatives.whole(loss.slices[0][1], name, plain, given, step, key=key, losses=losses)
 
 
-def is_traceable(problem: Problem) -> bool:
+def is_traceable(problem: Any) -> bool:
     """Whether a trace of a step depends on nothing that it does not show.
 
     The update is then the library's own. One of long vectors goes block by block, uncompiled.
 
     Args:
-        problem: The problem.
+        problem: The `Problem`.
 
     Returns:
         Whether it is.
@@ -86,7 +83,9 @@ def is_traceable(problem: Problem) -> bool:
         isinstance(optimizer, InnerOptimizer)
         and all(getattr(optimizer, name).__func__.__module__.startswith("imaml.") for name in _OWN)
         and bool(optimizer.said_of_update("is_deterministic"))
-        and not optimizer._blocks((problem.snapshot.like.new_empty(()).expand(problem.tasks, sum(problem.layout.sizes)),))
+        and not optimizer._blocks(
+            (problem.snapshot.like.new_empty(()).expand(problem.tasks, sum(problem.layout.sizes)),)
+        )
         and not problem.statistics
     )
 

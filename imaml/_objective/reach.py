@@ -50,7 +50,7 @@ class Reach:
     modules: list[nn.Module]
     """Each module once, the outer ones first."""
     values: list[Any]
-    """What was met on the way: objects, plain values as they were, and of a tensor which it was and in which version."""
+    """What was met on the way: objects, plain values as they were, and of a tensor which it was, in which version."""
 
     @classmethod
     def of(cls, functions: Iterable[Callable[..., Any] | None], arguments: Collection[Tensor] = ()) -> Reach:
@@ -98,6 +98,11 @@ class Reach:
     def is_as(self, earlier: Reach) -> bool:
         """Whether nothing has changed since, as far as it was looked at; False where there was too much to look at."""
         return len(self.values) == len(earlier.values) and all(map(_is_same, self.values, earlier.values))
+
+
+def modules_of(functions: Iterable[Callable[..., Any] | None]) -> list[nn.Module]:
+    """The modules that functions can reach, each once, the outer ones first."""
+    return Reach.of(functions).modules
 
 
 def _as_it_is_now(tensor: Tensor) -> tuple[Any, int]:

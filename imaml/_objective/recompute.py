@@ -14,7 +14,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from imaml._objective import attention
 from imaml._objective.block_derivatives import Outputs, applied, writes
-from imaml._objective.reach import Reach, as_it_is
+from imaml._objective.reach import as_it_is, modules_of
 from imaml._torch import TreeSpec, inside_transform, requires_grad, tree_flatten
 
 Place = tuple[dict[str, Any], str]
@@ -139,7 +139,7 @@ def end(evaluation: Conditions) -> None:
 def _held(function: Callable[..., Any]) -> list[tuple[Tensor, list[Place]]]:
     """The tensors to differentiate by of the modules that a function holds, each with the places where it stands."""
     found: dict[int, tuple[Tensor, list[Place]]] = {}
-    for module in Reach.of([function]).modules:
+    for module in modules_of([function]):
         for members in (module._parameters, module._buffers):
             for name, tensor in members.items():
                 if tensor is not None and requires_grad(tensor):

@@ -41,8 +41,7 @@ class Adjoint(Resumable):
 
     def pull_through(self, point: Point) -> None:
         """Come from the state after a step to that before it."""
-        state, self.state = tuple(self.state), []  # nothing else holds what is written over
-        pulled = point.pull(state, mixed=self.shared is not None)
+        pulled = point.pull(self.state, mixed=self.shared is not None)
         self.state, self.norm = pulled.state, pulled.norm
         if self.by_pull is not None and pulled.by_pull is not None:
             self.by_pull -= pulled.by_pull
@@ -69,4 +68,3 @@ class Adjoint(Resumable):
     def resume(self, saved: dict[str, Any]) -> None:
         """Be where it was when that was saved."""
         self.state, self.shared, self.by_pull = saved["state"], saved["shared"], saved["by_pull"]
-

@@ -11,8 +11,8 @@ from torch import Tensor
 from imaml._curvature.curvature import Curvature
 from imaml._curvature.inductor import Outputs
 from imaml._curvature.product import Graph, HvpMode
-from imaml._engine.whole_steps import at_once
 from imaml._engine.problem import Problem
+from imaml._engine.whole_steps import at_once
 from imaml.inner._inner_problem import State
 
 
@@ -21,15 +21,15 @@ class Pulled:
     """What a step makes of the cotangents of the state after it."""
 
     state: list[Tensor]
-    """Those of the state before it."""
+    """The cotangents of phi and of the optimiser's buffers before it."""
     norm: Tensor
-    """Norms of that of phi, `(tasks,)`."""
+    """Norms of the first, `(tasks,)`."""
     by_pull: Tensor | None
-    """Minus that of theta in the proximal term; None without one."""
+    """Minus the cotangent of theta in the proximal term; None without one."""
     mixed: Tensor | None
-    """What is added to that of the shared parameters."""
+    """What is added to the cotangent of the shared parameters."""
     rates: dict[str, Tensor]
-    """Those of the learned hyper-parameters."""
+    """The cotangents of the learned hyper-parameters."""
 
 
 @dataclass
@@ -64,15 +64,16 @@ class Point:
             return self.with_gradient(*at)[0]
         return Point(*at, self.problem.curvature(self.state[0], self.step, self.mode, Graph.REBUILT))
 
-    def pull(self, cotangents: State, *, mixed: bool) -> Pulled:
+    def pull(self, cotangents: list[Tensor], *, mixed: bool) -> Pulled:
         """Come from the state after the step to that before it.
 
         Args:
-            cotangents: Those of phi and of the optimiser's buffers after it, which may be written over.
+            cotangents: Cotangents of phi and of the optimiser's buffers after it; the list is emptied, and they may be
+                written over.
             mixed: Whether the mixed product is wanted.
 
         Returns:
-            Those before it.
+            The cotangents before it.
         """
         if self.curvature is None and self.mode in ("auto", "reverse-over-reverse"):
             function = partial(_pull, mode=self.mode, mixed=mixed)
@@ -81,9 +82,10 @@ class Point:
                 return _collected(found, len(cotangents), self.problem)
         return self.evaluated().pull_as_it_is(cotangents, mixed=mixed)
 
-    def pull_as_it_is(self, cotangents: State, *, mixed: bool) -> Pulled:
+    def pull_as_it_is(self, cotangents: list[Tensor], *, mixed: bool) -> Pulled:
         """What `pull` does, uncompiled; the point has its curvature."""
-        before, w, rates = self.pull_through_update(cotangents)
+        before, w, rates = self.pull_through_update(tuple(cotangents))
+        cotangents.clear()  # a product holds most of all
         phi, by_shared = self.add_product(before, w, mixed=mixed)
         damping = self.problem.damping
         pull = None if damping is None else damping * w
@@ -126,7 +128,7 @@ class Point:
 def _pull(problem: Problem, step: int, *tensors: Tensor, mode: HvpMode, mixed: bool) -> Outputs:
     """What `pull` finds, as tensors, for the state before a step and the cotangents of that after it."""
     size = len(tensors) // 2
-    cotangents = tuple(t.clone() for t in tensors[size:])  # whose places are written over
+    cotangents = [t.clone() for t in tensors[size:]]  # whose places are written over
     pulled = Point(problem, tensors[:size], step, mode).evaluated().pull_as_it_is(cotangents, mixed=mixed)
     rates = [pulled.rates.get(name) for name in sorted(problem.hyper.learned)]
     return (*pulled.state, pulled.norm, pulled.by_pull, pulled.mixed, *rates)

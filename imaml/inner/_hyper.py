@@ -209,18 +209,17 @@ class Hyperparameters:
             by_name[name] = value.at(0) if isinstance(value, Value) else value
         return Rates(by_name, self.layout, self.named)
 
-    def tensors_at(self, step: int) -> dict[str, Tensor]:
-        """The values of `at` that may be others at another step or in another call, each as a tensor, by name."""
+    def tensors_of(self, at: Rates) -> dict[str, Tensor]:
+        """The values at a step that may be others at another one or in another call, each as a tensor, by name."""
         if not (self._values or self._schedules or self.named.given):  # asked at every step
             return {}
-        at = self.at(step)
         found = at.tensors({*self._values, *self._schedules, *(f"{META}{name}" for name in self.named.flat())})
         return found | {n: self.like.new_tensor(at[n]) for n in self._schedules.keys() - found.keys()}
 
-    def at_one_step(self, step: int, values: Mapping[str, Tensor]) -> Hyperparameters:
-        """Those of one step, whatever the step, with other values in the place of `tensors_at`."""
+    def at_one_step(self, at: Rates) -> Hyperparameters:
+        """What is the same at every step: these values, of one of them."""
         found = _AtOneStep(self.leaves, self.meta, self.layout, self.like, self.named, self.numbers)
-        found.rates, found.learned = self.at(step).replaced(values), self.learned
+        found.rates, found.learned = at, self.learned
         return found
 
     def for_all_steps(self, name: str, otherwise: float = 0.0) -> float | Tensor:

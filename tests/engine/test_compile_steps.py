@@ -1,0 +1,234 @@
+"""Inner steps that are compiled as a whole: the same numbers, whatever a step depends on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from imaml import (
+    FOMAML,
+    MAML,
+    Adam,
+    AdamW,
+    CompileWarning,
+    GradientDescent,
+    MetaGradient,
+    Minibatches,
+    Objective,
+    RMSprop,
+    Task,
+    TaskBatch,
+)
+from imaml.inner import LAMB, InnerOptimizer, Lion, Muon, NormalizedDescent, warmup_cosine
+
+META = {
+    name: torch.tensor(value).double() for name, value in (("log_lr", -2), ("decay", 0.3), ("most", 0.3), ("pull", 0.4))
+}
+
+
+@pytest.fixture(autouse=True)
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traces run as they are, without the seconds of compilation."""
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, inputs: graph)
+
+
+def tasks_of(examples: int = 6, seed: int = 1) -> TaskBatch:
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(2, 3, examples, size, generator=generator).double() for size in (4, 2))
+    return TaskBatch(support=(x[0], y[0]), query=(x[1], y[1]))
+
+
+def objective_of(*learned: str, adapt: list[str] | None = None) -> Objective:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    meta = {name: META[name].clone().requires_grad_() for name in learned}
+    return Objective(model, with_meta if meta else F.mse_loss, adapt=adapt, meta=meta)
+
+
+def with_meta(output: Tensor, target: Tensor, meta: dict[str, Tensor]) -> Tensor:
+    return F.mse_loss(output, target)
+
+
+OPTIMIZERS: dict[str, InnerOptimizer] = {
+    "momentum": GradientDescent(lr=0.1, momentum=0.8, nesterov=True, weight_decay=0.1, steps=4),
+    "a step size for each step": GradientDescent(lr=[0.1, 0.2, 0.05, 0.3], steps=4),
+    "one for each parameter": GradientDescent(
+        lr={"0.weight": 0.1, "0.bias": [0.1, 0.2, 0.3, 0.1], "2.weight": 0.3, "2.bias": 0.2}, steps=4
+    ),
+    "a schedule": GradientDescent(lr=warmup_cosine(0.3, warmup=2, total=4), steps=4),
+    "clipping": GradientDescent(lr=0.1, max_grad_norm=0.3, steps=4),
+    "adam": Adam(lr=0.05, steps=4),
+    "adamw with a schedule": AdamW(lr=warmup_cosine(0.1, warmup=1, total=4), weight_decay=0.2, steps=4),
+    "rmsprop": RMSprop(lr=0.02, momentum=0.5, steps=4),
+    "lamb": LAMB(lr=0.05, steps=4),
+    "lion": Lion(lr=0.01, steps=4),
+    "muon": Muon(lr=0.01, steps=4),
+    "normalised": NormalizedDescent(lr=0.1, steps=4),
+}
+LEARNED: dict[str, tuple[list[str], InnerOptimizer]] = {
+    "a step size": (["log_lr"], GradientDescent(lr=lambda meta: meta["log_lr"].exp(), steps=4)),
+    "a schedule": (["log_lr"], Adam(lr=lambda meta, step: meta["log_lr"].exp() / (1 + step), steps=4)),
+    "decay and clipping": (
+        ["decay", "most"],
+        AdamW(lr=0.05, weight_decay=lambda meta: meta["decay"], max_grad_norm=lambda meta: meta["most"], steps=4),
+    ),
+}
+
+
+def compare(engine: MetaGradient, objective: Objective, tasks: Any, **given: Any) -> MetaGradient:
+    """That a compiled engine finds what another does, in its first calls and in later ones; returns it."""
+    compiled = replace(engine, compile=True, compile_budget=600.0)
+    expected = engine(objective, tasks, **given)
+    learned = list(objective.parameters().values())
+    gradients = torch.autograd.grad(expected.loss, learned, allow_unused=True)
+    for _ in range(3):
+        found = compiled(objective, tasks, **given)
+        its = torch.autograd.grad(found.loss, learned, allow_unused=True)
+        torch.testing.assert_close(found.loss, expected.loss, rtol=1e-12, atol=0.0)
+        for a, b in zip(its, gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found.report.support_loss, expected.report.support_loss, rtol=1e-12, atol=0.0)
+        torch.testing.assert_close(found.report.growth, expected.report.growth, rtol=1e-9, atol=0.0)
+        counts = [(r.gradients, r.hvps, r.hvp_mode, r.unused) for r in (found.report, expected.report)]
+        assert counts[0] == counts[1]
+    assert compiled._memory.compiler.is_on
+    return compiled
+
+
+@pytest.mark.parametrize("regularization", [0.0, 0.5], ids=["plain", "proximal"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_of_every_optimiser_is_one_function(name: str, regularization: float) -> None:
+    engine = MAML(inner=OPTIMIZERS[name], regularization=regularization, linearize=False)
+    assert compare(engine, objective_of(), tasks_of())._memory.compiler.made == 3
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_learned_hyper_parameters_get_their_gradient(name: str) -> None:
+    learned, inner = LEARNED[name]
+    compare(MAML(inner=inner, linearize=False), objective_of(*learned), tasks_of())
+
+
+def test_a_learned_proximal_term_and_parameters_that_do_not_adapt() -> None:
+    engine = MAML(inner=Adam(lr=0.05, steps=3), regularization=lambda meta: meta["pull"].exp(), linearize=False)
+    compare(engine, objective_of("pull", adapt=["2"]), tasks_of())
+
+
+@pytest.mark.parametrize("options", [{"checkpoints": 1}, {"truncate": 2}, {"outer_steps": {1: 0.5, 4: 1.0}}], ids=str)
+def test_every_way_of_a_sweep(options: dict[str, Any]) -> None:
+    compare(MAML(inner=OPTIMIZERS["adam"], linearize=False, **options), objective_of(), tasks_of())
+
+
+def test_a_training_that_goes_on() -> None:
+    objective, engine = objective_of(), MAML(inner=OPTIMIZERS["adam"], linearize=False)
+    state = engine(objective, tasks_of(), return_state=True).state
+    compare(engine, objective, tasks_of(), start=state)
+
+
+def test_minibatches_of_two_shapes() -> None:
+    task = tasks_of()[0]
+    source = Minibatches.of(task.support, batch_size=4)
+    engine = MAML(inner=OPTIMIZERS["adam"], linearize=False)
+    compare(engine, objective_of(), [Task(support=source, query=task.query)])
+
+
+def test_a_step_size_that_changes_from_call_to_call_is_no_constant() -> None:
+    """A number, of a function of the meta-parameters, is frozen in a trace; another one is another function."""
+    lr, objective = [0.1], objective_of()
+    engine = FOMAML(inner=GradientDescent(lr=lambda meta: lr[0], steps=2))
+    compiled = replace(engine, compile=True)
+    for value in (0.1, 0.2, 0.1):
+        lr[0] = value
+        expected, found = (e.value_and_grad(objective, tasks_of())[1] for e in (engine, compiled))
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-12, atol=1e-14)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Own(GradientDescent):
+    """An update of the user's, who changes what it reads."""
+
+    is_deterministic: ClassVar[bool] = True
+    factor: ClassVar[list[float]] = [1.0]
+
+    def update(self, state: Any, gradient: Tensor, step: int, at: Any) -> Any:
+        return (state[0] - self.factor[0] * at["lr"] * gradient,)
+
+
+def test_an_update_of_the_users_is_never_frozen() -> None:
+    objective, engine = objective_of(), MAML(inner=_Own(lr=0.1, steps=2), linearize=False)
+    compiled = replace(engine, compile=True)
+    for factor in (1.0, 0.5):
+        _Own.factor[0] = factor
+        expected, found = (e.value_and_grad(objective, tasks_of())[1] for e in (engine, compiled))
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-12, atol=1e-14)
+    _Own.factor[0] = 1.0
+
+
+class _Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
+GLOBAL = [1.0]
+OFFSET = torch.zeros(2).double()
+
+
+def _shifted(output: Tensor, target: Tensor) -> Tensor:
+    return GLOBAL[0] * F.mse_loss(output + OFFSET, target)
+
+
+CHANGES: dict[str, Callable[[nn.Sequential], Any]] = {
+    "an attribute of a module": lambda model: setattr(model[1], "factor", 1.5),
+    "a global number": lambda model: GLOBAL.__setitem__(0, 2.0),
+    "a tensor that is written to": lambda model: OFFSET.fill_(0.3),
+    "a hook": lambda model: model[1].register_forward_hook(lambda module, args, output: 2 * output),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changes_between_calls_is_noticed_in_the_next(name: str) -> None:
+    """Also in a call that would not compare: the third after the comparisons of the first and the second."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), _Scaled(), nn.Tanh(), nn.Linear(5, 2)).double()
+    objective, engine = Objective(model, _shifted), MAML(inner=OPTIMIZERS["momentum"])
+    compiled = replace(engine, compile=True)
+    try:
+        for _ in range(6):  # the next call after these would not compare
+            compiled.value_and_grad(objective, tasks_of())
+        CHANGES[name](model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CompileWarning)
+            found = compiled.value_and_grad(objective, tasks_of())[1]
+        for key, gradient in engine.value_and_grad(objective, tasks_of())[1].items():
+            torch.testing.assert_close(found[key], gradient, rtol=1e-12, atol=1e-14)
+    finally:
+        GLOBAL[0] = 1.0
+        OFFSET.zero_()
+
+
+def test_calls_compare_less_and_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluations = []
+    objective = objective_of()
+    evaluate = objective.evaluate
+    compiled = MAML(inner=OPTIMIZERS["momentum"], compile=True)
+    compiled.value_and_grad(objective, tasks_of())
+    monkeypatch.setattr(objective, "evaluate", lambda *a, **k: evaluations.append(1) or evaluate(*a, **k))
+    compared = []
+    for _ in range(16):
+        before = len(evaluations)
+        compiled.value_and_grad(objective, tasks_of())
+        compared.append(len(evaluations) > before)
+    assert 3 <= sum(compared) <= 6, compared
+    assert not any(compared[8:14])

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from imaml._curvature.derivatives import Derivatives
 from imaml._curvature.inductor import Outputs
 from imaml._engine.course import Course
 from imaml._losses.loss import Loss, MeanLoss
@@ -27,7 +28,7 @@ def at_once(
     A gradient or a product alone would leave the update and the Python between them to every step.
 
     Args:
-        problem: The `Problem`, which knows this file; the function gets one whose values are arguments of what is compiled.
+        problem: The `Problem`, which knows this file; the function gets one whose values are arguments.
         name: What the function computes, for people and as a key.
         function: It depends on nothing else.
         step: The step.
@@ -37,7 +38,8 @@ def at_once(
     Returns:
         The outputs; None where it is not compiled as a whole.
     """
-    derivatives, loss, hyper = problem.derivatives, problem.support_at(step), problem.hyper
+    derivatives: Derivatives = problem.derivatives
+    loss, hyper = problem.support_at(step), problem.hyper
     if not (derivatives.compiles and problem.is_traceable and _is_one_slice(loss)):
         return None
     at, damping = hyper.at(problem.first + step), problem.damping

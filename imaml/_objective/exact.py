@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from imaml._objective.at_once import batch_norm, conv2d, linear
-from imaml._torch import may_drop_second_derivative, of_all_tasks, weight_norm
+from imaml._torch import is_functorch_wrapped_tensor, may_drop_second_derivative, of_all_tasks, weight_norm
 
 
 class ExactDerivatives(TorchFunctionMode):
@@ -26,6 +26,7 @@ class ExactDerivatives(TorchFunctionMode):
     - `torch.view_as_complex` of a parameter, which lies anywhere in a flat vector, is a copy where torch wants another
       alignment; so is its view as a complex dtype.
     - `F.linear`, `F.conv2d` and `F.batch_norm` are those of all tasks at once: see `at_once.py`.
+    - `F.group_norm` and views see images in the order that they have without these.
     - `requires_grad`, `is_leaf` and `grad_fn` of a tensor inside `vmap` are those of the tensors of all tasks; torch
       says that none requires grad, and a forward pass that asks would take another branch than for one task.
 
@@ -113,6 +114,10 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / norm)
 
 
+def _group_norm(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return F.group_norm(input.contiguous(), *args, **kwargs)  # `vmap` has none of images whose channels are last
+
+
 def _view_as_complex(pairs: Tensor) -> Tensor:
     try:
         return torch.view_as_complex(pairs)
@@ -125,6 +130,8 @@ def _view_as_complex(pairs: Tensor) -> Tensor:
 def _view(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     dtype = args[0] if args else kwargs.get("dtype")
     if not isinstance(dtype, torch.dtype) or not dtype.is_complex or tensor.is_complex():
+        if tensor.ndim == 4 and is_functorch_wrapped_tensor(tensor):  # images whose channels `conv2d` has put last
+            return tensor.contiguous().view(*args, **kwargs)
         return tensor.view(*args, **kwargs)
     return _view_as_complex(tensor.unflatten(-1, (-1, 2)))
 
@@ -156,6 +163,7 @@ _REPLACED: Mapping[Callable[..., Any], Callable[..., Any]] = {
     F.linear: linear,
     F.conv2d: conv2d,
     F.batch_norm: batch_norm,
+    F.group_norm: _group_norm,
     weight_norm: _weight_norm,
     torch.view_as_complex: _view_as_complex,
     Tensor.view: _view,

@@ -1,14 +1,16 @@
 """Operations of all tasks at once: values and derivatives are those of one task after another."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from imaml import MAML, GradientDescent, Objective, Task
+from imaml import MAML, GradientDescent, Objective, Task, TaskBatch
 from imaml._objective import at_once
 from imaml._objective.exact import ExactDerivatives
-from imaml._torch import vectorised
+from imaml._torch import is_functorch_wrapped_tensor, vectorised
 
 TASKS = 3
 
@@ -163,3 +165,25 @@ def test_a_meta_gradient_is_that_of_one_task_at_a_time(hvp):
     ]
     for name, gradient in found[1].items():
         torch.testing.assert_close(found[0][name], gradient, rtol=1e-11, atol=1e-11)
+
+
+class _Viewed(nn.Module):
+    def forward(self, x):
+        return x.view(x.shape[0], -1)
+
+
+@pytest.mark.parametrize("after", [nn.GroupNorm(4, 16), _Viewed()], ids=["group norm", "view"])
+def test_what_follows_large_images_is_vectorised(after):
+    """Their channels lie last, of which `vmap` has no group norm, and no view flattens them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 16, 3), after, nn.Flatten(), nn.Linear(16 * 14 * 14, 3)).double()
+    x, y = torch.randn(2, 4, 6, 1, 16, 16).double(), torch.randint(3, (2, 4, 6))
+    tasks = TaskBatch(support=(x[0], y[0]), query=(x[1], y[1]))
+    engine, shapes = MAML(inner=GradientDescent(lr=0.01, steps=1), chunk_size=4), set()
+    hook = model[0].register_forward_hook(lambda module, args, output: shapes.add(is_functorch_wrapped_tensor(output)))
+    found = engine.value_and_grad(Objective(model, F.cross_entropy), tasks)[1]
+    hook.remove()
+    assert shapes == {True}
+    expected = replace(engine, chunk_size=1).value_and_grad(Objective(model, F.cross_entropy), tasks)[1]
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12)

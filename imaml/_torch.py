@@ -21,6 +21,7 @@ Tested with torch 2.9 to 2.15. A private name may be gone in the next release:
 | `_SpectralNorm`, `SpectralNorm` | `spectral_norm` is known | by `n_power_iterations` |
 | `_forward_cls`, `autograd_function` | custom functions under `vmap` are known | none is trusted |
 | `_get_dispatch_mode` and its keys | a trace sees no random state | as if there were no trace |
+| `forward_ad._current_level` | convolutions of all tasks at once | by what `vmap` makes of them |
 | `torch._inductor` | `compile=True` | it warns, and runs uncompiled |
 | `_inductor.config` | compilation in a third of the time | a setting that is gone is left out |
 | `_inductor.sizevars` | compilation in three quarters of the time | by `sympy.simplify` |
@@ -256,6 +257,11 @@ def sequence_number() -> float:
         return torch._C._autograd._get_sequence_nr()
     except AttributeError:
         return float("nan")
+
+
+def is_along_tangents() -> bool:
+    """Whether forward-mode derivatives are being taken; True where torch does not say."""
+    return getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
 
 
 def is_traced() -> bool:

@@ -9,6 +9,8 @@ from functools import cached_property, reduce
 import torch
 from torch import Tensor
 
+from imaml._torch import is_traced
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -62,7 +64,9 @@ class Layout:
         """One tensor `(*batch, *shape)` per parameter, None for zeros, as a new flat one; `like`: `(*batch, m)`."""
         batch, dtype = like.shape[:-1], self.dtype
         given = [t for t in tensors if t is not None]
-        if not all([t.is_contiguous() for t in given]) and not any([t.requires_grad for t in given]):
+        in_order = all([t.is_contiguous() for t in given])
+        # A compiler would make a pass over the whole for each part that is written.
+        if not in_order and not any([t.requires_grad for t in given]) and not is_traced():
             return self._gathered(tensors, like.new_empty((*batch, sum(self.sizes)), dtype=dtype))
         parts = [
             torch.zeros(*batch, size, dtype=dtype, device=like.device)

@@ -8,17 +8,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from imaml._objective.grouped import batch_norm_of, convolution_of
-from imaml._torch import at_once, is_traced
+from imaml._torch import at_once, is_along_tangents, is_traced
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, which is one product of batches of matrices where every task has its own weight and bias."""
     own = (input, weight) if bias is None else (input, weight, bias)
     known = weight.ndim == 2 and input.ndim > 0 and (bias is None or bias.ndim == 1)
-    if known and not torch.is_autocast_enabled(input.device.type):
+    if known and not torch.is_autocast_enabled(input.device.type) and not is_traced():
         found = at_once(_linear, own, [0] * len(own), 0)
         if found is not None:
             return found
@@ -107,5 +106,5 @@ def _is_plain(tensors: tuple[Tensor, ...]) -> bool:
         and all([t.dtype == first.dtype for t in tensors])
         and not torch.is_autocast_enabled("cpu")
         and not is_traced()
-        and not any([forward_ad.unpack_dual(t).tangent is not None for t in tensors])
+        and not is_along_tangents()
     )

@@ -77,17 +77,20 @@ class MetaGradient(Strategy):
     of every order, besides those of `Objective(recompute=...)`. The numbers are the same. It is an option of the engine
     too, so that a forecast can recommend it.
 
-    Compilation: with `compile=True` the derivatives of the losses are traced and compiled by TorchInductor, once for
-    each shape. That is about twice as fast where calls are many and tensors small, for some ten seconds of compilation
-    the first time, and half a minute for four convolutions: those of few small images are compiled as products of
-    patches and weights, others call torch's kernels. Another process finds what was compiled on disk
-    (`TORCHINDUCTOR_CACHE_DIR`). A compiled product evaluates its step anew; no graph is kept.
+    Compilation: with `compile=True` an inner step, its derivative and the query gradient are traced and compiled by
+    TorchInductor, each as a whole and once for each shape, whatever the number of steps. An update of the user's own,
+    or of long vectors, stays uncompiled between compiled gradients and products. That is three times as fast where
+    calls are many and tensors small, for some ten seconds of compilation the first time, and half a minute for four
+    convolutions: those of few small images are compiled as products of patches and weights, others call torch's
+    kernels. Another process finds what was compiled on disk (`TORCHINDUCTOR_CACHE_DIR`). A compiled product evaluates
+    its step anew; no graph is kept.
 
-    A compiled loss is taken for a function of its tensors (parameters, buffers, batch, `meta`). Whatever else changes
-    in it is noticed, where it changes the losses: every call compares one of each shape with an uncompiled forward
-    pass, as the first compares the derivatives.
+    A compiled loss is taken for a function of its tensors (parameters, buffers, batch, `meta`). A first call compares
+    what is compiled with what is not. Later ones compare one loss of each shape with an uncompiled forward pass: where
+    anything has changed that the losses and the model can reach (attributes, closures, global names, hooks), and in any
+    case in the 1st, 2nd, 4th, 8th... call.
 
-    An engine goes on uncompiled, with the same results and a `CompileWarning` that says why, on such a change, with
+    An engine goes on uncompiled, with the same results and a `CompileWarning` that says why, where they differ, with
     random draws (dropout), without a C++ compiler, with forward-mode derivatives in the loss that torch cannot trace
     (`vmap(hessian(...))`), beyond 12 functions, or beyond `compile_budget`. So it does where blocks are recomputed
     (`Objective(recompute=...)`, `imaml.recompute`, `torch.utils.checkpoint`), since compiled code would keep their

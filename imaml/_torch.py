@@ -17,6 +17,7 @@ Tested with torch 2.9 to 2.15. A private name may be gone in the next release:
 | `_engine_run_backward` | gradients without checks | with them |
 | `_set_vmap_fallback_warning_enabled` | an operation that `vmap` runs in a loop is no matter | torch warns |
 | `_get_sequence_nr` | equal graphs are looked through once | looked through every time |
+| `aten._unsafe_view` | a trace whose products are transposed | AttributeError |
 | `aten._to_copy` | `verify` knows what a model rounds to | ImportError |
 | `_SpectralNorm`, `SpectralNorm` | `spectral_norm` is known | by `n_power_iterations` |
 | `_forward_cls`, `autograd_function` | custom functions under `vmap` are known | none is trusted |
@@ -317,6 +318,10 @@ def is_sharded(model: nn.Module) -> bool:
 def is_compiled(module: nn.Module) -> bool:
     """Whether a module is compiled. Not known, torch has no second derivative for it, and says so."""
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+"""Operations of a trace that want a tensor whose entries lie in their order."""
 
 
 def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 from weakref import WeakKeyDictionary
@@ -108,6 +108,43 @@ class Compiled(Derivatives):
         assert values is not None
         return found if self._is_still(part, values, given[0], step) else None
 
+    def whole_in_two(
+        self,
+        part: Slice,
+        name: str,
+        plain: Function,
+        given: tuple[Tensor, ...],
+        step: int,
+        *,
+        late: int,
+        first: int,
+        key: Hashable,
+        losses: int,
+    ) -> tuple[Outputs, Callable[..., Outputs]] | None:
+        """See `Derivatives`."""
+        compiler, shape = self._session.compiler, self._shape(part)
+        key, made = (name, key, late, first, *[t.shape for t in given]), compiler.made
+        if key not in shape.known.functions:
+            stand_ins = [_stand_in(given[0]) for _ in range(late)]
+            function, _ = self._compile(part, name, plain, (*stand_ins, *given), late=late, first=first)
+            if function is None:
+                return None
+            shape.known.functions[key] = function
+        part.record.add(shape.known.functions[key].done)
+        compiled, tensors = shape.known.functions[key], [*_plain(given), *shape.tensors()]
+        found = run(compiled.function, tensors)
+        values = found[losses]
+        assert values is not None
+        if compiler.made == made and not self._is_still(part, values, given[0], step):
+            return None
+        handed = [t for t in found[first:] if t is not None]
+
+        def then(*later: Tensor) -> Outputs:
+            assert compiled.then is not None
+            return run(compiled.then, [*_plain(later), *tensors, *handed])
+
+        return found[:first], then
+
     def _is_still(self, part: Slice, losses: Tensor, phi: Tensor, step: int) -> bool:
         """Whether the first of the losses is what it is uncompiled, where this call is to compare; once a shape."""
         session, objective, shape = self._session, part.snapshot.objective, self._shape(part).known
@@ -159,9 +196,21 @@ class Compiled(Derivatives):
         return run(compiled.function, [*_plain(given), *shape.tensors()])
 
     def _compile(
-        self, part: Slice, name: str, plain: Function, given: tuple[Tensor, ...]
+        self, part: Slice, name: str, plain: Function, given: tuple[Tensor, ...], *, late: int = 0, first: int = 0
     ) -> tuple[CompiledFunction | None, Outputs]:
-        """The compiled function, if it can be, and what the uncompiled one finds."""
+        """The compiled function, if it can be, and what the uncompiled one finds.
+
+        Args:
+            part: The slice.
+            name: What is computed.
+            plain: The function.
+            given: Its tensors.
+            late: How many of these, the first ones, are stand-ins for what comes later; 0: it is one function.
+            first: How many of the outputs come before.
+
+        Returns:
+            Both.
+        """
         session, snapshot, shape = self._session, part.snapshot, self._shape(part)
         done = Record(needs_shared=part.record.needs_shared, needs_grad_mode=part.record.needs_grad_mode)
 
@@ -178,18 +227,25 @@ class Compiled(Derivatives):
             )
             return plain(inside, *tensors[: len(given)])
 
-        expected = plain(part, *given)
+        # What it costs to look at a function whose arguments are not there yet is not what the call has done.
+        looked = replace(part, record=replace(part.record)) if late else part
+        expected = plain(looked, *given)
         if others := objects(part.batch):
             session.compiler.give_up(f"a task holds a {type(others[0]).__name__}, which is no tensor.")
         elif snapshot.replay.draws:
             session.compiler.give_up("a loss draws random numbers (dropout), which are replayed uncompiled.")
-        elif part.tasks > 1 and not part.record.is_vectorised:
+        elif part.tasks > 1 and not looked.record.is_vectorised:
             session.compiler.give_up("the model cannot be vectorised over tasks. Use chunk_size=1 to compile it.")
-        elif part.record.mode != "finite-difference" and not self._keeps_what_is_recomputed(part):
+        elif looked.record.mode != "finite-difference" and not self._keeps_what_is_recomputed(part):
             what = f"the {name.partition(' ')[0]} of the {part.role} loss, {part.tasks} at once"
-            function = session.compile(traced, [*_plain(given), *shape.tensors()], expected, what)
-            if function is not None:
-                return CompiledFunction(function, done), expected
+            tensors = [*_plain(given), *shape.tensors()]
+            if late:
+                both = session.compile_in_two(traced, tensors, range(late), first, expected, what)
+            else:
+                function = session.compile(traced, tensors, expected, what)
+                both = None if function is None else (function, None)
+            if both is not None:
+                return CompiledFunction(*both, done), expected
         return None, expected
 
     def _shape(self, part: Slice) -> _Made:
@@ -222,6 +278,11 @@ class _Made:
             return [*self._own, *self._data]
         constants = self._frozen | self._snapshot.constants.fresh()
         return [*self._own, *_plain(constants[name] for name in self.constants), *self._data]
+
+
+def _stand_in(like: Tensor) -> Tensor:
+    """A vector of no particular values, which takes nothing from a random generator."""
+    return torch.linspace(-1.0, 1.0, like.numel(), dtype=like.dtype, device=like.device).view(like.shape)
 
 
 def _plain(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from imaml._curvature.deadline import OutOfTimeError
-from imaml._curvature.inductor import Function, Outputs, run, trace_and_compile
+from imaml._curvature.inductor import Function, Outputs, run, trace_and_compile, trace_and_split
 from imaml._errors import CompileWarning, warn
 from imaml._losses.record import Record
 from imaml._losses.snapshot import Snapshot
 from imaml._objective.objective import Objective
 from imaml._objective.reach import Reach
 
+F = TypeVar("F")
 MOST = 12
 """Functions that one engine compiles; more say that the shapes or the objective keep changing."""
 
@@ -28,6 +30,8 @@ class CompiledFunction:
     """One function for one shape, and which parameters it uses; see `Record`."""
 
     function: Function
+    then: Function | None
+    """The second part of one that is split; see `split`."""
     done: Record
     """What it adds to the record of a call."""
 
@@ -102,15 +106,41 @@ class Session:
 
     def compile(self, function: Function, tensors: Sequence[Tensor], expected: Outputs, what: str) -> Function | None:
         """The compiled form of a function; None, with a warning, where there is none that agrees with `expected`."""
+
+        def compile_(seconds: float) -> tuple[Function, Outputs]:
+            compiled = trace_and_compile(function, tensors, what, seconds)
+            return compiled, run(compiled, tensors)
+
+        return self._compiled(compile_, expected, what)
+
+    def compile_in_two(
+        self,
+        function: Function,
+        tensors: Sequence[Tensor],
+        late: Collection[int],
+        first: int,
+        expected: Outputs,
+        what: str,
+    ) -> tuple[Function, Function | None] | None:
+        """The compiled forms of the two parts of a function, as `split` has it; None likewise."""
+
+        def compile_(seconds: float) -> tuple[tuple[Function, Function | None], Outputs]:
+            before, then = trace_and_split(function, tensors, late, first, what, seconds)
+            found = run(before, [t for i, t in enumerate(tensors) if i not in late])
+            handed = [t for t in found[first:] if t is not None]
+            return (before, then), (*found[:first], *run(then, [*tensors, *handed]))
+
+        return self._compiled(compile_, expected, what)
+
+    def _compiled(self, compile_: Callable[[float], tuple[F, Outputs]], expected: Outputs, what: str) -> F | None:
         if self.compiler.made == MOST:
             self.compiler.give_up(f"{MOST} functions are compiled already, and shapes or objectives keep changing.")
             return None
         self.compiler.made += 1
         start = monotonic()
         try:
-            compiled = trace_and_compile(function, tensors, what, self.budget - self.compiler.spent)
+            compiled, found = compile_(self.budget - self.compiler.spent)
             self.compiler.spent += monotonic() - start
-            found = run(compiled, tensors)
         except OutOfTimeError:
             self.compiler.give_up(
                 f"compiling takes more than compile_budget={self.budget:g} seconds (at {what}, function "

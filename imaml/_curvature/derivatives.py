@@ -89,6 +89,37 @@ class Derivatives:
         """
         return None
 
+    def whole_in_two(
+        self,
+        part: Slice,
+        name: str,
+        plain: Callable[..., Outputs],
+        given: tuple[Tensor, ...],
+        step: int,
+        *,
+        late: int,
+        first: int,
+        key: Hashable,
+        losses: int,
+    ) -> tuple[Outputs, Callable[..., Outputs]] | None:
+        """What `whole` does, for a function of which some arguments come later.
+
+        Args:
+            part: The slice.
+            name: What is computed.
+            plain: The function, of a slice, of what comes later, in the shape of the parameters, and of the tensors.
+            given: The tensors, the parameters first.
+            step: The inner step there.
+            late: How many come later.
+            first: How many of the outputs depend on none of these.
+            key: What else is frozen in the function.
+            losses: Which of the outputs the losses are.
+
+        Returns:
+            These outputs, and what makes the others of what comes later; None where they are not compiled.
+        """
+        return None
+
     def value(self, loss: Loss, phi: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
         """Losses and metric `(tasks,)` at phi `(tasks, n)`, without derivatives; both are averaged over the slices."""
         parts = [(weight, *self.value_of(part, phi, step)) for weight, part in loss.slices]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import monotonic
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from imaml._curvature.deadline import within
 from imaml._curvature.narrow import transpose_tall
 from imaml._curvature.patches import DECOMPOSITIONS, Patches
+from imaml._curvature.residuals import split
 from imaml._torch import TorchDispatchMode, compile_graph, tree_leaves
 
 Outputs = tuple[Tensor | None, ...]
@@ -48,21 +49,69 @@ def trace_and_compile(function: Function, tensors: Sequence[Tensor], what: str, 
     Raises:
         OutOfTimeError: It takes longer.
     """
+    return _compiled(lambda: [_trace(function, tensors)], [tensors], what, seconds, tensors[0].device)[0]
+
+
+def trace_and_split(
+    function: Function, tensors: Sequence[Tensor], late: Collection[int], first: int, what: str, seconds: float
+) -> tuple[Function, Function]:
+    """Compile a function in two parts, as `split` has it, which see the same evaluation of a loss.
+
+    Args:
+        function: A function of tensors alone.
+        tensors: What to trace it with.
+        late: Which of these come later.
+        first: How many of its outputs the first part has.
+        what: For people.
+        seconds: The time.
+
+    Returns:
+        The two parts.
+
+    Raises:
+        OutOfTimeError: It takes longer.
+    """
+    given = [list(tensors), list(tensors)]
+
+    def graphs() -> list[torch.fx.GraphModule]:
+        before, then = split(_trace(function, tensors), late, first)
+        given[0] = [t for i, t in enumerate(tensors) if i not in late]
+        with torch.no_grad():
+            given[1] += before(*given[0])[first:]
+        return [before, then]
+
+    before, then = _compiled(graphs, given, what, seconds, tensors[0].device)
+    return before, then
+
+
+def _trace(function: Function, tensors: Sequence[Tensor]) -> torch.fx.GraphModule:
+    from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415
+
+    graph: torch.fx.GraphModule = make_fx(_as_compiled(function), decomposition_table=DECOMPOSITIONS)(*tensors)
+    transpose_tall(graph)
+    return graph
+
+
+def _compiled(
+    traced: Callable[[], list[torch.fx.GraphModule]],
+    given: Sequence[Sequence[Tensor]],
+    what: str,
+    seconds: float,
+    device: torch.device,
+) -> list[Function]:
+    """The graphs that are traced, each compiled for its arguments."""
     start = monotonic()
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of its own
-        from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415
-
-        graph = make_fx(_as_compiled(function), decomposition_table=DECOMPOSITIONS)(*tensors)
-        transpose_tall(graph)
-        size = _size(graph)
+        graphs = traced()
+        size = _size(graphs)
         left = max(0.0, seconds - (monotonic() - start))
         LOGGER.info("Compiling %s (%s). It may take %.0f s.", what, size, left)
-        device, threads = tensors[0].device, torch.get_num_threads()
+        threads = torch.get_num_threads()
 
-        def compute() -> Function:
+        def compute() -> list[Function]:
             with _ONE_AT_A_TIME, _current(device), as_traced(device):
                 torch.set_num_threads(threads)  # each thread has a number of its own, which goes into the code
-                return compile_graph(graph, tensors)
+                return [compile_graph(graph, tensors) for graph, tensors in zip(graphs, given, strict=True)]
 
         # A limit by the size of the trace would be the same on every machine, and off by the machine's speed.
         compiled = within(
@@ -78,8 +127,8 @@ _STILL = (
 )
 
 
-def _size(graph: torch.fx.GraphModule) -> str:
-    called = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+def _size(graphs: Sequence[torch.fx.GraphModule]) -> str:
+    called = [str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
     convolutions = sum("convolution" in target for target in called)
     return f"{len(called)} operations" + (f", {convolutions} of convolutions" if convolutions else "")
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from imaml._torch import VIEWS
+
 _BATCHED, _TRANSPOSE = torch.ops.aten.bmm.default, torch.ops.aten.transpose.int
-_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 
 
 def transpose_tall(graph: torch.fx.GraphModule) -> None:
@@ -19,7 +20,7 @@ def transpose_tall(graph: torch.fx.GraphModule) -> None:
         graph: A trace, which is changed.
     """
     for node in graph.graph.nodes:
-        if node.target in _VIEWS:  # of what may be transposed now
+        if node.target in VIEWS:  # of what may be transposed now
             node.target = torch.ops.aten.reshape.default
         if node.target is not _BATCHED:
             continue

@@ -80,8 +80,8 @@ class Footprint:
     held: int
     """and that their inner states take."""
     keeps: bool
-    """Whether steps may keep their graphs: not those of a loss that is taken slice by slice, nor compiled ones, which
-    have none. Of one whose blocks are recomputed, to save memory, a graph spares less than a gradient."""
+    """Whether steps may keep their graphs: not those of a loss that is taken slice by slice. Of one whose blocks are
+    recomputed, to save memory, a graph spares less than a gradient."""
 
     @classmethod
     def of(cls, support: Loss, query: Loss, theta: Tensor, *, compiled: bool) -> Footprint:
@@ -97,7 +97,7 @@ class Footprint:
             What it takes.
         """
         inside, outside = (max(1, saved_bytes(loss.slices[0][1], theta)) for loss in (support, query))
-        keeps = not compiled and len(support.slices) == 1 and not support.snapshot.survey.recomputes_any
+        keeps = len(support.slices) == 1 and not support.snapshot.survey.recomputes_any
         room = COMPILED.get(theta.device.type, _room(theta)) if compiled else _room(theta)
         return cls(inside, outside, theta.nbytes, room, STORED * _room(theta), keeps)
 

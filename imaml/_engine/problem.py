@@ -233,7 +233,7 @@ class Problem:
         if support is None:
             self.record.gradients += self.tasks
             support = self.derivatives.gradient(self.support_at(step), phi, step)
-        self._remember(phi, step, support.losses)
+        self.remember(phi, step, support.losses)
         return self.add_proximal(support.adapted, phi)
 
     def value_and_gradient(self, phi: Tensor, step: int, support: Gradient | None = None) -> tuple[Tensor, Tensor]:
@@ -281,7 +281,7 @@ class Problem:
             return self.update(state, self.gradient(state[0], step), step)
         *following, losses = found
         assert losses is not None
-        self._remember(state[0], step, losses)
+        self.remember(state[0], step, losses)
         return tuple(t for t in following if t is not None)
 
     def update(self, state: State, gradient: Tensor, step: int) -> State:
@@ -314,7 +314,7 @@ class Problem:
         self.statistics = {n: torch.cat([t.statistics[n] for t in alone]) for n in alone[0].statistics}
         return torch.cat(found)
 
-    def _remember(self, phi: Tensor, step: int, losses: Tensor) -> None:
+    def remember(self, phi: Tensor, step: int, losses: Tensor) -> None:
         """Add to the history what is known of a step, once."""
         if self._is_over or len(self.support_losses) != step or step >= self.inner.steps:
             return

@@ -327,7 +327,6 @@ class Run:
 
         support = Loss(loss(examples, Role.SUPPORT), size, source)
         query = Loss(loss(batch.query, Role.QUERY), size)
-        # No file holds a graph, and a compiled step evaluates its point anew, fused with what it is for.
         course = Course.of(self.journal, self.progress, positions, self.engine.inner.steps)
         problem = Problem(
             support=support,
@@ -335,7 +334,7 @@ class Run:
             derivatives=self.derivatives,
             hyper=self.hyper,
             inner=self.engine.inner,
-            chunking=replace(chunking, graphs=0) if self.engine.compile or self.journal else chunking,
+            chunking=chunking if self.journal is None else replace(chunking, graphs=0),  # no file holds a graph
             damping=self._damping(),
             positions=positions,
             first=self.first,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -38,35 +38,83 @@ def at_once(
     Returns:
         The outputs; None where it is not compiled as a whole.
     """
-    derivatives: Derivatives = problem.derivatives
-    loss, hyper = problem.support_at(step), problem.hyper
-    if not (derivatives.compiles and problem.is_traceable and _is_one_slice(loss)):
+    frame = _Frame.of(problem, function, step)
+    if frame is None:
         return None
-    at, damping = hyper.at(problem.first + step), problem.damping
-    named = hyper.tensors_of(at)
-    proximal = () if damping is None else (damping, problem.theta[0])
-    given = (*tensors, problem.numbers[step], *proximal, *named.values())
+    given = (*tensors, *frame.values)
+    return frame.derivatives.whole(frame.part, name, frame.plain, given, step, key=frame.key, losses=losses)
 
-    def plain(part: Slice, *given: Tensor) -> Outputs:
-        rest = iter(given[len(tensors) :])
-        number = next(rest)
-        inside = replace(
-            problem,
-            support=Loss(part),
-            derivatives=derivatives.uncompiled,
-            damping=None if damping is None else next(rest),
-            support_losses=[],
-            course=Course(),
-            first=0,
-            watch=None,
-        )
-        inside._is_over = True  # nothing is remembered
-        inside._theta = None if damping is None else next(rest)
-        inside.hyper = hyper.at_one_step(at.replaced(dict(zip(named, rest, strict=True))))
-        return function(inside, number, *given[: len(tensors)])
 
-    key = (hyper.learned, *hyper.numbers.items(), *named)
-    return derivatives.whole(loss.slices[0][1], name, plain, given, step, key=key, losses=losses)
+def in_two(
+    problem: Any, name: str, function: OfStep, step: int, tensors: tuple[Tensor, ...], *, late: int, first: int
+) -> tuple[Outputs, Callable[..., Outputs]] | None:
+    """What `at_once` does, for a function of which some arguments come later.
+
+    Args:
+        problem: The `Problem`.
+        name: What the function computes.
+        function: A function of the problem, the number of the step, what comes later and the tensors.
+        step: The step.
+        tensors: The arguments that are there.
+        late: How many others come later, of the shape of the first of these.
+        first: How many of the outputs depend on none of them; the last of these are the support losses.
+
+    Returns:
+        These outputs, and what makes the others of what comes later; None where it is not compiled as a whole.
+    """
+    frame = _Frame.of(problem, function, step)
+    if frame is None:
+        return None
+    given, losses = (*tensors, *frame.values), first - 1
+    return frame.derivatives.whole_in_two(
+        frame.part, name, frame.plain, given, step, late=late, first=first, key=frame.key, losses=losses
+    )
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """A function of a problem at a step as one of tensors alone."""
+
+    derivatives: Derivatives
+    part: Slice
+    plain: Callable[..., Outputs]
+    """The function, of the slice, of its own tensors and of the values."""
+    values: tuple[Tensor, ...]
+    """What else it depends on: the number of the step, the proximal term, and hyper-parameters that may change."""
+    key: Hashable
+    """What is frozen in it."""
+
+    @classmethod
+    def of(cls, problem: Any, function: OfStep, step: int) -> _Frame | None:
+        """The function with what it depends on; None where that is not to be compiled."""
+        derivatives, loss, hyper = problem.derivatives, problem.support_at(step), problem.hyper
+        if not (derivatives.compiles and problem.is_traceable and _is_one_slice(loss)):
+            return None
+        at, damping = hyper.at(problem.first + step), problem.damping
+        named = hyper.tensors_of(at)
+        proximal = () if damping is None else (damping, problem.theta[0])
+        values = (problem.numbers[step], *proximal, *named.values())
+
+        def plain(part: Slice, *given: Tensor) -> Outputs:
+            own, rest = given[: -len(values)], iter(given[-len(values) :])
+            number = next(rest)
+            inside = replace(
+                problem,
+                support=Loss(part),
+                derivatives=derivatives.uncompiled,
+                damping=None if damping is None else next(rest),
+                support_losses=[],
+                course=Course(),
+                first=0,
+                watch=None,
+            )
+            inside._is_over = True  # nothing is remembered
+            inside._theta = None if damping is None else next(rest)
+            inside.hyper = hyper.at_one_step(at.replaced(dict(zip(named, rest, strict=True))))
+            return function(inside, number, *own)
+
+        key = (hyper.learned, *hyper.numbers.items(), *named)
+        return cls(derivatives, loss.slices[0][1], plain, values, key)
 
 
 def is_traceable(problem: Any) -> bool:

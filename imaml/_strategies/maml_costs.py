@@ -207,6 +207,7 @@ def _pull_back(point: Point, stages: Stages, name: str) -> None:
     """One step of the sweep, from cotangents that it gives back."""
     cotangents: State = tuple(torch.ones_like(part) for part in point.state)
     with stages.account.stage(name):
-        cotangents, w, _ = point.pull_through_update(cotangents)
+        cotangents, w, rates = point.pull_through_update(cotangents)
+        point.problem.hyper.add(rates, point.problem.first + point.step)
         product = point.add_product(cotangents, w, mixed=bool(point.problem.snapshot.shared))
-    del cotangents, w, product
+    del cotangents, w, rates, product

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +13,7 @@ from imaml._curvature.curvature import Curvature
 from imaml._curvature.inductor import Outputs
 from imaml._curvature.product import Graph, HvpMode
 from imaml._engine.problem import Problem
-from imaml._engine.whole_steps import at_once
+from imaml._engine.whole_steps import at_once, in_two
 from imaml.inner._inner_problem import State
 
 
@@ -46,6 +47,23 @@ class Point:
     """Curvature of the support loss at phi_k, with the graph of the gradient there; None: made when it is needed."""
     gradient: Tensor | None = None
     """g_k of the inner objective, where the derivative of U depends on it."""
+    then: Callable[..., Outputs] | None = None
+    """What makes of the cotangents after the step those before it, compiled with the step itself; None: nothing is."""
+
+    @classmethod
+    def taken(cls, problem: Problem, state: State, step: int, mode: HvpMode) -> tuple[Point, State]:
+        """One whose step is taken, and that keeps what its derivative needs, with the state after it."""
+        if mode in ("auto", "reverse-over-reverse"):
+            size, mixed = len(state), bool(problem.snapshot.shared)
+            function = partial(_take, mode=mode, mixed=mixed)
+            found = in_two(problem, f"linearised-step {mixed}", function, step, state, late=size, first=size + 1)
+            if found is not None:
+                (*following, losses), then = found
+                assert losses is not None
+                problem.remember(state[0], step, losses)
+                return cls(problem, state, step, mode, then=then), tuple(t for t in following if t is not None)
+        point, gradient = cls.with_gradient(problem, state, step, mode)
+        return point, problem.update(state, gradient, step)
 
     @classmethod
     def with_gradient(cls, problem: Problem, state: State, step: int, mode: HvpMode) -> tuple[Point, Tensor]:
@@ -75,6 +93,8 @@ class Point:
         Returns:
             The cotangents before it.
         """
+        if self.then is not None:
+            return _collected(self.then(*cotangents), len(cotangents), self.problem)
         if self.curvature is None and self.mode in ("auto", "reverse-over-reverse"):
             function = partial(_pull, mode=self.mode, mixed=mixed)
             found = at_once(self.problem, f"product {mixed}", function, self.step, (*self.state, *cotangents))
@@ -130,6 +150,24 @@ def _pull(problem: Problem, step: int, *tensors: Tensor, mode: HvpMode, mixed: b
     size = len(tensors) // 2
     cotangents = [t.clone() for t in tensors[size:]]  # whose places are written over
     pulled = Point(problem, tensors[:size], step, mode).evaluated().pull_as_it_is(cotangents, mixed=mixed)
+    return _outputs(pulled, problem)
+
+
+def _take(problem: Problem, step: int, *tensors: Tensor, mode: HvpMode, mixed: bool) -> Outputs:
+    """The state after a step and the support losses, and what `_pull` finds, for cotangents and a state."""
+    size = len(tensors) // 2
+    cotangents, state = [t.clone() for t in tensors[:size]], tensors[size:]
+    curvature = problem.curvature(state[0], step, mode, Graph.ONCE)
+    support = curvature.take_gradient()
+    if support is None:  # there is no graph
+        support = problem.derivatives.gradient(problem.support, state[0], step)
+    gradient = problem.add_proximal(support.adapted, state[0])
+    following = problem.update(state, gradient, step)
+    point = Point(problem, state, step, mode, curvature, gradient if problem.stepper.needs_gradient else None)
+    return (*following, support.losses, *_outputs(point.pull_as_it_is(cotangents, mixed=mixed), problem))
+
+
+def _outputs(pulled: Pulled, problem: Problem) -> Outputs:
     rates = [pulled.rates.get(name) for name in sorted(problem.hyper.learned)]
     return (*pulled.state, pulled.norm, pulled.by_pull, pulled.mixed, *rates)
 

@@ -82,9 +82,8 @@ class Tape:
         points = []
         with MathAttention():  # every graph needs it: switched once, not step by step
             for step in range(self.first + self.by_states, self.first + self.steps):
-                point, gradient = Point.with_gradient(problem, state, step, mode)
+                point, state = Point.taken(problem, state, step, mode)
                 points.append(point)
-                state = problem.update(state, gradient, step)
         if problem.keeps_final:
             problem.course.keep(problem.inner.steps, state)
         return problem.keep(state), chain((points.pop() for _ in range(self.graphs)), earlier)

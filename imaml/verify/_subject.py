@@ -115,8 +115,19 @@ class _Reads(TorchFunctionMode):
 _TENSOR: Any = Tensor  # whose attributes have getters, which annotations do not say
 _QUESTIONS = {
     getattr(_TENSOR, name).__get__
-    for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "grad_fn", "grad")
-}
+    for name in (
+        "shape",
+        "dtype",
+        "device",
+        "ndim",
+        "layout",
+        "requires_grad",
+        "is_leaf",
+        "grad_fn",
+        "grad",
+        "_version",
+    )
+} | {Tensor.is_inference}
 
 
 def check_copied(reference: Reference, model: nn.Module | None, seed: int) -> None:

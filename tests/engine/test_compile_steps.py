@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from imaml import (
@@ -26,6 +27,8 @@ from imaml import (
     Task,
     TaskBatch,
 )
+from imaml._curvature.narrow import transpose_tall
+from imaml._curvature.residuals import split
 from imaml.inner import LAMB, InnerOptimizer, Lion, Muon, NormalizedDescent, warmup_cosine
 
 META = {
@@ -103,20 +106,24 @@ def compare(engine: MetaGradient, objective: Objective, tasks: Any, **given: Any
 
 
 @pytest.mark.parametrize("regularization", [0.0, 0.5], ids=["plain", "proximal"])
+@pytest.mark.parametrize("linearize", [False, True], ids=["by states", "kept"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_of_every_optimiser_is_one_function(name: str, regularization: float) -> None:
-    engine = MAML(inner=OPTIMIZERS[name], regularization=regularization, linearize=False)
-    assert compare(engine, objective_of(), tasks_of())._memory.compiler.made == 3
+def test_a_step_of_every_optimiser_is_one_function(name: str, linearize: bool, regularization: float) -> None:
+    """With the query gradient, and what its derivative is where the step keeps nothing for it."""
+    engine = MAML(inner=OPTIMIZERS[name], regularization=regularization, linearize=linearize)
+    assert compare(engine, objective_of(), tasks_of())._memory.compiler.made == (2 if linearize else 3)
 
 
+@pytest.mark.parametrize("linearize", [False, 2, True])
 @pytest.mark.parametrize("name", LEARNED)
-def test_learned_hyper_parameters_get_their_gradient(name: str) -> None:
+def test_learned_hyper_parameters_get_their_gradient(name: str, linearize: bool | int) -> None:
     learned, inner = LEARNED[name]
-    compare(MAML(inner=inner, linearize=False), objective_of(*learned), tasks_of())
+    compare(MAML(inner=inner, linearize=linearize), objective_of(*learned), tasks_of())
 
 
-def test_a_learned_proximal_term_and_parameters_that_do_not_adapt() -> None:
-    engine = MAML(inner=Adam(lr=0.05, steps=3), regularization=lambda meta: meta["pull"].exp(), linearize=False)
+@pytest.mark.parametrize("linearize", [False, True])
+def test_a_learned_proximal_term_and_parameters_that_do_not_adapt(linearize: bool) -> None:
+    engine = MAML(inner=Adam(lr=0.05, steps=3), regularization=lambda meta: meta["pull"].exp(), linearize=linearize)
     compare(engine, objective_of("pull", adapt=["2"]), tasks_of())
 
 
@@ -232,3 +239,36 @@ def test_calls_compare_less_and_less(monkeypatch: pytest.MonkeyPatch) -> None:
         compared.append(len(evaluations) > before)
     assert 3 <= sum(compared) <= 6, compared
     assert not any(compared[8:14])
+
+
+def test_a_trace_is_split_at_what_comes_later() -> None:
+    """A value that both parts use is handed on, once, and what is a view of it is not."""
+
+    def function(late: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        both = (x @ y).tanh()
+        return both.sum(), (both.T * late).sum(0), both.T[0] * late.sum(), y.sum()
+
+    late, x, y = torch.randn(4, 3), torch.randn(3, 2), torch.randn(2, 4)
+    graph = make_fx(function)(late, x, y)
+    before, then = split(graph, {0}, 1)
+    first, *handed = before(x, y)
+    found = (first, *then(late, x, y, *handed))
+    for a, b in zip(found, function(late, x, y), strict=True):
+        torch.testing.assert_close(a, b)
+    assert [t.shape for t in handed] == [(3, 4), ()]
+    with pytest.raises(ValueError, match="depends on what comes later"):
+        split(graph, {0}, 2)
+
+
+def test_a_view_of_a_product_that_is_transposed() -> None:
+    """A tall product is written the other way about, and a view of it becomes a copy where it has to."""
+
+    def function(a: Tensor, b: Tensor) -> Tensor:
+        return torch.bmm(a, b).view(2, -1)
+
+    a, b = torch.randn(2, 5, 3), torch.randn(2, 3, 4)
+    graph = make_fx(function)(a, b)
+    transpose_tall(graph)
+    products = [node for node in graph.graph.nodes if node.target is torch.ops.aten.bmm.default]
+    assert [node.meta["val"].shape for node in products] == [(2, 4, 5)]
+    torch.testing.assert_close(graph(a, b), function(a, b))

@@ -98,11 +98,11 @@ def test_compiled_tasks_that_fill_a_cache_run_one_by_one(monkeypatch):
     theta, support, query = losses(*wide())
     monkeypatch.setattr(chunking, "COMPILED", {"cpu": 14 * LAYER})
     found = chunking.Footprint.of(support, query, theta, compiled=True)
-    assert found.room == 14 * LAYER and found.held > found.room and not found.keeps
-    assert found.chunking(6, chunking.Needs(most=3)).tasks == 2
+    assert found.room == 14 * LAYER and found.held > found.room
+    assert found.chunking(6, chunking.Needs(least=3, most=3)).tasks == 2
     monkeypatch.setattr(chunking, "COMPILED", {"cpu": LAYER})
     found = chunking.Footprint.of(support, query, theta, compiled=True)
-    assert found.chunking(6, chunking.Needs(most=3)) == chunking.ONE_BY_ONE
+    assert found.chunking(6, chunking.Needs()) == chunking.ONE_BY_ONE
 
 
 def test_the_states_of_many_steps_leave_room_for_fewer_tasks():

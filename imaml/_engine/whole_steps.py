@@ -87,8 +87,11 @@ class _Frame:
     @classmethod
     def of(cls, problem: Any, function: OfStep, step: int) -> _Frame | None:
         """The function with what it depends on; None where that is not to be compiled."""
-        derivatives, loss, hyper = problem.derivatives, problem.support_at(step), problem.hyper
-        if not (derivatives.compiles and problem.is_traceable and _is_one_slice(loss)):
+        derivatives, hyper = problem.derivatives, problem.hyper
+        if not (derivatives.compiles and problem.is_traceable):
+            return None
+        loss = problem.support_at(step)  # which may fetch a batch
+        if not _is_one_slice(loss):
             return None
         at, damping = hyper.at(problem.first + step), problem.damping
         named = hyper.tensors_of(at)
@@ -131,7 +134,7 @@ def is_traceable(problem: Any) -> bool:
     optimizer = problem.inner
     return (
         isinstance(optimizer, InnerOptimizer)
-        and all(getattr(optimizer, name).__func__.__module__.startswith("imaml.") for name in _OWN)
+        and all(str(getattr(optimizer, name).__module__).startswith("imaml.") for name in _OWN)
         and bool(optimizer.said_of_update("is_deterministic"))
         and not optimizer._blocks(
             (problem.snapshot.like.new_empty(()).expand(problem.tasks, sum(problem.layout.sizes)),)

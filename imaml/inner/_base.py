@@ -190,7 +190,7 @@ class InnerOptimizer(InnerSolver):
         for step in range(first, self.steps):
             problem.reach(step, state)
             if self.stationarity is None:
-                state = problem.update(state, problem.gradient(state[0], step), step)
+                state = problem.step(state, step)
                 continue
             gradient = problem.gradient(state[0], step)
             moving = gradient.norm(dim=-1, keepdim=True) > self.stationarity

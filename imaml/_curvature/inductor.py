@@ -49,7 +49,11 @@ def trace_and_compile(function: Function, tensors: Sequence[Tensor], what: str, 
     Raises:
         OutOfTimeError: It takes longer.
     """
-    return _compiled(lambda: [_trace(function, tensors)], [tensors], what, seconds, tensors[0].device)[0]
+
+    def compile_(graphs: Sequence[torch.fx.GraphModule]) -> list[Function]:
+        return [compile_graph(graphs[0], tensors)]
+
+    return _compiled(lambda: [_trace(function, tensors)], compile_, what, seconds, tensors[0].device)[0]
 
 
 def trace_and_split(
@@ -71,16 +75,17 @@ def trace_and_split(
     Raises:
         OutOfTimeError: It takes longer.
     """
-    given = [list(tensors), list(tensors)]
+    early = [t for i, t in enumerate(tensors) if i not in late]
 
-    def graphs() -> list[torch.fx.GraphModule]:
-        before, then = split(_trace(function, tensors), late, first)
-        given[0] = [t for i, t in enumerate(tensors) if i not in late]
-        with torch.no_grad():
-            given[1] += before(*given[0])[first:]
-        return [before, then]
+    def compile_(graphs: Sequence[torch.fx.GraphModule]) -> list[Function]:
+        before = compile_graph(graphs[0], early)
+        handed = before(*early)[first:]  # which lie as the compiler has them, and not as the trace had
+        return [before, compile_graph(graphs[1], [*tensors, *handed])]
 
-    before, then = _compiled(graphs, given, what, seconds, tensors[0].device)
+    def traced() -> list[torch.fx.GraphModule]:
+        return list(split(_trace(function, tensors), late, first))
+
+    before, then = _compiled(traced, compile_, what, seconds, tensors[0].device)
     return before, then
 
 
@@ -94,12 +99,12 @@ def _trace(function: Function, tensors: Sequence[Tensor]) -> torch.fx.GraphModul
 
 def _compiled(
     traced: Callable[[], list[torch.fx.GraphModule]],
-    given: Sequence[Sequence[Tensor]],
+    compile_: Callable[[Sequence[torch.fx.GraphModule]], list[Function]],
     what: str,
     seconds: float,
     device: torch.device,
 ) -> list[Function]:
-    """The graphs that are traced, each compiled for its arguments."""
+    """The graphs that are traced, compiled."""
     start = monotonic()
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of its own
         graphs = traced()
@@ -111,7 +116,7 @@ def _compiled(
         def compute() -> list[Function]:
             with _ONE_AT_A_TIME, _current(device), as_traced(device):
                 torch.set_num_threads(threads)  # each thread has a number of its own, which goes into the code
-                return [compile_graph(graph, tensors) for graph, tensors in zip(graphs, given, strict=True)]
+                return compile_(graphs)
 
         # A limit by the size of the trace would be the same on every machine, and off by the machine's speed.
         compiled = within(

@@ -79,9 +79,10 @@ def _compare(
 def test_every_strategy_finds_what_it_finds_uncompiled(engine: MetaGradient, traced: None) -> None:
     compiled = _compare(engine, Objective(_model(), F.mse_loss), _tasks())
     assert compiled._memory.compiler.is_on
-    # Of MAML a step with its derivative, where it keeps that, and the query gradient.
-    two = isinstance(engine, FOMAML) or isinstance(engine, MAML) and engine.checkpoints is None
-    assert compiled._memory.compiler.made == (2 if two else 3)
+    # A step, with its derivative where MAML keeps that, and the query gradient; the derivative of a step, or the
+    # gradient and the product after the inner loop.
+    made = {"FOMAML": 2, "MAML": 2, "ImplicitMAML": 4}[type(engine).__name__]
+    assert compiled._memory.compiler.made == made + (isinstance(engine, MAML) and engine.checkpoints is not None)
 
 
 def test_inductor_compiles_a_model_with_everything_in_it() -> None:
@@ -448,7 +449,7 @@ def test_convolutions_are_said(traced: None, caplog: pytest.LogCaptureFixture) -
     ).double()
     with caplog.at_level(logging.INFO, "imaml"):
         FOMAML(inner=STEPS, compile=True).value_and_grad(Objective(model, F.mse_loss), _tasks())
-    assert "Compiling the gradient of the support loss, 3 at once (" in caplog.text
+    assert "Compiling the step of the support loss, 3 at once (" in caplog.text
     assert "of convolutions)" in caplog.text
     assert "WARNING" not in caplog.text
 

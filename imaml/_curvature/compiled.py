@@ -10,10 +10,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from imaml._curvature.compiler import CompiledFunction, Session, agree
+from imaml._curvature.agreement import Expected, Outputs, agree, nudged
+from imaml._curvature.compiler import CompiledFunction, Session
 from imaml._curvature.derivatives import Derivatives, Findings, Want
 from imaml._curvature.exact_products import ReverseOverReverse
-from imaml._curvature.inductor import Function, Outputs, run
+from imaml._curvature.inductor import Function, run
 from imaml._curvature.product import Graph, HvpMode, Product, Sum
 from imaml._leaves import objects
 from imaml._losses.gradient import Gradient
@@ -61,9 +62,23 @@ class Compiled(Derivatives):
         return uncompiled(part, phi, step, want, into)
 
     def product_of(self, part: Slice, phi: Tensor, step: int, graph: Graph, mode: HvpMode) -> Product:
-        """See `Derivatives`; a compiled product evaluates the gradient anew, fused with it."""
+        """See `Derivatives`; a compiled product evaluates the gradient anew, fused with it, unless there are many."""
         if not self._session.compiler.is_on or mode == "forward-over-reverse":
             return super().product_of(part, phi, step, graph, mode)
+        if graph is Graph.KEPT:
+
+            def plain(part: Slice, w: Tensor, phi: Tensor) -> Outputs:
+                product = ReverseOverReverse(part, phi, step, Graph.ONCE)
+                assert product.gradient is not None
+                return product.gradient.losses, product.gradient.adapted, product(w)[0]
+
+            name = "linearised gradient"
+            two = self.whole_in_two(part, name, plain, (phi,), step, late=1, first=2, key=(), losses=0)
+            if two is not None:
+                (losses, adapted), then = two
+                assert losses is not None
+                assert adapted is not None
+                return _Product(self, part, phi, step, Gradient(losses, adapted, None), then)
         gradient = None if graph is Graph.REBUILT else self.gradient_of(part, phi, step, Want())
         return _Product(self, part, phi, step, gradient)
 
@@ -230,6 +245,10 @@ class Compiled(Derivatives):
         # What it costs to look at a function whose arguments are not there yet is not what the call has done.
         looked = replace(part, record=replace(part.record)) if late else part
         expected = plain(looked, *given)
+
+        def nearby(number: int) -> Outputs:
+            return plain(replace(part, record=replace(part.record)), *(nudged(t, number) for t in given))
+
         if others := objects(part.batch):
             session.compiler.give_up(f"a task holds a {type(others[0]).__name__}, which is no tensor.")
         elif snapshot.replay.draws:
@@ -240,9 +259,9 @@ class Compiled(Derivatives):
             what = f"the {name.partition(' ')[0]} of the {part.role} loss, {part.tasks} at once"
             tensors = [*_plain(given), *shape.tensors()]
             if late:
-                both = session.compile_in_two(traced, tensors, range(late), first, expected, what)
+                both = session.compile_in_two(traced, tensors, range(late), first, Expected(expected, nearby), what)
             else:
-                function = session.compile(traced, tensors, expected, what)
+                function = session.compile(traced, tensors, Expected(expected, nearby), what)
                 both = None if function is None else (function, None)
             if both is not None:
                 return CompiledFunction(*both, done), expected
@@ -298,9 +317,15 @@ class _Product:
     phi: Tensor
     step: int
     gradient: Gradient | None
+    then: Callable[..., Outputs] | None = None
+    """What makes a product of w alone from what the gradient has left."""
     mode: ClassVar[str] = "reverse-over-reverse"
 
     def __call__(self, w: Tensor, *, mixed: bool = False, into: Sum | None = None) -> tuple[Tensor, Tensor | None]:
         """See `Product`."""
+        if self.then is not None and not mixed:
+            (product,) = self.then(w)
+            assert product is not None
+            return product if into is None else into.add(product, self.part), None
         product, by_shared = self.derivatives.product(self.part, self.phi, self.step, w, mixed=mixed)
         return product if into is None else into.add(product, self.part), by_shared

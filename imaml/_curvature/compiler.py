@@ -12,8 +12,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from imaml._curvature.agreement import Expected, Outputs
 from imaml._curvature.deadline import OutOfTimeError
-from imaml._curvature.inductor import Function, Outputs, run, trace_and_compile, trace_and_split
+from imaml._curvature.inductor import Function, run, trace_and_compile, trace_and_split
 from imaml._errors import CompileWarning, warn
 from imaml._losses.record import Record
 from imaml._losses.snapshot import Snapshot
@@ -104,7 +105,7 @@ class Session:
         learned = {*snapshot.layout.names, *snapshot.shared_layout.names}
         return cls(compiler, functions, objective.others(learned), state, rounding**0.5, budget)
 
-    def compile(self, function: Function, tensors: Sequence[Tensor], expected: Outputs, what: str) -> Function | None:
+    def compile(self, function: Function, tensors: Sequence[Tensor], expected: Expected, what: str) -> Function | None:
         """The compiled form of a function; None, with a warning, where there is none that agrees with `expected`."""
 
         def compile_(seconds: float) -> tuple[Function, Outputs]:
@@ -119,7 +120,7 @@ class Session:
         tensors: Sequence[Tensor],
         late: Collection[int],
         first: int,
-        expected: Outputs,
+        expected: Expected,
         what: str,
     ) -> tuple[Function, Function | None] | None:
         """The compiled forms of the two parts of a function, as `split` has it; None likewise."""
@@ -132,7 +133,7 @@ class Session:
 
         return self._compiled(compile_, expected, what)
 
-    def _compiled(self, compile_: Callable[[float], tuple[F, Outputs]], expected: Outputs, what: str) -> F | None:
+    def _compiled(self, compile_: Callable[[float], tuple[F, Outputs]], expected: Expected, what: str) -> F | None:
         if self.compiler.made == MOST:
             self.compiler.give_up(f"{MOST} functions are compiled already, and shapes or objectives keep changing.")
             return None
@@ -151,17 +152,7 @@ class Session:
             reason = next(iter(str(error).splitlines()), "")
             self.compiler.give_up(f"the loss cannot be compiled ({type(error).__name__}: {reason}).")
             return None
-        if not all(agree(a, b, 32 * self.accuracy) for a, b in zip(found, expected, strict=True)):
+        if not expected.is_met_by(found, 32 * self.accuracy):
             self.compiler.give_up("the compiled derivative of the loss differs from the uncompiled one.")
             return None
         return compiled
-
-
-def agree(found: Tensor | None, expected: Tensor | None, tolerance: float) -> bool:
-    """Whether two tensors differ by at most a part of their size, NaN and infinity in the same places."""
-    if found is None or expected is None:
-        return found is expected
-    bad = ~expected.isfinite()
-    if bool(bad.any()):
-        return torch.allclose(found, expected, rtol=tolerance, atol=0.0, equal_nan=True)
-    return bool((found - expected).norm() <= tolerance * expected.norm())

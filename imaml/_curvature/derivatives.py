@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from imaml._curvature.agreement import Outputs
 from imaml._curvature.exact_products import ForwardOverReverse, ReverseOverReverse, differentiate
-from imaml._curvature.inductor import Outputs
 from imaml._curvature.product import Graph, HvpMode, Product, Sum, is_long, itself
 from imaml._losses.gradient import Gradient
 from imaml._losses.loss import Loss

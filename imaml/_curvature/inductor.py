@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imaml._curvature.agreement import Outputs
 from imaml._curvature.deadline import within
 from imaml._curvature.narrow import transpose_tall
 from imaml._curvature.patches import DECOMPOSITIONS, Patches
 from imaml._curvature.residuals import split
 from imaml._torch import TorchDispatchMode, compile_graph, tree_leaves
 
-Outputs = tuple[Tensor | None, ...]
 Function = Callable[..., Outputs]
 LOGGER = logging.getLogger("imaml")
 LONG = 10.0
@@ -93,8 +93,15 @@ def _trace(function: Function, tensors: Sequence[Tensor]) -> torch.fx.GraphModul
     from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415
 
     graph: torch.fx.GraphModule = make_fx(_as_compiled(function), decomposition_table=DECOMPOSITIONS)(*tensors)
+    if any(map(_writes, graph.graph.nodes)):  # what is written here is read there, in an order that a graph hides
+        with as_traced(tensors[0].device):
+            graph = make_fx(torch.func.functionalize(graph, remove="mutations"))(*tensors)
     transpose_tall(graph)
     return graph
+
+
+def _writes(node: torch.fx.Node) -> bool:
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
 def _compiled(

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imaml._curvature.agreement import Outputs
 from imaml._curvature.curvature import Curvature
 from imaml._curvature.derivatives import Derivatives, Want
-from imaml._curvature.inductor import Outputs
 from imaml._curvature.product import Graph, HvpMode
 from imaml._engine.chunking import Chunking
 from imaml._engine.course import Course
@@ -214,6 +214,11 @@ class Problem:
         """The support loss that a step sees."""
         return self.support.at(self.first + step)
 
+    def _counted(self, step: int) -> Loss:
+        """The support loss that a step sees, of which one gradient more is computed."""
+        self.record.gradients += self.tasks
+        return self.support_at(step)
+
     def at_the_end(self, batches: int | None = None) -> Problem:
         """Take the support loss as a whole in each step: the mean over its source, where it has one.
 
@@ -231,16 +236,14 @@ class Problem:
     def gradient(self, phi: Tensor, step: int, support: Gradient | None = None) -> Tensor:
         """The gradient of the inner objective, proximal term included, `(tasks, n)`; from `support` if it is known."""
         if support is None:
-            self.record.gradients += self.tasks
-            support = self.derivatives.gradient(self.support_at(step), phi, step)
+            support = self.derivatives.gradient(self._counted(step), phi, step)
         self.remember(phi, step, support.losses)
         return self.add_proximal(support.adapted, phi)
 
     def value_and_gradient(self, phi: Tensor, step: int, support: Gradient | None = None) -> tuple[Tensor, Tensor]:
         """The inner objective `(tasks,)` and its gradient `(tasks, n)`; from `support` if that is known."""
         if support is None:
-            self.record.gradients += self.tasks
-            support = self.derivatives.gradient(self.support_at(step), phi, step)
+            support = self.derivatives.gradient(self._counted(step), phi, step)
         return support.losses + self._proximal(phi), self.gradient(phi, step, support)
 
     def value(self, phi: Tensor, step: int) -> Tensor:
@@ -278,7 +281,8 @@ class Problem:
         """One inner step of an optimiser, from state s_step to s_{step+1}."""
         found = at_once(self, "step", _step, step, state, losses=-1)
         if found is None:
-            return self.update(state, self.gradient(state[0], step), step)
+            support = self.derivatives.gradient(self._counted(step), state[0], step)
+            return self.update(state, self.gradient(state[0], step, support), step)
         *following, losses = found
         assert losses is not None
         self.remember(state[0], step, losses)

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from imaml._curvature.agreement import Outputs
 from imaml._curvature.derivatives import Derivatives
-from imaml._curvature.inductor import Outputs
 from imaml._engine.course import Course
 from imaml._losses.loss import Loss, MeanLoss
 from imaml._losses.slice import Slice

@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from imaml._curvature.agreement import Outputs
 from imaml._curvature.curvature import Curvature
-from imaml._curvature.inductor import Outputs
 from imaml._curvature.product import Graph, HvpMode
 from imaml._engine.problem import Problem
 from imaml._engine.whole_steps import at_once, in_two

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imaml._curvature.compiler import agree
+from imaml._curvature.agreement import agree
 from imaml._engine.chunking import ONE_BY_ONE, saved_for, storages
 from imaml._engine.inner_state import InnerState
 from imaml._engine.problem import Problem

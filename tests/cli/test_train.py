@@ -55,7 +55,7 @@ def test_a_compiled_run_finds_the_same_and_says_what_it_compiles(tmp_path, monke
     monkeypatch.setattr("torch._inductor.compile", lambda graph, inputs: compiled.append(graph) or graph)
     for name, options in (("plain", ()), ("compiled", ("--compile", "True"))):
         assert tiny(tmp_path / name, "--strategy", "fomaml", *options) == 0
-    assert "Compiled the gradient of the support loss" in capsys.readouterr().out
+    assert "Compiled the step of the support loss" in capsys.readouterr().out
     losses = [[record["loss"] for record in metrics(tmp_path / name)] for name in ("plain", "compiled")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5) and len(compiled) >= 2
 

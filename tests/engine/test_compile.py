@@ -81,7 +81,7 @@ def test_every_strategy_finds_what_it_finds_uncompiled(engine: MetaGradient, tra
     assert compiled._memory.compiler.is_on
     # A step, with its derivative where MAML keeps that, and the query gradient; the derivative of a step, or the
     # gradient and the product after the inner loop.
-    made = {"FOMAML": 2, "MAML": 2, "ImplicitMAML": 4}[type(engine).__name__]
+    made = {"FOMAML": 2, "MAML": 2, "ImplicitMAML": 3}[type(engine).__name__]
     assert compiled._memory.compiler.made == made + (isinstance(engine, MAML) and engine.checkpoints is not None)
 
 

@@ -27,6 +27,8 @@ from imaml import (
     Task,
     TaskBatch,
 )
+from imaml._curvature.agreement import Expected
+from imaml._curvature.inductor import trace_and_split
 from imaml._curvature.narrow import transpose_tall
 from imaml._curvature.residuals import split
 from imaml.inner import LAMB, InnerOptimizer, Lion, Muon, NormalizedDescent, warmup_cosine
@@ -272,3 +274,85 @@ def test_a_view_of_a_product_that_is_transposed() -> None:
     products = [node for node in graph.graph.nodes if node.target is torch.ops.aten.bmm.default]
     assert [node.meta["val"].shape for node in products] == [(2, 4, 5)]
     torch.testing.assert_close(graph(a, b), function(a, b))
+
+
+class Attending(nn.Module):
+    """Tokens of 4 entries that attend to one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.norm = nn.MultiheadAttention(4, 2, batch_first=True), nn.LayerNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.norm(x + self.attention(x, x, x, need_weights=False)[0])
+        return found
+
+
+WRITING: dict[str, list[nn.Module]] = {
+    "group norm and pools": [nn.Unflatten(1, (4, 2, 2)), nn.GroupNorm(2, 4), nn.ELU(), nn.AvgPool2d(2), nn.Flatten()],
+    "instance norm": [nn.Unflatten(1, (2, 8)), nn.InstanceNorm1d(2, affine=True), nn.Softplus(), nn.Flatten()],
+    "attention": [nn.Unflatten(1, (4, 4)), Attending(), nn.Flatten()],
+    "a bias that a norm follows": [nn.Linear(16, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.Tanh()],
+    "in place": [nn.SELU(inplace=True), nn.Linear(16, 4), nn.LeakyReLU(0.1, inplace=True)],
+}
+
+
+@pytest.mark.parametrize("inner", [GradientDescent(lr=0.1, steps=3), Adam(lr=0.02, steps=3)], ids=["descent", "adam"])
+@pytest.mark.parametrize("name", WRITING)
+def test_steps_of_models_whose_derivatives_write_in_place(
+    name: str, inner: InnerOptimizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler, which makes copies of what is written to, is given two parts of that, and rounds otherwise."""
+
+    def compiled(graph: Any, inputs: Any) -> Callable[..., Any]:
+        function = torch.func.functionalize(graph)
+        return lambda *given: function(*(t * (1 + 2**-52) if t.is_floating_point() else t for t in given))
+
+    monkeypatch.setattr("torch._inductor.compile", compiled)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), *WRITING[name], nn.LazyLinear(2)).double()
+    model(torch.zeros(6, 4).double())
+    engine = MAML(inner=inner, compile=True)
+    found, expected = (
+        e.value_and_grad(Objective(model, F.mse_loss), tasks_of())[1] for e in (engine, MAML(inner=inner))
+    )
+    assert engine._memory.compiler.is_on
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-6, atol=1e-9)
+
+
+def test_a_second_part_that_would_write_to_what_it_is_handed_leaves_it_alone() -> None:
+    """It is used for one cotangent after the other."""
+
+    def function(w: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x.exp()
+        total = y.sum()
+        y.mul_(w)
+        return total, y + x
+
+    w, x = torch.tensor([2.0, 3.0]), torch.tensor([0.5, 0.25])
+    before, then = trace_and_split(function, [w, x], {0}, 1, "a function", 60.0)
+    total, *handed = before(x)
+    torch.testing.assert_close(total, x.exp().sum())
+    for _ in range(2):
+        (found,) = then(w, x, *handed)
+        torch.testing.assert_close(found, x.exp() * w + x)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "unsettled", "met"),
+    [([], [], True), ([3], [3, 4], True), ([3], [], False), ([3], [4], False), ([0, 1], [*range(16)], True)]
+    + [([0, 16], [*range(16)], True), ([16, 17, 18], [*range(16)], False), ([3], [*range(24)], False)],
+)
+def test_entries_that_rounding_decides_are_not_compared(wrong: list[int], unsettled: list[int], met: bool) -> None:
+    """But one in eight as many others at most, and not where most are undecided."""
+
+    def nearby(number: int) -> tuple[Tensor, None]:
+        signs = torch.ones(40).double()
+        signs[unsettled] = -1.0 if number == 5 else 1.0
+        return signs * torch.arange(1.0, 41.0), None
+
+    found = torch.arange(1.0, 41.0).double()
+    expected = Expected((found.clone(), None), nearby)
+    found[wrong] *= -1e16
+    assert expected.is_met_by((found, None), 1e-6) == met

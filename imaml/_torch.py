@@ -42,7 +42,7 @@ import importlib.util
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any, NamedTuple, NoReturn
@@ -309,10 +309,10 @@ def is_spectral_norm(module: Any) -> bool:
     return hasattr(module, "n_power_iterations") and isinstance(module, _SPECTRAL_NORMS)
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether a model has parameters that are spread over processes."""
+def is_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether any of these tensors is spread over processes."""
     kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
-    return kind is not None and any(isinstance(parameter, kind) for parameter in model.parameters())
+    return kind is not None and any(isinstance(tensor, kind) for tensor in tensors)
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from imaml._errors import CompileWarning, warn
 from imaml._losses.record import Record
 from imaml._losses.snapshot import Snapshot
 from imaml._objective.objective import Objective
-from imaml._objective.reach import Reach
+from imaml._objective.reach import Reach, modules_in
 
 F = TypeVar("F")
 MOST = 12
@@ -97,7 +97,7 @@ class Session:
     def of(cls, compiler: Compiler, snapshot: Snapshot, budget: float) -> Session:
         """Begin a call on the snapshot's objective."""
         objective, device = snapshot.objective, snapshot.like.device.type
-        training = () if objective.model is None else tuple(m.training for m in objective.model.modules())
+        training = () if objective.model is None else tuple(m.training for m in modules_in(objective.model))
         lower = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         rounding = max(torch.finfo(d).eps for d in (lower, *snapshot.layout.dtypes) if d is not None)
         state = (snapshot.layout, snapshot.shared_layout, training, lower)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from imaml._objective.blocks import Blocks, blocks_of
 from imaml._objective.buffers import BufferPolicy, Constants, HeldBuffers, Statistics, power_iterations
 from imaml._objective.exact import ExactDerivatives
-from imaml._objective.reach import Reach, buffers_in, modules_in
+from imaml._objective.reach import Reach, buffers_in, modules_in, parameters_in
 from imaml._objective.recompute import Conditions, Swapped, begin, end, lean_attention, name_of, recompute
 from imaml._torch import give_back, is_compiled, is_sharded, recompute_by_torch, take_over
 
@@ -134,16 +134,16 @@ class Survey:
                 for name, tensor in members.items():
                     if tensor is not None:
                         places.setdefault(id(tensor), []).append((members, name))
-        first = {name: tensor for name, tensor in (*model.named_parameters(), *buffers_in(model).items())}
+        named: dict[str, Tensor] = {**parameters_in(model), **buffers_in(model)}
         return cls(
-            places={name: places[id(tensor)] for name, tensor in first.items()},
+            places={name: places[id(tensor)] for name, tensor in named.items()},
             is_compiled=any(is_compiled(module) for module in modules),
             norms=[norm for _, _, norm in power_iterations(model)],
             attributes=[
                 (m.__dict__, {n: m.__dict__[n] for n in m.__dict__.keys() - _OF_EVERY_MODULE}) for m in modules
             ],
             blocks=blocks_of(model, recomputed),
-            is_sharded=is_sharded(model),
+            is_sharded=is_sharded(named.values()),
         )
 
     @property

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from imaml._objective.blocks import Blocks, blocks_of, listed
 from imaml._objective.buffers import BufferPolicy, check_buffers, statistics
 from imaml._objective.faithful import Survey
+from imaml._objective.reach import modules_in, parameters_in
 from imaml._tasks import Batch
 
 Parameters = Mapping[str, Tensor]
@@ -70,7 +71,7 @@ class ModelProgram(Program):
     def parameters(self) -> dict[str, Tensor]:
         """See `Program`."""
         _reshard(self.model)
-        return dict(self.model.named_parameters())
+        return {**parameters_in(self.model)}
 
     def subject(self, values: Parameters, batch: Batch, survey: Survey, *, recording: bool = False) -> tuple[Any, Any]:
         """See `Program`: the output."""
@@ -131,7 +132,7 @@ def _reshard(model: nn.Module) -> None:
     # Another thread may be importing it, and have got half way.
     kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     if kind is not None:
-        for module in model.modules():
+        for module in modules_in(model):
             if isinstance(module, kind):
                 module.reshard()
 

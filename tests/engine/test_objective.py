@@ -9,6 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 from imaml import FOMAML, MAML, Dense, GradientDescent, ImplicitMAML, Objective, Task, TaskBatch
+from imaml._objective.reach import parameters_in
 from tests.engine.cases import classification, mlp, oracle_setting, problem
 from tests.oracles import first_order, implicit, model_loss, relative_error, setting, unrolled
 
@@ -440,3 +441,27 @@ def test_a_batch_of_another_form_is_refused(form, got):
     )
     with pytest.raises(ValueError, match=message):
         FOMAML(inner=INNER)(Objective(mlp(), F.cross_entropy), TaskBatch(support=batch, query=batch))
+
+
+class _Renamed(nn.Linear):
+    def named_parameters(self, *args, **kwargs):
+        return ((f"renamed.{name}", p) for name, p in super().named_parameters(*args, **kwargs))
+
+
+def _tied():
+    first, last = nn.Linear(3, 3), nn.Linear(3, 3, bias=False)
+    last.weight = first.weight
+    shared = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    model = nn.Sequential(
+        first, nn.Sequential(shared, nn.Tanh()), shared, nn.ModuleDict({"a": last, "b": _Renamed(3, 3)})
+    )
+    model.register_parameter("own", nn.Parameter(torch.zeros(2)))
+    model.register_parameter("none", None)
+    model.register_module("nothing", None)
+    return model
+
+
+@pytest.mark.parametrize("build", [_tied, lambda: nn.MultiheadAttention(4, 2), lambda: _Renamed(2, 2)])
+def test_parameters_have_the_names_and_the_order_of_the_model(build):
+    model = build()
+    assert [(n, id(p)) for n, p in parameters_in(model).items()] == [(n, id(p)) for n, p in model.named_parameters()]

@@ -246,8 +246,9 @@ class Compiled(Derivatives):
         looked = replace(part, record=replace(part.record)) if late else part
         expected = plain(looked, *given)
 
-        def nearby(number: int) -> Outputs:
-            return plain(replace(part, record=replace(part.record)), *(nudged(t, number) for t in given))
+        def nearby(number: int) -> Outputs:  # not of numbers, such as that of the step
+            others = (nudged(t, number) if t.ndim else t for t in given)
+            return plain(replace(part, record=replace(part.record)), *others)
 
         if others := objects(part.batch):
             session.compiler.give_up(f"a task holds a {type(others[0]).__name__}, which is no tensor.")

@@ -1,6 +1,6 @@
 """Build the site into build/site, and look at every link of it: whatever leads nowhere is a failure.
 
-    python docs/site/build.py
+python docs/site/build.py
 """
 
 import os

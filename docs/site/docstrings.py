@@ -1,29 +1,11 @@
-"""What a docstring says for a terminal is said for the site: names become links, and alpha becomes α.
-
-A name between backticks leads to where the reference describes it, and a page of docs/ to that page. Words between
-backticks that name nothing public stay as they are. Loaded by griffe as one of its extensions.
-"""
-
-import re
+"""Has griffe reword every docstring for the site, before it is parsed."""
 
 import griffe
-from sources import MODULES, members, public_names
-
-GREEK = {"alpha": "α", "beta": "β", "eta": "η", "theta": "θ", "lambda": "λ", "Lambda": "Λ", "mu": "μ", "phi": "φ"}
-SIGNS = {"<-": "←", "<=": "≤", ">=": "≥"}
-WORDS = re.compile(
-    r"(?P<formula>\$[^$`]+\$)"
-    r"|`(?P<name>[A-Za-z_][\w.]*)`(?!`)"
-    r"|(?P<code>`[^`]*`)"
-    r"|(?<![\w/])docs/(?P<page>[\w-]+)\.md"
-    rf"|(?<![A-Za-z_\\])(?P<letter>{'|'.join(GREEK)})(?![A-Za-z=]|\w*:| \w+:)"
-    rf"|(?<= )(?P<sign>{'|'.join(SIGNS)})(?= )"
-)
-"""In the order in which they exclude one another; a letter is no argument's name, nor a lambda of Python's."""
+from wording import for_the_site
 
 
 class Docstrings(griffe.Extension):
-    """Rewrites each docstring once its object is loaded, before it is parsed."""
+    """What griffe looks for in a module that it is given as an extension."""
 
     def on_object(self, *, obj: griffe.Object, **_: object) -> None:
         """Rewrite that of an object."""
@@ -33,35 +15,3 @@ class Docstrings(griffe.Extension):
     def on_package(self, *, pkg: griffe.Module, **_: object) -> None:
         """Rewrite that of a package, which is no member of another object."""
         self.on_object(obj=pkg)
-
-
-def for_the_site(text: str, path: str) -> str:
-    """The docstring of the object with a path."""
-
-    def rewritten(match: re.Match[str]) -> str:
-        if match["name"]:
-            target = described_at(match["name"], path)
-            return f"[{match[0]}][{target}]" if target else match[0]
-        if match["page"]:
-            return f"[{match[0]}](../{match['page']}.html)"
-        return GREEK.get(match["letter"]) or SIGNS.get(match["sign"]) or match[0]
-
-    return WORDS.sub(rewritten, text)
-
-
-def described_at(name: str, path: str) -> str | None:
-    """Where the reference describes a name that the docstring of the object with this path mentions, or None.
-
-    Members of the object's own class go before names of its module, and these before names of the others.
-    """
-    if name in MODULES:
-        return name
-    near = [module for module in MODULES if path.startswith(f"{module}.")]
-    for place in (public_names(module).get(own) for module in near for own in path.split(".")):
-        if place and name in members(place):
-            return f"{place}.{name}"
-    first, _, member = name.partition(".")
-    for module in (*reversed(near), *MODULES):
-        if place := public_names(module).get(first):
-            return f"{place}.{member}" if member in members(place) else place
-    return None

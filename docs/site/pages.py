@@ -12,8 +12,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from sources import MODULES, ROOT, members, public_names, summary
+from wording import described_at, for_the_site
 
 FENCE = re.compile(r"(?ms)^ *```.*?^ *```|`[^`\n]+`")
+"""Code in a block or within a line, where nothing is a link."""
+
 LINK = re.compile(r"(?P<before>\]\(|^\[[^\]\n]+\]: )(?P<link>[^)\s]+)", re.MULTILINE)
 
 
@@ -44,7 +47,7 @@ def assemble(folder: Path) -> set[Path]:
         if source.suffix == ".md":
             text = (ROOT / source).read_text(encoding="utf-8")
             title = "" if text.startswith("# ") else f"# {page.stem.capitalize()}\n\n"
-            pages[page] = title + _moved(text, source, at, folder)
+            pages[page] = title + moved(text, source, at, folder)
         elif source.suffix == ".py":
             pages[page] = example(source)
     for module in MODULES:
@@ -62,23 +65,36 @@ def _within(folder: str, pattern: str) -> list[Path]:
     return sorted(path.relative_to(ROOT) for path in (ROOT / folder).glob(pattern))
 
 
-def _moved(text: str, source: Path, at: Mapping[Path, Path], folder: Path) -> str:
-    """The text of a page, with its links as they are from its place on the site."""
+def moved(text: str, source: Path, at: Mapping[Path, Path], folder: Path) -> str:
+    """The text of a page as it is at its place on the site.
 
-    def moved(match: re.Match[str]) -> str:
-        place, hash_sign, anchor = match["link"].partition("#")
-        if not place or "://" in place:
-            return match[0]
-        target = Path(os.path.normpath(source.parent / place))
-        if target not in at and not (ROOT / target).is_file():
-            raise ValueError(f"A link leads to a page or a file of the checkout. Got {match['link']!r} in {source}.")
-        if target not in at:
-            (folder / "files" / target).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / target, folder / "files" / target)
-        there = os.path.relpath(at.get(target, Path("files", target)), at[source].parent)
-        return f"{match['before']}{there}{hash_sign}{anchor}"
+    Its links lead to the places of what they led to, and the first mention of a class of the library to the reference.
+    """
+    seen: set[str] = set()
+    before, parts = "", []
+    for is_code, part in _parts(text):
+        place = described_at(part[1:-1], "") if is_code and not part.islower() else None
+        if place and place not in seen and not before.endswith("[") and not before.rpartition("\n")[2].startswith("#"):
+            seen.add(place)
+            parts.append(f"[{part}][{place}]")
+        else:
+            parts.append(part if is_code else LINK.sub(lambda link: _link(link, source, at, folder), part))
+        before = part
+    return "".join(parts)
 
-    return "".join(part if is_code else LINK.sub(moved, part) for is_code, part in _parts(text))
+
+def _link(match: re.Match[str], source: Path, at: Mapping[Path, Path], folder: Path) -> str:
+    place, hash_sign, anchor = match["link"].partition("#")
+    if not place or "://" in place:
+        return match[0]
+    target = Path(os.path.normpath(source.parent / place))
+    if target not in at and not (ROOT / target).is_file():
+        raise ValueError(f"A link leads to a page or a file of the checkout. Got {match['link']!r} in {source}.")
+    if target not in at:
+        (folder / "files" / target).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / target, folder / "files" / target)
+    there = os.path.relpath(at.get(target, Path("files", target)), at[source].parent)
+    return f"{match['before']}{there}{hash_sign}{anchor}"
 
 
 def _parts(text: str) -> Iterator[tuple[bool, str]]:
@@ -122,7 +138,7 @@ def reference(module: str) -> str:
     names = public_names(module)
     lines = [f"::: {module}", "    options:", "      members: false", "      heading_level: 1", ""]
     lines += ["| name | what it is |", "|---|---|"]
-    lines += [f"| [`{name}`][{path}] | {summary(path)} |" for name, path in names.items()]
+    lines += [f"| [`{name}`][{path}] | {for_the_site(summary(path), path)} |" for name, path in names.items()]
     for path in names.values():
         if path.rpartition(".")[0] == module:
             found = members(path)

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from sources import MODULES, ROOT, members, public_names, summary
+from sources import MODULES, ROOT, has_private_base, members, public_names, summary
 from wording import described_at, for_the_site
 
 FENCE = re.compile(r"(?ms)^ *```.*?^ *```|`[^`\n]+`")
@@ -117,12 +117,13 @@ def example(script: Path) -> str:
 
 def gallery(at: Mapping[Path, Path]) -> str:
     """The page that lists the examples, each with the first paragraph of its docstring."""
-    lines = ["# Gallery", "", "Short programs, each to be run from a checkout: `python examples/plain_loop.py`.", ""]
+    lines = ["# Gallery", "", "Short programs. Run one from a checkout: `python examples/plain_loop.py`.", ""]
     for script, page in at.items():
         if script.suffix == ".py":
             docstring = ast.get_docstring(ast.parse((ROOT / script).read_text(encoding="utf-8"))) or ""
-            lines += [f"## [{script.name}]({page.name})", "", docstring.partition("\n\n")[0], ""]
-    return "\n".join(lines)
+            first, *_ = docstring.split("\n\n")
+            lines += [f"- **[{script.name}]({page.name})**<br>{first}"]
+    return "\n".join([*lines, ""])
 
 
 def reference_place(module: str) -> Path:
@@ -136,7 +137,8 @@ def reference(module: str) -> str:
     A name that another public module has too is described there, and stands in the table with a link.
     """
     names = public_names(module)
-    lines = [f"::: {module}", "    options:", "      members: false", "      heading_level: 1", ""]
+    lines = [f"::: {module}", "    options:", "      members: false", "      heading_level: 1"]
+    lines += ["      show_root_full_path: true", ""]
     lines += ["| name | what it is |", "|---|---|"]
     lines += [f"| [`{name}`][{path}] | {for_the_site(summary(path), path)} |" for name, path in names.items()]
     for path in names.values():
@@ -145,4 +147,5 @@ def reference(module: str) -> str:
             inherited = [name for name in found if found[name]]
             lines += ["", f"::: {path}", "    options:", f"      members: {[*found] or 'false'}"]
             lines += [f"      inherited_members: {inherited or 'false'}"]
+            lines += ["      show_bases: false"] if has_private_base(path) else []
     return "\n".join([*lines, ""])

@@ -68,6 +68,11 @@ def members(path: str) -> dict[str, bool]:
     return found
 
 
+def has_private_base(path: str) -> bool:
+    """Whether what a public path names is a class on one that no public module has."""
+    return len([*_lineage(_origin(path))]) > 1
+
+
 def _origin(path: str) -> str:
     module, _, name = path.rpartition(".")
     return _exports(module)[name]

@@ -22,7 +22,7 @@ def site():
     """What assembles the pages, which imports its neighbours as the modules of a script do."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(FOLDER)
-        yield {name: importlib.import_module(name) for name in ("pages", "sources", "wording")}
+        yield {name: importlib.import_module(name) for name in ("build", "pages", "sources", "wording")}
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_a_docstring_is_reworded_for_the_site(site):
 @pytest.mark.parametrize(
     "text",
     [
-        "`hvp` is an option.\n\nArgs:\n    hvp: How.",
+        "`recompute` is an option.\n\nArgs:\n    recompute: Which.",
         "f(lambda inner: inner)",
         "Args:\n    phi: Where.",
         "`alpha`, $\\alpha <= 1$ and lr=alpha",
@@ -119,3 +119,14 @@ def test_a_docstring_is_reworded_for_the_site(site):
 )
 def test_what_only_looks_like_a_name_or_a_letter_stays(site, text):
     assert site["wording"].for_the_site(text, "imaml._strategies.maml.MAML") == text
+
+
+def test_links_of_the_built_site_that_lead_nowhere_are_found(site, tmp_path):
+    (tmp_path / "here.html").write_text(
+        '<p id="top"><a href="#top">a</a> <a href="there.html#φ">b</a> <a href="https://example.org/c">c</a>'
+        '<a href="#gone">d</a> <a href="there.html#gone">e</a> <img src="gone.png"></p>',
+        encoding="utf-8",
+    )
+    (tmp_path / "there.html").write_text('<h1 id="φ"><a href="here.html">back</a></h1>', encoding="utf-8")
+    found = {link for _, link in site["build"].broken_links(tmp_path)}
+    assert found == {"#gone", "there.html#gone", "gone.png"}

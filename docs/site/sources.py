@@ -89,12 +89,17 @@ def _exports(module: str) -> dict[str, str]:
     They are what it imports as `name as name`; or, where it defines them, what does not begin with an underscore.
     """
     found = {}
-    for node in _tree(module).body:
-        for alias in node.names if isinstance(node, ast.ImportFrom) else ():
-            path = f"{node.module}.{alias.name}"
-            if alias.asname == alias.name and path not in MODULES:
-                found[alias.name] = _origin(path) if node.module in MODULES else path
+    for alias, path in _imported(module):
+        home = path.rpartition(".")[0]
+        if alias.asname == alias.name and path not in MODULES:
+            found[alias.name] = _origin(path) if home in MODULES else path
     return found or {name: f"{module}.{name}" for name in _definitions(module) if not name.startswith("_")}
+
+
+def _imported(module: str) -> Iterator[tuple[ast.alias, str]]:
+    for node in _tree(module).body:
+        if isinstance(node, ast.ImportFrom):
+            yield from ((alias, f"{node.module}.{alias.name}") for alias in node.names)
 
 
 def _lineage(origin: str) -> Iterator[str]:
@@ -102,12 +107,7 @@ def _lineage(origin: str) -> Iterator[str]:
     yield origin
     module, _, _ = origin.rpartition(".")
     node, _ = _definition(origin)
-    imported = {
-        alias.name: f"{node.module}.{alias.name}"
-        for node in _tree(module).body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
+    imported = {alias.name: path for alias, path in _imported(module)}
     public = {path for home in MODULES for path in _exports(home).values()}
     for base in node.bases if isinstance(node, ast.ClassDef) else ():
         name = ast.unparse(base).partition("[")[0]
@@ -135,7 +135,7 @@ def _definitions(module: str) -> dict[str, tuple[ast.stmt, str]]:
 
 def _described(body: Sequence[ast.stmt]) -> dict[str, tuple[ast.stmt, str]]:
     """What statements define, each with its docstring: inside it, or below an assignment."""
-    found = {}
+    found: dict[str, tuple[ast.stmt, str]] = {}
     for node, after in pairwise((*body, None)):
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
             found.setdefault(node.name, (node, ast.get_docstring(node) or ""))

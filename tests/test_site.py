@@ -104,6 +104,7 @@ def test_a_docstring_is_reworded_for_the_site(site):
     assert reword("As `FOMAML` does.", path) == "As [`FOMAML`][imaml.FOMAML] does."
     assert reword("See `Solution.status`.", path) == "See [`Solution.status`][imaml_solvers.Solution.status]."
     assert reword("See docs/numerics.md.", path) == "See [docs/numerics.md](../numerics.html)."
+    assert reword("Args:\n    eps: > 0.", path) == "Args:\n    eps: \\> 0."
     assert reword("phi_K <- theta with alpha <= 1", path) == "φ_K ← θ with α ≤ 1"
 
 

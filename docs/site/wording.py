@@ -16,6 +16,7 @@ WORDS = re.compile(
     r"|(?P<code>`[^`]*`)"
     r"|(?<![\w/])docs/(?P<page>[\w-]+)\.md"
     rf"|(?<![A-Za-z_=\\])(?P<letter>{'|'.join(GREEK)})(?![A-Za-z=]|\w*:| \w+:)"
+    r"|(?<=: )(?P<quote>>)(?= )"
     rf"|(?<= )(?P<sign>{'|'.join(SIGNS)})(?= )"
 )
 """In the order in which they exclude one another; a letter is no argument's name, nor a lambda of Python's."""
@@ -31,6 +32,8 @@ def for_the_site(text: str, path: str) -> str:
             return f"[{match[0]}][{target}]" if target else match[0]
         if match["page"]:
             return f"[{match[0]}](../{match['page']}.html)"
+        if match["quote"]:  # at the start of an entry it would begin a quotation
+            return r"\>"
         return GREEK.get(match["letter"]) or SIGNS.get(match["sign"]) or match[0]
 
     return WORDS.sub(rewritten, text)

@@ -11,7 +11,7 @@ TORCH_ENV = .venv-torch-$(TORCH)
 TORCH_PIP = PIP_CONSTRAINT=$(@D)/constraints.txt $(@D)/bin/python -m pip install --quiet --disable-pip-version-check
 TESTS ?= $(addprefix tests/,distributed engine inner layers nn planning properties solvers testing verify zoo)
 
-.PHONY: help env demo bench test test-torch mutation lint format wheel-check clean
+.PHONY: help env demo bench docs test test-torch mutation lint format wheel-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -30,6 +30,14 @@ demo: env ## memory and accuracy of the strategies, on real characters (4 minute
 
 bench: env ## time and memory of a meta-gradient beside other libraries (most of an hour, on an idle machine)
 	$(BIN)/python -m benchmarks.compare
+
+docs: .venv-docs/installed ## build the site into build/site, strictly: no link of it leads nowhere
+	.venv-docs/bin/python docs/site/build.py
+
+.venv-docs/installed: requirements-docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements-docs.txt
+	@touch $@
 
 test: env ## run the tests, on two cores
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
@@ -77,5 +85,5 @@ wheel-check: env ## build the wheel and import it in a clean environment
 	rm -rf build/wheel-check/venv
 
 clean: ## remove the environment, caches and products
-	rm -rf .venv .venv-torch-* build dist runs .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-docs .venv-torch-* build dist runs .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find imaml solvers tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +

@@ -34,9 +34,10 @@ from imaml.inner._inner_problem import Quadratic, State
 
 @dataclass
 class Problem:
-    """Presents a chunk of tasks to a strategy: an inner problem to solve, and a query loss to judge the result by.
+    r"""Presents a chunk of tasks to a strategy: an inner problem to solve, and a query loss to judge the result by.
 
-    Formula: min over phi of L_support(phi) + 1/2 (phi - theta)' Lambda (phi - theta), followed by L_query(phi).
+    Formula: $\min_\phi L_{support}(\phi) + 1/2 \, (\phi - \theta)^\top \Lambda (\phi - \theta)$, followed by
+    $L_{query}(\phi)$.
 
     `MetaGradient.pull_back` gets one for a chunk of tasks, whose vectors are `(tasks, n)`. `adapt` comes first, then
     `judge`, then `outcome`; docs/testing.md says what else may be asked, when, and at what cost. What that page does

@@ -22,9 +22,9 @@ def bilevel(
     meta: Given,
     metric: Callable[[dict[str, Tensor], Batch], Tensor] | None = None,
 ) -> Objective:
-    """Make an objective of a bilevel problem: an outer loss of the minimiser of an inner loss.
+    r"""Make an objective of a bilevel problem: an outer loss of the minimiser of an inner loss.
 
-    Formula: min over meta of L_outer(w*, meta) with w* = argmin over w of L_inner(w, meta).
+    Formula: $\min_{meta} L_{outer}(w^*, meta)$ with $w^* = \arg\min_w L_{inner}(w, meta)$.
 
     The objective is for any strategy. Its tasks hold the inner loss's data as `support` and the outer's as `query`; one
     problem is a list of one `Task`.

@@ -14,10 +14,10 @@ from imaml.planning._costs import Costs
 
 @dataclass(frozen=True, kw_only=True)
 class FOMAML(MetaGradient):
-    """Computes the first-order meta-gradient: that of the query loss at the adapted parameters, as if they were theta.
+    r"""Computes the first-order meta-gradient: that of the query loss at the adapted parameters, as if they were theta.
 
-    Formula: grad L_query(phi), with d phi / d theta taken for I. Other parameters that require grad get the direct part
-    of their gradient only.
+    Formula: $\nabla L_{query}(\phi)$, with $\partial \phi / \partial \theta$ taken for $I$. Other parameters that
+    require grad get the direct part of their gradient only.
 
     Equal to `MAML` where the support Hessian is zero and there is no proximal term. Elsewhere it is biased, the more so
     the larger `lr * steps`.

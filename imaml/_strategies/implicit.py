@@ -26,28 +26,29 @@ from imaml_solvers import CG, LinearOperator, LinearSolver, Solution, Status
 
 @dataclass(frozen=True, kw_only=True)
 class ImplicitMAML(MetaGradient):
-    """Computes the meta-gradient from the adapted parameters alone, whichever way the inner loop found them.
+    r"""Computes the meta-gradient from the adapted parameters alone, whichever way the inner loop found them.
 
-    Formula: (I + H / lambda)^-1 v, with v the gradient of L_query and H the Hessian of L_support, both at the adapted
-    parameters phi. A matrix-free solver solves the system.
+    Formula: $(I + H / \lambda)^{-1} v$, with $v$ the gradient of $L_{query}$ and $H$ the Hessian of $L_{support}$, both
+    at the adapted parameters $\phi$. A matrix-free solver solves the system.
 
-    It is exact when phi is the stationary point of L_support + lambda/2 |phi - theta|^2 and the solve converged:
-    `report.stationarity` and `report.solver_status` say how far both hold.
+    It is exact when $\phi$ is the stationary point of $L_{support} + \lambda/2 \, |\phi - \theta|^2$ and the solve
+    converged: `report.stationarity` and `report.solver_status` say how far both hold.
 
-    With one lambda per parameter, Lambda = diag(lambda), the result is Lambda (H + Lambda)^-1 v, computed from the
-    symmetric system I + Lambda^-1/2 H Lambda^-1/2.
+    With one lambda per parameter, $\Lambda = \mathrm{diag}(\lambda)$, the result is $\Lambda (H + \Lambda)^{-1} v$,
+    computed from the symmetric system $I + \Lambda^{-1/2} H \Lambda^{-1/2}$.
 
-    Other parameters that require grad and meta-parameters eta get d_eta L_query - (d_eta grad L_support)' (H +
-    Lambda)^-1 v. A learned lambda gets -(phi - theta)' (H + Lambda)^-1 v.
+    Other parameters that require grad and meta-parameters $\eta$ get $\partial_\eta L_{query} - (\partial_\eta \nabla
+    L_{support})^\top (H + \Lambda)^{-1} v$. A learned lambda gets $-(\phi - \theta)^\top (H + \Lambda)^{-1} v$.
 
     Bilevel problems: `regularization=None` is for those whose support loss is strongly convex by itself. The system is
     H, and phi does not depend on theta, whose meta-gradient is zero.
 
-    Error bound: `report.error_bound` bounds the relative error |u - u*| / |u*| of each task's u against the u* of the
-    exact phi* and the exact solve. With R = b - A x the residual of the solution x as a function of phi, u - u* comes
-    from A*^-1 R*. The bound is 5 (|R(phi)| + |R(phi')|) / mu, relative to what it leaves of |u|. Here phi' is one point
-    as far away as phi* may be, |gradient| / (lambda mu), and mu a lower estimate of the smallest eigenvalue of A from
-    CG's own coefficients. The 5 was measured, not proved: see docs/numerics.md.
+    Error bound: `report.error_bound` bounds the relative error $|u - u^*| / |u^*|$ of each task's $u$ against the $u^*$
+    of the exact $\phi^*$ and the exact solve. With $R = b - A x$ the residual of the solution $x$ as a function of
+    $\phi$, $u - u^*$ comes from $A^{*-1} R^*$. The bound is $5 \, (|R(\phi)| + |R(\phi')|) / \mu$, relative to what it
+    leaves of $|u|$. Here $\phi'$ is one point as far away as $\phi^*$ may be, $|gradient| / (\lambda \mu)$, and $\mu$ a
+    lower estimate of the smallest eigenvalue of $A$ from CG's own coefficients. The 5 was measured, not proved: see
+    docs/numerics.md.
 
     Cost per task: K + 1 gradients for the inner loop and the query, one for the stationarity (free with
     reverse-over-reverse linearised once), and the solver's Hessian-vector products. The error bound takes two gradients
@@ -56,7 +57,7 @@ class ImplicitMAML(MetaGradient):
     Memory: one product and a few vectors `(n,)`, whatever K.
 
     Not for few inner steps far from stationarity, where it differs from `MAML`, nor for small lambda on non-convex
-    losses, where I + H / lambda is indefinite.
+    losses, where $I + H / \lambda$ is indefinite.
 
     Source: Rajeswaran et al. 2019, eq. 6.
 

@@ -30,15 +30,15 @@ from imaml.planning._costs import Costs
 
 @dataclass(frozen=True, kw_only=True)
 class MAML(MetaGradient):
-    """Computes the exact second-order meta-gradient, through every step of the inner loop.
+    r"""Computes the exact second-order meta-gradient, through every step of the inner loop.
 
-    Formula: (d phi_K / d theta)' v, with v the gradient of L_query at phi_K. It is exact for learned hyper-parameters
-    and whatever else the losses use too.
+    Formula: $(\partial \phi_K / \partial \theta)^\top v$, with $v = \nabla L_{query}(\phi_K)$. It is exact for learned
+    hyper-parameters and whatever else the losses use too.
 
-    A reverse sweep over the inner steps computes it, never a K-step graph. Let a be the cotangent of s_{k+1} = U(s_k,
-    g_k), with g_k = grad L_support(phi_k) + Lambda (phi_k - theta) and phi_k in the optimiser's state s_k. Pull a
-    through U to get its cotangents (a, w) for (s_k, g_k); then a_phi <- a_phi + H_k w + Lambda w, one Hessian-vector
-    product a step.
+    A reverse sweep over the inner steps computes it, never a K-step graph. Let $a$ be the cotangent of $s_{k+1} =
+    U(s_k, g_k)$, with $g_k = \nabla L_{support}(\phi_k) + \Lambda (\phi_k - \theta)$ and $\phi_k$ in the optimiser's
+    state $s_k$. Pull $a$ through $U$ to get its cotangents $(a, w)$ for $(s_k, g_k)$; then $a_\phi \leftarrow a_\phi +
+    H_k w + \Lambda w$, one Hessian-vector product a step.
 
     Cost per task: K + 1 gradients and K Hessian-vector products. Where U is not linear, a step size is learned or
     gradients are clipped, the sweep evaluates K gradients again.

@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MetaGradient(Strategy):
-    """Computes the meta-gradient: the gradient of the mean query loss after a model has adapted to each task.
+    r"""Computes the meta-gradient: the gradient of the mean query loss after a model has adapted to each task.
 
-    The inner loop of task i adapts phi from theta on L_support,i(phi) + 1/2 (phi - theta)' Lambda (phi - theta). The
-    result is the mean over tasks of L_query,i(phi_i), and its gradient for theta and for every other parameter that
-    requires grad.
+    The inner loop of task i adapts $\phi$ from $\theta$ on $L_{support,i}(\phi) + 1/2 \, (\phi - \theta)^\top \Lambda
+    (\phi - \theta)$. The result is the mean over tasks of $L_{query,i}(\phi_i)$, and its gradient for $\theta$ and for
+    every other parameter that requires grad.
 
     `engine(objective, tasks)` returns a `MetaResult`. `result.loss.backward()` accumulates the meta-gradient into
     `.grad` of the parameters, like that of any loss. The meta-gradient is computed in the call and its memory is given

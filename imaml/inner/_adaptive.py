@@ -55,10 +55,11 @@ def check_eps(eps: float, root: float = 0.0) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Adam(InnerOptimizer):
-    """Adapts by Adam, whose steps are scaled by running moments of the gradient.
+    r"""Adapts by Adam, whose steps are scaled by running moments of the gradient.
 
-    Formula: phi <- phi - lr * m' / (sqrt(v' + eps_root) + eps). With h = g + weight_decay * phi: m <- b1 m + (1 - b1) h
-    and v <- b2 v + (1 - b2) h^2 from zero, m' = m / (1 - b1^k) and v' = v / (1 - b2^k) at step k = 1, 2, ...
+    Formula: $\phi \leftarrow \phi - lr \, \hat m / (\sqrt{\hat v + eps\_root} + eps)$. With $h = g + weight\_decay \,
+    \phi$: $m \leftarrow b_1 m + (1 - b_1) h$ and $v \leftarrow b_2 v + (1 - b_2) h^2$ from zero, $\hat m = m / (1 -
+    b_1^k)$ and $\hat v = v / (1 - b_2^k)$ at step $k = 1, 2, ...$
 
     Equal to `torch.optim.Adam` with `eps_root=0`; with another the formula is that of `optax.adam`.
 

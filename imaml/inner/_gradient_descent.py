@@ -16,10 +16,11 @@ from imaml.inner._rates import Rates
 
 @dataclass(frozen=True, kw_only=True)
 class GradientDescent(InnerOptimizer):
-    """Adapts by gradient descent, with momentum or without, from phi = theta.
+    r"""Adapts by gradient descent, with momentum or without, from phi = theta.
 
-    Formula: phi <- phi - lr * d, `steps` times. With h = g + weight_decay * phi the direction d is h; with momentum mu
-    it is the buffer b <- mu b + h, which starts at zero, or with Nesterov's h + mu b.
+    Formula: $\phi \leftarrow \phi - lr \, d$, `steps` times. With $h = g + weight\_decay \, \phi$ the direction $d$ is
+    $h$; with momentum $\mu$ it is the buffer $b \leftarrow \mu b + h$, which starts at zero, or with Nesterov's $h +
+    \mu b$.
 
     Equal to `torch.optim.SGD` without dampening.
 

@@ -18,11 +18,11 @@ _SUFFICIENT, _HALVINGS, _ROUNDINGS = 1e-4, 30, 100
 
 @dataclass(frozen=True, kw_only=True)
 class NewtonCG(InnerSolver):
-    """Adapts by Newton's method with conjugate gradients, for strategies that need the result alone.
+    r"""Adapts by Newton's method with conjugate gradients, for strategies that need the result alone.
 
-    Formula: phi <- phi + t d with (H + Lambda) d = -g. t is the largest of 1, 1/2, 1/4, ... that decreases the inner
-    objective by 1e-4 t |g'd| (Armijo). Where CG meets a direction of negative curvature d is what it had before, or -g.
-    All tasks of a chunk run at once, each with its own t.
+    Formula: $\phi \leftarrow \phi + t d$ with $(H + \Lambda) d = -g$. $t$ is the largest of 1, 1/2, 1/4, ... that
+    decreases the inner objective by $10^{-4} \, t \, |g^\top d|$ (Armijo). Where CG meets a direction of negative
+    curvature $d$ is what it had before, or $-g$. All tasks of a chunk run at once, each with its own $t$.
 
     A task stops once |g| <= `stationarity`, where no t decreases its objective, or where a step whose decrease is lost
     in rounding does not decrease |g| either.

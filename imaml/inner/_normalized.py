@@ -62,10 +62,11 @@ class NormalizedDescent(InnerOptimizer):
 
 @dataclass(frozen=True, kw_only=True)
 class LAMB(Adam):
-    """Adapts by LAMB: the step of Adam in every parameter, as long as the parameter is.
+    r"""Adapts by LAMB: the step of Adam in every parameter, as long as the parameter is.
 
-    Formula: for each parameter x, x <- x - lr * |x| / |u| * u with u = m' / (sqrt(v' + eps_root) + eps) +
-    weight_decay * x, where m' and v' are the moments of `Adam`. Where |x| or |u| is zero, their ratio is taken to be 1.
+    Formula: for each parameter $x$, $x \leftarrow x - lr \, (|x| / |u|) \, u$ with $u = \hat m / (\sqrt{\hat v +
+    eps\_root} + eps) + weight\_decay \, x$, where $\hat m$ and $\hat v$ are the moments of `Adam`. Where $|x|$ or $|u|$
+    is zero, their ratio is taken to be 1.
 
     The formula is that of `optax.lamb`.
 

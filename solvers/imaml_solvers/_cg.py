@@ -19,12 +19,15 @@ by that are singular to rounding, and x becomes 1 / eps long."""
 
 @dataclass(frozen=True, kw_only=True)
 class CG(KrylovSolver):
-    """Solves symmetric positive definite systems by conjugate gradients, with an optional preconditioner M.
+    r"""Solves symmetric positive definite systems by conjugate gradients, with an optional preconditioner M.
 
-        alpha = r'Mr / p'Ap,  x += alpha p,  r -= alpha A p,  p <- M r + (new r'Mr / old r'Mr) p
+    $$\alpha = r^\top M r / p^\top A p, \quad x \leftarrow x + \alpha p, \quad r \leftarrow r - \alpha A p,$$
 
-    Without a preconditioner the error e after k steps obeys |e|_A <= 2 ((sqrt(c) - 1) / (sqrt(c) + 1))^k |e_0|_A for
-    the condition number c, and is zero after as many steps as A has distinct eigenvalues, but for rounding.
+    $$\beta = (r^\top M r)_{new} / (r^\top M r)_{old}, \quad p \leftarrow M r + \beta p$$
+
+    Without a preconditioner the error $e$ after k steps obeys $|e|_A \le 2 \, ((\sqrt{c} - 1) / (\sqrt{c} + 1))^k \,
+    |e_0|_A$ for the condition number $c$, and is zero after as many steps as A has distinct eigenvalues, but for
+    rounding.
 
     A system stops, each on its own and its x frozen bit for bit, when
 
@@ -36,8 +39,9 @@ class CG(KrylovSolver):
       p is below 4 eps times the largest so far (A is singular to working precision): BREAKDOWN, x before the step;
     - the step is not finite: NONFINITE, x before the step.
 
-    Without a preconditioner alpha and beta are also the entries of the Lanczos matrix T of A, which gives
-    `smallest_eigenvalue`: T_jj = 1 / alpha_j + beta_{j-1} / alpha_{j-1}, T_j,j+1 = sqrt(beta_j) / alpha_j.
+    Without a preconditioner $\alpha$ and $\beta$ are also the entries of the Lanczos matrix $T$ of A, which gives
+    `smallest_eigenvalue`: $T_{jj} = 1 / \alpha_j + \beta_{j-1} / \alpha_{j-1}$, $T_{j,j+1} = \sqrt{\beta_j} /
+    \alpha_j$.
 
     Cost: one product a step, of the whole batch, until the slowest system stops; so `max_steps` products for a budget;
     besides those that build a preconditioner. Without one, k steps end with the eigenvalues of T, work of min(k, 200)^3

@@ -15,13 +15,13 @@ from imaml_solvers._vectors import largest_entry
 
 @dataclass(frozen=True, kw_only=True)
 class Jacobi(Preconditioner):
-    """Preconditions by the diagonal of A, estimated from products with random signs.
+    r"""Preconditions by the diagonal of A, estimated from products with random signs.
 
-        M = diag(d)^-1,  d = mean of v * A v  over probes v of random signs
+    $$M = \mathrm{diag}(d)^{-1}, \quad d = \text{mean of } v * A v \text{ over probes v of random signs}$$
 
-    An entry of d is unbiased, with the variance sum_{j != i} a_ij^2 / probes. It is not trusted below its own standard
-    error, and raised to that: so M is positive definite. For n <= probes the diagonal is exact, from products with the
-    unit vectors. Negative entries, of indefinite A, count by their size, and zeros as the largest entry.
+    An entry of $d$ is unbiased, with the variance $\sum_{j \ne i} a_{ij}^2 / probes$. It is not trusted below its own
+    standard error, and raised to that: so M is positive definite. For n <= probes the diagonal is exact, from products
+    with the unit vectors. Negative entries, of indefinite A, count by their size, and zeros as the largest entry.
 
     Cost: `probes` products, n if that is less. Memory: three vectors, of which one stays.
 

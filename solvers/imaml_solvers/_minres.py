@@ -18,15 +18,15 @@ _SINGULAR = 0.75
 
 @dataclass(frozen=True, kw_only=True)
 class MINRES(KrylovSolver):
-    """Solves symmetric systems, definite or not, by the minimum residual method, with an optional preconditioner M.
+    r"""Solves symmetric systems, definite or not, by the minimum residual method, with an optional preconditioner M.
 
     The k-th iterate has the least |b - A x| of all x0 + z, z in the Krylov space of b - A x0 (with a preconditioner M,
     symmetric positive definite, the least r'Mr). It comes from the Lanczos process, whose tridiagonal T is brought to
     triangular form by one rotation a step.
 
-    Where A has eigenvalues of both signs, the residual falls by (sqrt(c c') - 1) / (sqrt(c c') + 1) every two steps,
-    for the condition numbers c and c' of its two parts: about the square of CG's steps for a matrix as ill-conditioned.
-    A singular A is solved where b is in its range.
+    Where A has eigenvalues of both signs, the residual falls by $(\sqrt{c c'} - 1) / (\sqrt{c c'} + 1)$ every two
+    steps, for the condition numbers $c$ and $c'$ of its two parts: about the square of CG's steps for a matrix as
+    ill-conditioned. A singular A is solved where b is in its range.
 
     A system stops, each on its own and its x frozen bit for bit, when
 

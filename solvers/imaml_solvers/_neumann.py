@@ -19,16 +19,17 @@ _POWER_STEPS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Neumann(LinearSolver):
-    """Solves symmetric positive definite systems by the Neumann series (Richardson iteration), a fixed polynomial of A.
+    r"""Solves symmetric positive definite systems by a Neumann series (Richardson iteration), a fixed polynomial of A.
 
-        x <- x + alpha (b - A x);  from 0, K steps give x = alpha sum_{k<K} (I - alpha A)^k b
+    $$x \leftarrow x + \alpha (b - A x); \quad \text{from 0, K steps give} \quad x = \alpha \sum_{k<K} (I - \alpha A)^k
+    b$$
 
-    A step shrinks the residual by q = max |1 - alpha lambda| over the eigenvalues lambda; q < 1 needs alpha < 2 /
-    lambda_max.
+    A step shrinks the residual by $q = \max |1 - \alpha \lambda|$ over the eigenvalues $\lambda$; $q < 1$ needs $\alpha
+    < 2 / \lambda_{max}$.
 
-    Without `step_size`, alpha = 1 / l with l the estimate of lambda_max from 10 steps of the power method started at
-    the residual. l <= lambda_max, and l > lambda_max / 2 (so q < 1) if more than 2^-10 of the norm of the start is in
-    the leading eigenvector; then q is about 1 - 1 / c for the condition number c.
+    Without `step_size`, $\alpha = 1 / l$ with $l$ the estimate of $\lambda_{max}$ from 10 steps of the power method
+    started at the residual. $l \le \lambda_{max}$, and $l > \lambda_{max} / 2$ (so $q < 1$) if more than $2^{-10}$ of
+    the norm of the start is in the leading eigenvector; then $q$ is about $1 - 1 / c$ for the condition number $c$.
 
     A system stops
 

@@ -18,14 +18,14 @@ from imaml_solvers._vectors import largest_entry, norm
 
 @dataclass(frozen=True, kw_only=True)
 class Nystrom(Preconditioner):
-    """Preconditions A = H + mu I, H of fast decay, by a randomised low-rank approximation of H.
+    r"""Preconditions A = H + mu I, H of fast decay, by a randomised low-rank approximation of H.
 
-        M = (l_k + mu) U (L + mu I)^-1 U' + I - U U'
+    $$M = (l_k + \mu) \, U (L + \mu I)^{-1} U^\top + I - U U^\top$$
 
-    U and L, with smallest entry l_k, are the eigenvectors and -values of a rank-k Nystrom approximation of H, from
-    products with k random vectors. M A has a condition number of about (l_k + mu) / mu, so that CG takes few steps
-    where H has about k large eigenvalues. What cannot come from a positive semi-definite H is left out: M is positive
-    definite whatever A is.
+    $U$ and $L$, with smallest entry $l_k$, are the eigenvectors and -values of a rank-k Nystrom approximation of H,
+    from products with k random vectors. $M A$ has a condition number of about $(l_k + \mu) / \mu$, so that CG takes few
+    steps where H has about k large eigenvalues. What cannot come from a positive semi-definite H is left out: M is
+    positive definite whatever A is.
 
     Cost: k products in every solve, which neither `num_steps` nor `max_steps` counts, and O(n k^2) work. Memory: k
     vectors per system during the solve, and three times that to build them.
@@ -61,12 +61,12 @@ class Nystrom(Preconditioner):
 
 @dataclass(frozen=True, kw_only=True)
 class NystromInverse(LinearSolver):
-    """Solves A = H + mu I, H of rank about k, by inverting a Nystrom approximation, without any iteration.
+    r"""Solves A = H + mu I, H of rank about k, by inverting a Nystrom approximation, without any iteration.
 
-        x = (b - U L (L + mu I)^-1 U' b) / mu,  H about U L U' as for `Nystrom`
+    $$x = (b - U L (L + \mu I)^{-1} U^\top b) / \mu, \quad H \approx U L U^\top \text{ as for Nystrom}$$
 
-    There is nothing to tune but the rank: exact for positive semi-definite H of rank below k, and off by about |H - U L
-    U'| / mu else. The authors multiply H by k unit vectors; the random ones here see H whatever its basis.
+    There is nothing to tune but the rank: exact for positive semi-definite H of rank below k, and off by about $|H - U
+    L U^\top| / \mu$ else. The authors multiply H by k unit vectors; the random ones here see H whatever its basis.
 
     The residual b - A x, from one more product, has the last word: CONVERGED if |b - A x| <= max(rtol |b|, atol), else
     MAX_STEPS, or BUDGET_SPENT if both tolerances are zero; BREAKDOWN, with x = 0, if it is above |b| or mu is zero;

@@ -32,8 +32,8 @@ class Do(Enum):
 def moves(steps: int, checkpoints: int | None) -> Sequence[tuple[Do, int]]:
     """What to do in order, each with the step that it is about.
 
-    This is the binomial schedule of Griewank & Walther 2000 (Algorithm 799, revolve): no other with as many states takes
-    fewer steps again, and none of those that take as few puts states away less often.
+    This is the binomial schedule of Griewank & Walther 2000 (Algorithm 799, revolve): no other with as many states
+    takes fewer steps again, and none of those that take as few puts states away less often.
 
     Args:
         steps: K.

@@ -19,7 +19,7 @@ SCALE = 10.0
 """Length of the features that the head sees: from a head at zero, the first inner step then separates the classes."""
 
 _SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-"""That of model.safetensors as sentence-transformers publish all-MiniLM-L6-v2, under the Apache licence 2.0."""
+"""Digest of model.safetensors as sentence-transformers publish all-MiniLM-L6-v2, under the Apache licence 2.0."""
 
 
 def load_minilm(

@@ -99,7 +99,7 @@ def test_the_core_requires_torch_and_numpy_alone():
 def test_the_core_imports_torch_numpy_and_the_standard_library_alone():
     """Whatever the line: within functions too, which importing does not reach."""
     core = sys.stdlib_module_names | {"imaml", "imaml_solvers", "numpy", "torch"}
-    of_extras = {"cli", "data", "testing", "text.py", "training"}
+    of_extras = {"cli", "testing"}  # data sets, texts and saved models import theirs by `optional`
     found = {
         (module, file.relative_to(ROOT).as_posix())
         for package in ("imaml", "solvers/imaml_solvers")
@@ -172,6 +172,38 @@ def test_the_releases_of_torch_that_are_tested_are_those_that_are_named():
     assert f"torch>={oldest}" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     for file in ("imaml/_torch.py", "docs/architecture.md"):
         assert f"{oldest} to {newest}" in (ROOT / file).read_text()
+
+
+def test_the_release_is_the_same_everywhere():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    releases = re.findall(r"(?m)^## \[(.+)\](?: - (\d{4}-\d\d-\d\d))?$", (ROOT / "CHANGELOG.md").read_text())
+    assert releases[0] == ("Unreleased", "") and releases[1][0] == version
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert re.findall(r"(?m)^version: (.+)$", citation) == [version]
+    assert re.findall(r"(?m)^date-released: (.+)$", citation) == [releases[1][1]]
+
+
+def test_links_and_classifiers_are_those_of_a_published_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    start = project["urls"]["Homepage"]
+    for url in project["urls"].values():
+        place = re.match(rf"{start}(?:/blob/main/(.+)|/issues)?$", url)
+        assert place and (ROOT / (place[1] or "")).exists(), url
+    named = {line.removeprefix("Programming Language :: Python :: ") for line in project["classifiers"]}
+    assert min(minor for minor in range(30) if f"3.{minor}" in named) == int(project["requires-python"][-2:])
+    assert not any(line.startswith("License ::") for line in project["classifiers"])  # PEP 639: `license` says it
+
+
+@pytest.mark.parametrize("form", sorted((ROOT / ".github").glob("ISSUE_TEMPLATE/*.yml")), ids=lambda path: path.name)
+def test_the_forms_for_issues_are_what_github_reads(form):
+    content = pytest.importorskip("yaml").safe_load(form.read_text())
+    if form.name == "config.yml":
+        assert {*content} == {"blank_issues_enabled", "contact_links"}
+        return
+    assert {"name", "description", "body"} <= {*content}
+    ids = [field["id"] for field in content["body"]]
+    assert len(ids) == len({*ids}) and all(field["attributes"]["label"] for field in content["body"])
+    assert form.name != "bug.yml" or "imaml.verify.meta_gradient" in form.read_text()
 
 
 def test_no_file_names_a_machine_or_a_registry():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from imaml._engine.files import replace_file
@@ -12,10 +13,10 @@ from imaml.cli._result import NAMES
 from imaml.training import Evaluation, RunFolder, Trainer
 
 _TASKS = {
-    "sinusoid": "regression of sine curves",
-    "glyphs": "characters in the typefaces that matplotlib ships",
-    "omniglot": "handwritten characters of Omniglot (Lake et al. 2015)",
-    "banking77": "messages of bank customers by intent, BANKING77 (Casanueva et al. 2020)",
+    "sinusoid": "Regression of sine curves",
+    "glyphs": "Characters in the typefaces that matplotlib ships",
+    "omniglot": "Handwritten characters of Omniglot (Lake et al. 2015)",
+    "banking77": "Messages of bank customers by intent, BANKING77 (Casanueva et al. 2020)",
 }
 _INPUTS = {
     "sinusoid": "x = torch.linspace(-5.0, 5.0, 10)[:, None]",
@@ -69,25 +70,26 @@ They are not a solution of any task: adapt them to the support set of yours firs
 
 Test {metric.name} **{metric.interval(test.mean, test.interval)}**: mean and 95 % interval over {test.tasks} unseen \
 tasks{skipped}.
-It was trained for {trainer.step} meta-steps in {trainer.seconds / 60:.1f} minutes. `result.json` has the versions and
-the processor, `metrics.jsonl` and `curve.png` the way there.
+It was trained for {trainer.step} meta-steps in {trainer.seconds / 60:.1f} minutes. `result.json` has the versions and \
+the
+processor, `metrics.jsonl` and `curve.png` the way there.
 
 ## Load it
 
 ```python
 {_imports(kind)}
-model = load_model({str(folder.path)!r})
+model = load_model({json.dumps(str(folder.path))})
 {_INPUTS[kind].format(ways=options.episodes.ways)}
 y = model({"**x" if kind == "banking77" else "x"})
 ```
 
 Here {_MEANING[kind]}. What this needs comes with
-`pip install 'imaml[{"train,text" if kind == "banking77" else "train"}]'`. The program made
-`model.safetensors` for `imaml.training.load_model`; any reader of safetensors finds the tensors in it.
+`pip install 'imaml[{"train,text" if kind == "banking77" else "train"}]'`.
+Any reader of safetensors finds the tensors in `model.safetensors`.
 
 ## Data
 
-{_TASKS[kind].capitalize()}. Training, validation and test share no {"task" if kind == "sinusoid" else "class"}.
+{_TASKS[kind]}. Training, validation and test share no {"task" if kind == "sinusoid" else "class"}.
 
 {_table({**vars(options.episodes), "data": None})}
 

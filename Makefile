@@ -48,7 +48,7 @@ test-torch: $(TORCH_ENV)/installed ## run the engine's tests with another torch:
 .venv-torch-%/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
 	sed 's/^torch==.*/torch==$*/' constraints.txt > $(@D)/constraints.txt
-	$(TORCH_PIP) torch && $(TORCH_PIP) --editable '.[testing]' pytest-xdist \
+	$(TORCH_PIP) torch && $(TORCH_PIP) --editable '.[scipy,testing]' pytest-xdist \
 	|| { echo "torch $* cannot be installed: see what pip says above, and choose a release by TORCH=..." >&2; exit 1; }
 	@touch $@
 

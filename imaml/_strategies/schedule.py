@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import lru_cache
-
-from checkpoint_schedules import Copy, Forward, Move, MultistageCheckpointSchedule, Reverse
+from math import comb
 
 
 class Do(Enum):
@@ -33,8 +32,8 @@ class Do(Enum):
 def moves(steps: int, checkpoints: int | None) -> Sequence[tuple[Do, int]]:
     """What to do in order, each with the step that it is about.
 
-    The binomial schedule of Griewank & Walther 2000 (Algorithm 799) needs the fewest recomputations. The package
-    `checkpoint-schedules` provides it; it is licensed under the LGPL-3.0 and used as an unmodified dependency.
+    This is the binomial schedule of Griewank & Walther 2000 (Algorithm 799, revolve): no other with as many states
+    takes fewer steps again, and none of those that take as few puts states away less often.
 
     Args:
         steps: K.
@@ -47,27 +46,49 @@ def moves(steps: int, checkpoints: int | None) -> Sequence[tuple[Do, int]]:
 
 
 def _moves(steps: int, checkpoints: int | None) -> Iterator[tuple[Do, int]]:
-    if steps == 0:
-        return
-    is_at_the_end = False
-    for action in MultistageCheckpointSchedule(steps, steps if checkpoints is None else checkpoints + 1, 0):
-        match action:
-            case Forward(n0=first, n1=last, write_ics=keep, write_adj_deps=to_reverse):
-                if keep and first > 0:
-                    yield Do.KEEP, first
-                if not to_reverse:
-                    yield from ((Do.STEP, step) for step in range(first, last))
-                elif not is_at_the_end:
-                    is_at_the_end = True
-                    yield Do.END, first
-            case Copy(n=step):
-                yield Do.FETCH, step
-            case Move(n=step):
-                yield Do.TAKE, step
-            case Reverse(n0=step):
-                yield Do.REVERSE, step
-                if step == 0:
-                    return
+    most = steps if checkpoints is None else checkpoints
+    at, kept = 0, [0]  # the state at hand, and those to come back to
+    for last in reversed(range(steps)):
+        while at < last:
+            free = most + 1 - len(kept)
+            stop = at + _distance(last + 1 - at, free + 1) if free else last
+            yield from ((Do.STEP, step) for step in range(at, stop))
+            at = stop
+            if at < last:
+                kept.append(at)
+                yield Do.KEEP, at
+        if last == steps - 1:
+            yield Do.END, last
+        yield Do.REVERSE, last
+        if last > 0:
+            at = kept[-1]
+            if at == last - 1:
+                yield Do.TAKE, kept.pop()
+            else:
+                yield Do.FETCH, at
+
+
+def _distance(steps: int, states: int) -> int:
+    """How far to go from a state that is kept to the next to keep.
+
+    With s states, that at the start among them, and no step taken more than r times before it is differentiated,
+    β(s, r) = (s + r)! / (s! r!) steps can be reversed. Take the least such r. The m steps up to the next state have s
+    states and r - 1 times left, the l - m from there on s - 1 states and r times. No m takes fewer steps than one with
+    β(s, r - 2) <= m <= β(s, r - 1) and β(s - 1, r - 1) <= l - m <= β(s - 1, r). Of these, some write the fewest states;
+    of those, this is the largest, so that the fewest are held when the sweep goes back.
+
+    Args:
+        steps: l, those to reverse, at least 2.
+        states: s, at least 2.
+
+    Returns:
+        m, from 1 to l - 1.
+    """
+    times = 1
+    while comb(states + times, states) < steps:
+        times += 1
+    here, beyond, further = (comb(s + times - 1, s) for s in (states, states - 1, states - 2))  # β(s, r - 1) and so on
+    return max(min(steps - beyond, here - further), min(steps - beyond - further, here), 1)
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+import safetensors  # noqa: F401  (where it is missing the program says so before a training, not after)
 from rich.console import Console
 
+from imaml.cli._card import write_card
 from imaml.cli._environment import environment
 from imaml.cli._figures import save_png, training_curve
 from imaml.cli._metric import Metric
 from imaml.cli._options import Train
 from imaml.cli._progress import say
-from imaml.training import RunFolder, Trainer
+from imaml.training import RunFolder, Trainer, save_model
 
 
 def conclude(options: Train, trainer: Trainer, folder: RunFolder, metric: Metric, console: Console) -> None:
-    """Test, write `result.json` and `curve.png`, and print the result."""
+    """Test, write the result, its curve and the model with its card, and print the result."""
     with console.status("Testing"):
         test = trainer.evaluate("test", tasks=options.plan.eval_tasks)
     folder.write_result(
@@ -30,6 +32,8 @@ def conclude(options: Train, trainer: Trainer, folder: RunFolder, metric: Metric
         }
     )
     save_png(folder.path / "curve.png", training_curve(folder.metrics(), metric))
+    save_model(folder.path, trainer.model)
+    write_card(options, trainer, folder, metric, test)
     say(
         console,
         f"Test {metric.name} {metric.interval(test.mean, test.interval)} (95 % interval, {test.tasks} tasks) "

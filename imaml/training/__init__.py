@@ -10,5 +10,7 @@ from imaml.training._evaluation import Evaluation as Evaluation
 from imaml.training._evaluation import evaluate as evaluate
 from imaml.training._plan import Plan as Plan
 from imaml.training._run import RunFolder as RunFolder
+from imaml.training._saved_model import load_model as load_model
+from imaml.training._saved_model import save_model as save_model
 from imaml.training._trainer import StepRecord as StepRecord
 from imaml.training._trainer import Trainer as Trainer

@@ -18,7 +18,8 @@ from imaml.training._trainer import StepRecord, Trainer
 class RunFolder:
     """Keeps the files of one training in a folder that outlives interruptions.
 
-    They are `config.json`, `metrics.jsonl`, `checkpoint.pt` with the one before, and `result.json`. However a process
+    They are `config.json`, `metrics.jsonl`, `checkpoint.pt` with the one before, and `result.json`; `imaml train` adds
+    the model by `save_model`, with its card. However a process
     ends, the folder holds a whole checkpoint or is at its start, and half a line of metrics at most.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
@@ -41,6 +42,8 @@ class _StoppedError(ArithmeticError):
 class ScipySolver(LinearSolver):
     """Solves systems by the iterative solvers of scipy.sparse.linalg, behind the interface of this package.
 
+    scipy comes with the extra `imaml[scipy]`; without it, making a solver is an ImportError that says so.
+
     `minres` is for symmetric A that may be indefinite, `gmres` and the others for any regular A, `cg` to compare with.
 
     CONVERGED is decided by the true residual, |b - A x| <= max(rtol |b|, atol), and not by what scipy reports: its
@@ -77,12 +80,14 @@ class ScipySolver(LinearSolver):
     _uses_preconditioner: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        """Check the fields; raises ValueError."""
+        """Check the fields, and that scipy is there; raises ValueError and ImportError."""
         check_stopping(self.max_steps, self.rtol, self.atol)
         if self.method not in get_args(Method):
             raise ValueError(f"`method` must be one of {', '.join(get_args(Method))}. Got {self.method!r}.")
         if self.rtol == self.atol == 0:
             raise ValueError("`rtol` or `atol` must be > 0. Got 0 for both; for a fixed budget use CG(max_steps=...).")
+        if find_spec("scipy") is None:
+            raise ImportError("ScipySolver needs scipy: pip install 'imaml[scipy]'", name="scipy")
 
     def _solve(
         self, op: LinearOperator, b: Tensor, x0: Tensor | None, preconditioner: LinearOperator | None

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from imaml.cli import _presets
 from imaml.cli._arena import Arena
 from imaml.cli._compare_report import write_report
 from imaml.cli._environment import environment
@@ -24,6 +25,7 @@ from imaml.cli._presets import PRESETS
 from imaml.cli._progress import say
 from imaml.cli._result import COLORS, FOOTNOTES, NAMES, Result, columns
 from imaml.cli._time_left import TimeLeft
+from imaml.cli._toml import save_toml
 from imaml.training import Plan, make_folder, replace_file
 
 
@@ -49,6 +51,7 @@ def compare(options: Compare) -> int:
         **environment(),
     }
     make_folder(options.folder)
+    save_toml(options.folder, options, _presets.compare(options.episodes.dataset))
     _write(options, settings, [], [])
     say(console, _threads())
     with console.status("Preparing the tasks"):

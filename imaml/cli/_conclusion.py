@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 
@@ -14,21 +15,20 @@ from imaml.cli._progress import say
 from imaml.training import RunFolder, Trainer
 
 
-def conclude(options: Train, trainer: Trainer, folder: RunFolder, metric: Metric, console: Console) -> None:
-    """Test, write `result.json` and `curve.png`, and print the result."""
+def conclude(options: Train, trainer: Trainer, folder: RunFolder, metric: Metric, console: Console) -> dict[str, Any]:
+    """Test, write `result.json` and `curve.png`, and print the result, which is returned."""
     with console.status("Testing"):
         test = trainer.evaluate("test", tasks=options.plan.eval_tasks)
-    folder.write_result(
-        {
-            "metric": metric.name,
-            **asdict(test),
-            "steps": trainer.step,
-            "seconds": round(trainer.seconds, 1),
-            "processes": trainer.ranks.size,
-            **environment(),
-            "config": options.config,
-        }
-    )
+    result = {
+        "metric": metric.name,
+        **asdict(test),
+        "steps": trainer.step,
+        "seconds": round(trainer.seconds, 1),
+        "processes": trainer.ranks.size,
+        **environment(),
+        "config": options.config,
+    }
+    folder.write_result(result)
     save_png(folder.path / "curve.png", training_curve(folder.metrics(), metric))
     say(
         console,
@@ -37,6 +37,7 @@ def conclude(options: Train, trainer: Trainer, folder: RunFolder, metric: Metric
     )
     _explain_solves(folder, console)
     _count_skipped(folder, test.skipped, console)
+    return result
 
 
 def _explain_solves(folder: RunFolder, console: Console) -> None:

@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from imaml.cli import _presets
 from imaml.cli._arena import Arena
@@ -98,7 +99,10 @@ def _plans(options: Compare) -> dict[Strategy, Plan]:
     """For each strategy the defaults of the dataset, and what was given."""
     chosen = {name: value for name, value in given(options.plan).items() if name != "minutes"}
     presets = PRESETS[options.episodes.dataset].plans
-    return {strategy: replace(presets[strategy], **chosen) for strategy in options.strategies}
+    plans = {strategy: replace(presets[strategy], **chosen) for strategy in options.strategies}
+    for plan in plans.values():
+        plan.make_optimizer([nn.Parameter(torch.zeros(1, 1))])  # raises for a bad option before anything is trained
+    return plans
 
 
 def _threads() -> str:

@@ -24,40 +24,48 @@ _WITHOUT_USE = {
 }
 
 
-def check_optimizer(name: str, options: OptimizerOptions) -> None:
-    """Look at a choice before there is a model.
+def check_name(name: str) -> None:
+    """Look at a choice before there are options or parameters.
 
     Args:
         name: Of a class of torch.optim, in lower case.
-        options: Its options.
 
     Raises:
-        ValueError: There is none of this name or it cannot be used here; or an option is not one of its own, is of no
-            use here, or has a value that the class refuses.
+        ValueError: There is none of this name, or it cannot be used here.
     """
     classes = _classes()
     if name in _REFUSED:
         raise ValueError(f"`optimizer` {classes[name].__name__} cannot be used: {_REFUSED[name]}. Choose another.")
     if name not in classes:
         raise ValueError(f"`optimizer` must be a class of torch.optim, such as {near(name, classes)}. Got {name!r}.")
-    parameters = inspect.signature(classes[name]).parameters
-    known = parameters.keys() - {"params", *_WITHOUT_USE}
+
+
+def make_optimizer(name: str, options: OptimizerOptions, parameters: Iterable[nn.Parameter], *, lr: float) -> Optimizer:
+    """Make the optimiser.
+
+    Args:
+        name: As of `check_name`.
+        options: Its options.
+        parameters: What it changes.
+        lr: Its first learning rate.
+
+    Returns:
+        The optimiser.
+
+    Raises:
+        ValueError: An option is not one of its own, is of no use here, or has a value that the class refuses; or it
+            refuses the parameters.
+    """
+    kind: Any = _classes()[name]
+    own = inspect.signature(kind).parameters
+    known = own.keys() - {"params", *_WITHOUT_USE}
     for option, value in options.items():
         if option in _WITHOUT_USE:
             raise ValueError(f"`optimizer_options` cannot have {option}: {_WITHOUT_USE[option]}. Got {value}.")
         if option not in known:
-            raise ValueError(
-                f"`optimizer_options` of {classes[name].__name__} may be {near(option, known)}. Got {option!r}."
-            )
-        if isinstance(value, str) and "str" not in str(parameters[option].annotation):
+            raise ValueError(f"`optimizer_options` of {kind.__name__} may be {near(option, known)}. Got {option!r}.")
+        if isinstance(value, str) and "str" not in str(own[option].annotation):
             raise ValueError(f"`optimizer_options` needs a number, True or False as {option}. Got {value!r}.")
-    if options:
-        make_optimizer(name, options, [nn.Parameter(torch.zeros(1, 1))], lr=1.0)  # the class checks the values
-
-
-def make_optimizer(name: str, options: OptimizerOptions, parameters: Iterable[nn.Parameter], *, lr: float) -> Optimizer:
-    """Make the optimiser; a ValueError where its class refuses the options or the parameters."""
-    kind: Any = _classes()[name]
     try:
         made: Optimizer = kind(parameters, lr=lr, **options)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from imaml.training._optimizer import OptimizerOptions, check_optimizer
+from torch import nn
+from torch.optim import Optimizer
+
+from imaml.training._optimizer import OptimizerOptions, check_name, make_optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +35,8 @@ class Plan:
         eval_inner_steps: Inner steps in validation and test; None: as in training.
 
     Raises:
-        ValueError: A count or rate is out of its range, or the outer optimiser or an option of it cannot be used; what
-            is like an unknown name is listed.
+        ValueError: A count or rate is out of its range, or the outer optimiser is unknown, when names like it are
+            listed, or cannot be used.
     """
 
     steps: int = 1000
@@ -61,7 +65,7 @@ class Plan:
         object.__setattr__(self, "optimizer", self.optimizer.lower())
         plain = {name: tuple(v) if isinstance(v, list) else v for name, v in self.optimizer_options.items()}
         object.__setattr__(self, "optimizer_options", plain)
-        check_optimizer(self.optimizer, self.optimizer_options)
+        check_name(self.optimizer)
 
     def progress(self, step: int, seconds: float) -> float:
         """The fraction of the plan done after `step` meta-steps and `seconds`: 1 or more ends the run."""
@@ -74,3 +78,18 @@ class Plan:
         if self.schedule == "constant":
             return self.meta_lr
         return self.meta_lr * (1 + math.cos(math.pi * progress)) / 2
+
+    def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
+        """Make the outer optimiser.
+
+        Args:
+            parameters: What it changes.
+
+        Returns:
+            The optimiser, with `meta_lr`.
+
+        Raises:
+            ValueError: An option is not one of its own, is of no use here, or has a value that its class refuses; or
+                the class refuses the parameters.
+        """
+        return make_optimizer(self.optimizer, self.optimizer_options, parameters, lr=self.meta_lr)

@@ -67,7 +67,7 @@ def test_options_reach_the_class():
 )
 def test_a_choice_that_cannot_be_used_is_refused_with_the_reason(name, options, message):
     with pytest.raises(ValueError, match=message):
-        Plan(optimizer=name, optimizer_options=options)
+        Plan(optimizer=name, optimizer_options=options).make_optimizer([torch.nn.Parameter(torch.zeros(1, 1))])
 
 
 def test_a_class_that_refuses_the_model_says_so():

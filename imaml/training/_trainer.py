@@ -89,6 +89,31 @@ class Trainer:
         self.episodes = episodes
         self.plan = plan
         self.optimizer = plan.make_optimizer(model.parameters())
+        self.device = next(model.parameters()).device
+        self.ranks = Ranks(group, self.device)
+        self.step = 0
+        self.seconds = 0.0
+        self.follow: Callable[[int, str], object] | None = None
+        """Is told of the inner steps of a meta-step, as `progress` of an engine; None: nobody is."""
+
+    @property
+    def progress(self) -> float:
+        """The fraction of the plan that is done; 1 or more: finished."""
+        return self.plan.progress(self.step, self.seconds)
+
+    def __iter__(self) -> Iterator[StepRecord]:
+        """Meta-steps until the plan is done; a loop left early can be taken up again, or the trainer saved."""
+        while self.progress < 1:
+            yield self._advance()
+
+    def evaluate(self, split: Split, *, tasks: int) -> Evaluation:
+        """The metric over tasks of `split`, with the inner steps the plan wants for evaluation."""
+        engine = self.engine
+        if self.plan.eval_inner_steps is not None:
+            engine = replace(engine, inner=replace(engine.inner, steps=self.plan.eval_inner_steps))
+        return evaluate(
+            engine, self.objective, self.episodes, split, tasks=tasks, device=self.device, group=self.ranks.group
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a continued run depends on."""

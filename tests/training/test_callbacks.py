@@ -8,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from imaml.training import Callbacks, Evaluation, StepRecord, TensorBoard, WandB
+from tests.pages import run
 
 RESULT = {"mean": 0.5, "interval": 0.1, "tasks": 5, "skipped": 0, "steps": 3, "metric": "MSE", "config": {"a": 1}}
 
@@ -188,3 +189,9 @@ def test_the_real_tensorboard_shows_each_step_once(tmp_path):
     shown.Reload()
     assert [event.step for event in shown.Scalars("loss")] == [1, 2, 3, 4]
     assert [event.value for event in shown.Scalars("test/mean")] == [0.5]
+
+
+def test_the_callback_of_the_program_page_prints_a_step(capsys):
+    page = run("docs/program.md")
+    page["callbacks"].log(record(7))
+    assert capsys.readouterr().out == "7 1.5\n"

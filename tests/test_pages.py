@@ -94,7 +94,9 @@ def test_a_file_that_does_not_exist_would_be_found():
 def commands():
     """The program's commands in fenced blocks of all pages, with what follows on continued lines."""
     for page in PAGES:
-        for block in re.findall(r"(?s)```(?:sh)?\n(.*?)```", read(page)):
+        for language, block in re.findall(r"(?ms)^```(\w*)\n(.*?)^```$", read(page)):
+            if language not in ("", "sh"):
+                continue
             for command, options in re.findall(r"(?m)^imaml (\w+)(.*?)(?:#.*)?$", block.replace("\\\n", " ")):
                 yield page, command, options
 

@@ -57,7 +57,7 @@ class ConfigFile:
         """The options, with those of the file in the place of theirs.
 
         Args:
-            options: Those of a command.
+            options: What a command has without the file.
 
         Returns:
             New ones.

@@ -17,7 +17,7 @@ def to_toml(options: FromFile, defaults: FromFile) -> str:
     """A file that gives these options again.
 
     Args:
-        options: Those of a command.
+        options: What a command was given.
         defaults: What the command has where nothing is given. Where these are None an option that is None is left out.
 
     Returns:

@@ -12,10 +12,10 @@ _logger = logging.getLogger("imaml.training")
 
 
 class Callback(Protocol):
-    """Follows a training, such as to draw its curves elsewhere. `TensorBoard` and `WandB` are two.
+    """Follows a training, such as to draw its curves elsewhere.
 
-    The calls come in this order, from the process of rank 0 alone: `start` once, `log` after every meta-step, `end`
-    once, however the training ends.
+    `TensorBoard` and `WandB` are two. The calls come in this order, from the process of rank 0 alone: `start` once,
+    `log` after every meta-step, and `end` once, however the training ends.
     """
 
     def start(self, config: dict[str, Any], step: int) -> None:

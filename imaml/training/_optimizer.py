@@ -28,7 +28,7 @@ def check_name(name: str) -> None:
     """Look at a choice before there are options or parameters.
 
     Args:
-        name: Of a class of torch.optim, in lower case.
+        name: A class of torch.optim, in lower case.
 
     Raises:
         ValueError: There is none of this name, or it cannot be used here.

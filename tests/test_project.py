@@ -88,6 +88,7 @@ def test_importing_leaves_the_users_own_solvers_alone(loaded):
 def test_importing_needs_no_extra(loaded):
     assert loaded.isdisjoint(
         {"PIL", "fontTools", "hypothesis", "jinja2", "matplotlib", "pooch", "pytest", "rich", "scipy", "tyro"}
+        | {"tensorboard", "wandb", "yaml"}
     )
 
 

@@ -8,11 +8,12 @@ from typing import Annotated
 
 import tyro
 
+from imaml.cli._option_types import FromFile
 from imaml.cli._options import STRATEGIES, EngineOptions, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
+class Bench(FromFile):
     """Measure what a meta-gradient of your own problem costs with every strategy and setting, and say which to use.
 
     A problem is a function without arguments that returns (objective, tasks), or (objective, tasks, engine): that

@@ -12,7 +12,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
+from imaml.cli import _presets
 from imaml.cli._arena import Arena
 from imaml.cli._compare_report import write_report
 from imaml.cli._environment import environment
@@ -24,6 +26,7 @@ from imaml.cli._presets import PRESETS
 from imaml.cli._progress import say
 from imaml.cli._result import COLORS, FOOTNOTES, NAMES, Result, columns
 from imaml.cli._time_left import TimeLeft
+from imaml.cli._toml import save_toml
 from imaml.training import Plan, make_folder, replace_file
 
 
@@ -49,6 +52,7 @@ def compare(options: Compare) -> int:
         **environment(),
     }
     make_folder(options.folder)
+    save_toml(options.folder, options, _presets.compare(options.episodes.dataset))
     _write(options, settings, [], [])
     say(console, _threads())
     with console.status("Preparing the tasks"):
@@ -95,7 +99,10 @@ def _plans(options: Compare) -> dict[Strategy, Plan]:
     """For each strategy the defaults of the dataset, and what was given."""
     chosen = {name: value for name, value in given(options.plan).items() if name != "minutes"}
     presets = PRESETS[options.episodes.dataset].plans
-    return {strategy: replace(presets[strategy], **chosen) for strategy in options.strategies}
+    plans = {strategy: replace(presets[strategy], **chosen) for strategy in options.strategies}
+    for plan in plans.values():
+        plan.make_optimizer([nn.Parameter(torch.zeros(1, 1))])  # raises for a bad option before anything is trained
+    return plans
 
 
 def _threads() -> str:

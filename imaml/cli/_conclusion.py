@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 import safetensors  # noqa: F401  (where it is missing the program says so before a training, not after)
 from rich.console import Console
@@ -16,21 +17,20 @@ from imaml.cli._progress import say
 from imaml.training import RunFolder, Trainer, save_model
 
 
-def conclude(options: Train, trainer: Trainer, folder: RunFolder, metric: Metric, console: Console) -> None:
-    """Test, write the result, its curve and the model with its card, and print the result."""
+def conclude(options: Train, trainer: Trainer, folder: RunFolder, metric: Metric, console: Console) -> dict[str, Any]:
+    """Test, write the result, its curve and the model with its card, and print the result, which is returned."""
     with console.status("Testing"):
         test = trainer.evaluate("test", tasks=options.plan.eval_tasks)
-    folder.write_result(
-        {
-            "metric": metric.name,
-            **asdict(test),
-            "steps": trainer.step,
-            "seconds": round(trainer.seconds, 1),
-            "processes": trainer.ranks.size,
-            **environment(),
-            "config": options.config,
-        }
-    )
+    result = {
+        "metric": metric.name,
+        **asdict(test),
+        "steps": trainer.step,
+        "seconds": round(trainer.seconds, 1),
+        "processes": trainer.ranks.size,
+        **environment(),
+        "config": options.config,
+    }
+    folder.write_result(result)
     save_png(folder.path / "curve.png", training_curve(folder.metrics(), metric))
     save_model(folder.path, trainer.model)
     write_card(options, trainer, folder, metric, test)
@@ -41,6 +41,7 @@ def conclude(options: Train, trainer: Trainer, folder: RunFolder, metric: Metric
     )
     _explain_solves(folder, console)
     _count_skipped(folder, test.skipped, console)
+    return result
 
 
 def _explain_solves(folder: RunFolder, console: Console) -> None:

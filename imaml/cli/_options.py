@@ -11,11 +11,14 @@ import tyro
 from imaml._curvature.product import HvpMode
 from imaml._engine.nonfinite import OnNonfinite
 from imaml._strategies.storage import Storage
+from imaml.cli._option_types import FromFile
 from imaml.training import CheckpointError, Plan
+from imaml.training._optimizer import OptimizerOptions
 
 Dataset = Literal["sinusoid", "glyphs", "omniglot", "banking77"]
 Model = Literal["mlp", "conv4", "minilm"]
 Strategy = Literal["maml", "fomaml", "imaml"]
+Tracker = Literal["tensorboard", "wandb"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 
@@ -96,7 +99,7 @@ class MachineOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train:
+class Train(FromFile):
     """Meta-train a model, then test it on unseen classes. Defaults follow the dataset and the strategy.
 
     Args:
@@ -105,12 +108,14 @@ class Train:
         resume: Continue the run in the folder; other options may then be left out.
         save_minutes: What a kill can cost: minutes from one checkpoint to the next, 0 for one after every meta-step.
             Every validation writes one too.
+        track: Where the curves are drawn too: tensorboard, in the run folder; wandb, as one run.
     """
 
     strategy: Strategy = "maml"
     out: Path | None = None
     resume: bool = False
     save_minutes: float = 1.0
+    track: tuple[Tracker, ...] = ()
     episodes: EpisodeOptions = field(default_factory=EpisodeOptions)
     engine: EngineOptions = field(default_factory=EngineOptions)
     plan: Plan = field(default_factory=Plan)
@@ -127,7 +132,7 @@ class Train:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What the numbers of a run depend on, as plain values."""
+        """What the numbers of a run depend on, and where they are drawn, as plain values."""
         data = self.episodes.data
         episodes = {**asdict(self.episodes), "data": None if data is None else str(data)}
         return {
@@ -136,6 +141,7 @@ class Train:
             "engine": asdict(self.engine),
             "plan": asdict(self.plan),
             "machine": asdict(self.machine),
+            "track": list(self.track),
         }
 
     @classmethod
@@ -149,6 +155,7 @@ class Train:
                 engine=EngineOptions(**config["engine"]),
                 plan=Plan(**config["plan"]),
                 machine=MachineOptions(**config["machine"]),
+                track=tuple(config.get("track", ())),
                 **others,
             )
         except (KeyError, TypeError) as error:
@@ -166,7 +173,10 @@ class PlanOptions:
         minutes: Wall-clock budget of everything together; None: the steps alone decide, and a busy machine finds the
             same, only later.
         meta_batch: Tasks per meta-step.
-        meta_lr: Learning rate of Adam on the initialisation.
+        meta_lr: Learning rate of the outer optimiser.
+        optimizer: The outer optimiser: a class of torch.optim by its name, in any case.
+        optimizer_options: Its options, such as weight_decay=0.01 betas=0.9,0.99.
+        clip_norm: Largest Euclidean norm of a meta-gradient: a longer one is scaled down to it.
         schedule: Learning rate over the run: constant, or half a cosine to 0.
         eval_every: Meta-steps between two validations.
         val_tasks: Tasks of a validation.
@@ -178,6 +188,9 @@ class PlanOptions:
     minutes: float | None = None
     meta_batch: int | None = None
     meta_lr: float | None = None
+    optimizer: str | None = None
+    optimizer_options: OptimizerOptions | None = None
+    clip_norm: float | None = None
     schedule: Literal["constant", "cosine"] | None = None
     eval_every: int | None = None
     val_tasks: int | None = None
@@ -186,7 +199,7 @@ class PlanOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare:
+class Compare(FromFile):
     """Train every strategy from the same start on the same tasks, and write a report.
 
     Every strategy has settings of its own; an option that is given goes to each that has it.
@@ -210,7 +223,7 @@ class Compare:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verify:
+class Verify(FromFile):
     """Prove meta-gradients right, or show them wrong, against finite differences in float64.
 
     A problem is a function without arguments that returns (objective, tasks), or (objective, tasks, engine) to verify

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import tyro
 
+from imaml.cli._option_types import FromFile
 from imaml.cli._options import STRATEGIES, EngineOptions, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predict:
+class Predict(FromFile):
     """Predict what a meta-gradient of your own problem takes with every strategy and setting, before any of them runs.
 
     A problem is a function without arguments that returns (objective, tasks), or (objective, tasks, engine): that

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from imaml.cli._memory_now import memory_now
 from imaml.cli._metric import Metric
 from imaml.cli._time_left import TimeLeft
 from imaml.training import Evaluation, StepRecord, Trainer
@@ -25,7 +26,7 @@ Show = Callable[[StepRecord], None]
 def progress(
     console: Console, trainer: Trainer, metric: Metric, *, label: str, left: TimeLeft | None = None
 ) -> Iterator[Show]:
-    """A bar with loss, metric and time left; where there is no terminal, a line now and then instead.
+    """A bar with loss, metric and time left, and below it speed and memory; without a terminal a line now and then.
 
     Args:
         console: Where to.
@@ -67,7 +68,8 @@ def progress(
         def move_bar(record: StepRecord) -> None:
             smooth.update(record)
             done = min(trainer.progress, 1)
-            bar.update(task, completed=done, text=smooth.text(record, metric), left=str(left or ""))
+            text = f"{smooth.text(record, metric)}\n{smooth.speed}, {memory_now(trainer.device)}"
+            bar.update(task, completed=done, text=text, left=str(left or ""))
 
         try:
             yield move_bar
@@ -117,18 +119,24 @@ class _Said(logging.Handler):
 
 
 class _Smooth:
-    """Exponential averages of loss and metric over some twenty steps, and the last validation."""
+    """Exponential averages of loss, metric and time over some twenty steps, and the last validation."""
 
     def __init__(self) -> None:
         self.loss: float | None = None
         self.metric = 0.0
+        self.milliseconds = 0.0
         self.val: Evaluation | None = None
 
     def update(self, record: StepRecord) -> None:
         weight = 1.0 if self.loss is None else 0.05
         self.loss = (1 - weight) * (self.loss or 0.0) + weight * record.loss
         self.metric = (1 - weight) * self.metric + weight * record.metric
+        self.milliseconds = (1 - weight) * self.milliseconds + weight * record.milliseconds
         self.val = record.val or self.val
+
+    @property
+    def speed(self) -> str:
+        return f"{1000 / self.milliseconds:.3g} steps/s"
 
     def text(self, record: StepRecord, metric: Metric) -> str:
         val = f" val {metric.interval(self.val.mean, self.val.interval)}" if self.val else ""

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
+from pathlib import Path
 from signal import SIGINT, SIGTERM, Signals
 from time import monotonic
 
 from rich.console import Console
 from torch.distributed import ProcessGroup
 
+from imaml.cli import _presets
 from imaml.cli._conclusion import conclude
 from imaml.cli._experiment import Experiment, build_engine, build_experiment
 from imaml.cli._figures import save_png, training_curve
 from imaml.cli._interrupt import Terminated, deferred_stop, sigterm_raised
 from imaml.cli._launch import process_group, restarted
 from imaml.cli._metric import Metric
-from imaml.cli._options import Train
+from imaml.cli._options import Tracker, Train
 from imaml.cli._progress import log_shown, progress, say
-from imaml.training import RunFolder, Trainer
+from imaml.cli._toml import save_toml
+from imaml.training import Callback, Callbacks, RunFolder, TensorBoard, Trainer, WandB
 
-_FREE_ON_RESUME = ("minutes", "data", "device", "threads", "on_nonfinite")
+_FREE_ON_RESUME = ("minutes", "data", "device", "threads", "on_nonfinite", "track")
+_TRACKERS: dict[Tracker, Callable[[Path], Callback]] = {
+    "tensorboard": TensorBoard,
+    "wandb": lambda folder: WandB(folder, project=os.environ.get("WANDB_PROJECT", "imaml")),
+}
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -99,7 +107,8 @@ def _lead(options: Train, trainer: Trainer, experiment: Experiment) -> int:
     console = Console()
     resumes = _resumes(options, trainer)
     with trainer.ranks.together():
-        experiment.episodes.batch("train", 0, 1)  # a missing data file shows before there is a folder
+        experiment.episodes.batch("train", 0, 1)  # a missing data file or package shows before there is a folder
+        callbacks = Callbacks([_TRACKERS[name](options.folder) for name in dict.fromkeys(options.track)])
     with trainer.ranks.together():
         if resumes:
             folder = RunFolder(options.folder)
@@ -107,17 +116,21 @@ def _lead(options: Train, trainer: Trainer, experiment: Experiment) -> int:
         else:
             folder, note = RunFolder.create(options.folder, options.config), None
             folder.save(trainer)
+            save_toml(folder.path, options, _presets.train(options.episodes.dataset, options.strategy))
     with trainer.ranks.together():
-        pass  # the others read it
+        callbacks.start(options.config, trainer.step)  # and the others read the folder
     if note is not None:
         say(Console(stderr=True), f"imaml: {note}")
-    stopped = _run(options, trainer, folder, experiment.metric, console)
-    if stopped is not None:
-        save_png(folder.path / "curve.png", training_curve(folder.metrics(), experiment.metric))
-        say(console, f"Stopped after step {trainer.step}. {_how_to_continue(options)}")
-        return 130 if stopped is SIGINT else 0
-    conclude(options, trainer, folder, experiment.metric, console)
-    return 0
+    try:
+        stopped = _run(options, trainer, folder, callbacks, experiment.metric, console)
+        if stopped is None:
+            callbacks.end(conclude(options, trainer, folder, experiment.metric, console))
+            return 0
+    finally:
+        callbacks.end(None)
+    save_png(folder.path / "curve.png", training_curve(folder.metrics(), experiment.metric))
+    say(console, f"Stopped after step {trainer.step}. {_how_to_continue(options)}")
+    return 130 if stopped is SIGINT else 0
 
 
 def _resumes(options: Train, trainer: Trainer) -> bool:
@@ -129,13 +142,16 @@ def _agreed(trainer: Trainer, stop: Signals | None) -> Signals | None:
     return next((number for number in (SIGINT, SIGTERM) if trainer.ranks.any(stop is number)), None)
 
 
-def _run(options: Train, trainer: Trainer, folder: RunFolder, metric: Metric, console: Console) -> Signals | None:
+def _run(
+    options: Train, trainer: Trainer, folder: RunFolder, callbacks: Callbacks, metric: Metric, console: Console
+) -> Signals | None:
     """Train with checkpoints to the end of the plan, or to the signal that is returned."""
     saved = monotonic()
     shown = progress(console, trainer, metric, label=options.strategy)
     with deferred_stop() as stop, log_shown(console), shown as show:
         for record in trainer:
             folder.log(record)
+            callbacks.log(record)
             show(record)
             if trainer.ranks.any(stop() is not None):
                 break

@@ -8,6 +8,9 @@ from typing import Any
 
 from imaml._errors import CheckpointError
 
+_BEFORE = {"optimizer": "adam"}
+"""What runs did that began before there was the option, where that is not None."""
+
 
 def check_alike(folder: Path, config: dict[str, Any], given: dict[str, Any], free: Collection[str]) -> None:
     """Compare configurations.
@@ -22,9 +25,10 @@ def check_alike(folder: Path, config: dict[str, Any], given: dict[str, Any], fre
         CheckpointError: They differ; what differs is named.
     """
     theirs, ours = _flat(config), _flat(given)
-    differing = [name for name in ours if name not in free and ours[name] != theirs.get(name)]
+    theirs = {name: _BEFORE[name] for name in _BEFORE if name in ours} | theirs
+    differing = [n for n in {**ours, **theirs} if n not in free and ours.get(n) != theirs.get(n)]
     if differing:
-        listing = "; ".join(f"{name} is {theirs.get(name)} there. Got {ours[name]}" for name in differing)
+        listing = "; ".join(f"{name} is {theirs.get(name)} there. Got {ours.get(name)}" for name in differing)
         raise CheckpointError(
             f"{folder} was trained with other options: {listing}. Leave them out to resume, or train in another folder."
         )
@@ -33,5 +37,6 @@ def check_alike(folder: Path, config: dict[str, Any], given: dict[str, Any], fre
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in config.items():
-        flat.update(_flat(value) if isinstance(value, dict) else {name: value})
+        plain = list(value) if isinstance(value, tuple) else value  # as JSON gives it back
+        flat.update(_flat(value) if isinstance(value, dict) else {name: plain})
     return flat

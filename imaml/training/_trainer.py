@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from imaml import MetaGradient, Objective, Report, Status
+from imaml import MetaGradient, NonFiniteError, Objective, Report, Status
 from imaml.data import Split
 from imaml.training._evaluation import Episodes, Evaluation, draw, evaluate, task_metrics, were_skipped
 from imaml.training._plan import Plan
@@ -32,6 +33,7 @@ class StepRecord:
         learning_rate: Learning rate of the outer optimiser.
         milliseconds: Time of the meta-step: batch, meta-gradient and update, without validation.
         seconds: Trained so far, validation included.
+        gradient_norm: Euclidean norm of the meta-gradient before it was clipped; None where the plan does not clip.
         solver: For implicit strategies: how many solves ended in each status, mean steps, worst residual.
         skipped: How many tasks counted in none of these, as they were not finite; None where such a task is an error.
         val: The validation after this step, where one was due.
@@ -43,6 +45,7 @@ class StepRecord:
     learning_rate: float
     milliseconds: float
     seconds: float
+    gradient_norm: float | None = None
     solver: dict[str, Any] | None = None
     skipped: int | None = None
     val: Evaluation | None = None
@@ -53,7 +56,7 @@ class StepRecord:
 
 
 class Trainer:
-    """Meta-trains the initialisation of one model with Adam, step by step.
+    """Meta-trains the initialisation of one model with the optimiser of its plan, step by step.
 
     Batch i of the tasks is a function of the seed and i alone, so a trainer that loads the state of another
     continues it bit for bit (same machine, same numbers of threads and processes).
@@ -85,7 +88,7 @@ class Trainer:
         self.engine = engine
         self.episodes = episodes
         self.plan = plan
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=plan.meta_lr)
+        self.optimizer = plan.make_optimizer(model.parameters())
         self.device = next(model.parameters()).device
         self.ranks = Ranks(group, self.device)
         self.step = 0
@@ -139,6 +142,7 @@ class Trainer:
         self.optimizer.zero_grad()
         result = self.engine(self.objective, tasks, progress=self.follow, group=self.ranks.group)
         result.loss.backward()
+        norm = None if self.plan.clip_norm is None else self._clip(self.plan.clip_norm)
         self.optimizer.step()
         loss = result.loss.item()
         rows = self.ranks.gather(_rows(result.report), self.plan.meta_batch)
@@ -157,10 +161,22 @@ class Trainer:
             learning_rate=learning_rate,
             milliseconds=1000 * elapsed,
             seconds=self.seconds,
+            gradient_norm=norm,
             solver=_solver_outcome(*solves),
             skipped=None if self.engine.on_nonfinite == "raise" else len(rows) - len(metrics),
             val=val,
         )
+
+    def _clip(self, largest: float) -> float:
+        """Scale the meta-gradient down to a norm, the same on all ranks; the norm that it had."""
+        norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        if not norm.isfinite():  # finite numbers whose squares are not: scaled, they would be zeros
+            raise NonFiniteError(
+                f"The norm of the meta-gradient of step {self.step + 1} is {norm.item()}, and it cannot be clipped to "
+                f"{largest}. Expected a finite one: take a smaller step size of the inner loop."
+            )
+        clip_grads_with_norm_(self.model.parameters(), largest, norm)
+        return norm.item()
 
 
 def _rows(report: Report) -> Tensor:

@@ -1,6 +1,7 @@
 import itertools
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from imaml import MAML, GradientDescent, Objective, Task
 from imaml.cli import _arena, _presets, _time_left, main
+from imaml.cli._command_line import parse
 from imaml.cli._memory_curves import INNER_STEPS
 from imaml.cli._usual_loop import usual_loop
 from imaml.training import _trainer
@@ -50,6 +52,12 @@ def test_the_report_needs_nothing_else(compared, page):
     assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
     outside_images = re.sub(r"base64,[\w+/=]+", "", (compared / "report.html").read_text())
     assert not re.search(r"//|@import|url\(", outside_images)
+
+
+def test_the_file_beside_the_report_gives_the_same_options(compared):
+    flags = [*TINY, "--steps", "4", "--eval-every", "2", "--cg-steps", "7"]
+    file = compared / "config.toml"
+    assert parse(["compare", "--config", str(file)]) == replace(parse(flags), file=file)
 
 
 def test_the_report_shows_the_numbers_the_options_and_the_machine(compared, page):

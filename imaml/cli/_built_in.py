@@ -23,7 +23,7 @@ ENGINES: dict[Strategy, EngineOptions] = {
 """An inner loop and a solve that converge, for the implicit one."""
 
 DAMPING = 1.0
-"""Of the implicit one, where it is damped."""
+"""What damps the implicit one, where it is damped."""
 
 
 class BuiltIn(NamedTuple):

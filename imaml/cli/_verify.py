@@ -184,5 +184,5 @@ def _table(found: dict[str, Verification]) -> Table:
         numbers = (f"{one.relative_error:.1e}", f"{one.resolution:.1e}")
         table.add_row(name, Text(one.status, style=STYLES[one.status]), *numbers)
         if one.bias is not None:
-            table.add_row(f"{name}, against the undamped", Text("bias"), f"{one.bias:.1e}", "")
+            table.add_row(f"{name}: bias", Text("measured"), f"{one.bias:.1e}", "")
     return table

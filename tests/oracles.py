@@ -32,6 +32,8 @@ class Setting:
     lr: float
     steps: int
     damping: float | Mapping[str, float] = 0.0
+    delta: float = 0.0
+    """What is added to the linear system of `implicit`, as a multiple of its identity."""
 
     def proximal(self, phi: Params, theta: Params) -> Tensor:
         weights = self.damping if isinstance(self.damping, Mapping) else dict.fromkeys(self.adapted, self.damping)
@@ -70,6 +72,7 @@ def setting(
         lr=engine.inner.lr,
         steps=engine.inner.steps,
         damping=engine.regularization,
+        delta=getattr(engine, "damping", 0.0),
     )
 
 
@@ -101,7 +104,7 @@ def implicit(s: Setting, curvature: Curvature | None = None) -> tuple[Tensor, Pa
         leaves = {n: p.clone().requires_grad_() for n, p in values.items()}
         loss, v = _differentiate(s.loss(leaves, query), leaves)
         damping = torch.cat([torch.full_like(values[n], _weight(s, n)).flatten() for n in s.adapted])
-        solved = torch.linalg.solve(curvature(s, values, support) + damping.diag(), _flat(v, s.adapted))
+        solved = torch.linalg.solve(curvature(s, values, support) + (1 + s.delta) * damping.diag(), _flat(v, s.adapted))
         theta = _split(damping * solved, {n: values[n] for n in s.adapted})
         mixed = mixed_derivatives(s, values, support)
         for n in s.theta:

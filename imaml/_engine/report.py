@@ -42,7 +42,12 @@ class Outcome:
     solver_steps: Tensor | None = None
     """Steps of the linear solver, `(tasks,)`."""
     solver_residual: Tensor | None = None
-    """Relative residual |b - A x| / |b| of the linear solve, `(tasks,)`."""
+    """Relative residual |b - A x| / |b| of the linear solve, with damping that of the damped system, `(tasks,)`."""
+    damping: Tensor | None = None
+    """The delta of `ImplicitMAML(damping=...)` that each system was solved with, `(tasks,)`; None without damping."""
+    undamped_residual: Tensor | None = None
+    """What the damping biases: the relative residual |v - A u| / |v| of the system without it, `(tasks,)`; None without
+    damping."""
     error_bound: Tensor | None = None
     """A bound on the relative error of each task's meta-gradient, `(tasks,)`, from the stationarity and the residual:
     see `ImplicitMAML`, which may be told to leave it out. inf: nothing can be said."""
@@ -141,6 +146,11 @@ class Report(Outcome):
             lines.append(
                 f"solver {counts}; {kept.solver_steps.double().mean().item():.3g} steps, relative residual "
                 f"{kept.solver_residual.max().item():.3g} (worst task)"
+            )
+        if kept.damping is not None and kept.undamped_residual is not None:
+            lines.append(
+                f"damping {kept.damping.max().item():.3g}, without it relative residual "
+                f"{kept.undamped_residual.max().item():.3g} (worst task)"
             )
         if kept.error_bound is not None:
             lines.append(

@@ -136,6 +136,7 @@ def _rules(
     yield hvp in ("auto", "finite-difference"), "hvp='finite-difference', of first derivatives", repr(hvp)
     for name, only in {"curvature": "hessian", "warm_start": False, "compile": False}.items():
         yield getattr(engine, name, only) == only, f"{name}={only!r}", repr(getattr(engine, name, only))
+    yield getattr(engine, "damping", 0.0) != "auto", "`damping` as a number", "'auto'"
     solver = getattr(engine, "solver", None)
     plain = isinstance(solver, (CG, MINRES, Neumann)) and getattr(solver, "preconditioner", None) is None
     yield solver is None or plain, "CG, MINRES or Neumann without a preconditioner", solver

@@ -19,16 +19,17 @@ _ROUNDING = 10.0
 """What rounding makes of a sum, in units of eps."""
 
 
-def careful_eigenvalue(solution: Solution, op: LinearOperator, rhs: Tensor) -> Tensor:
+def careful_eigenvalue(solution: Solution, op: LinearOperator, rhs: Tensor, damping: float | Tensor = 0.0) -> Tensor:
     """A lower estimate mu of the smallest eigenvalue of A: that of the solver, or of Lanczos steps.
 
     Above 1 its square root is taken: outside the Krylov space there may be directions in which the support loss is flat
     and A is 1, unless that space is all of space. 1 for b = 0, which tells nothing.
 
     Args:
-        solution: The solution of A x = b.
+        solution: The solution of (A + delta I) x = b.
         op: A.
         rhs: b, `(tasks, n)`.
+        damping: delta, one number or `(tasks,)`.
 
     Returns:
         `(tasks,)`. Costs a few products where the solver has no estimate.
@@ -38,7 +39,9 @@ def careful_eigenvalue(solution: Solution, op: LinearOperator, rhs: Tensor) -> T
         count = min(LANCZOS_STEPS, n)
         with torch.no_grad():
             found, steps = smallest_eigenvalue(op, rhs, count), torch.full_like(steps, count)
-    found = found.masked_fill(_is_zero(rhs), 1)
+    else:
+        found = found - damping
+    found = found.masked_fill(is_zero(rhs), 1)
     return torch.where((steps >= n) | (found < 1), found, found.abs().sqrt())
 
 
@@ -71,7 +74,7 @@ def solution_error(
     """
     eps = torch.finfo(rhs.dtype).eps
     mu = mu.where(mu > 0, torch.nan)
-    rounding = (_ROUNDING * eps * size).masked_fill(_is_zero(rhs), 0)
+    rounding = (_ROUNDING * eps * size).masked_fill(is_zero(rhs), 0)
     far = (gradient.norm(dim=-1) + rounding) / mu
     direction = _direction(gradient, rhs)
     there, residual = look(far.nan_to_num(posinf=0.0).unsqueeze(-1) * direction)
@@ -111,6 +114,7 @@ def _unit(x: Tensor) -> Tensor:
     return x / size.where(size > 0, 1)
 
 
-def _is_zero(x: Tensor) -> Tensor:
+def is_zero(x: Tensor) -> Tensor:
+    """Which vectors are zero, `(tasks,)`."""
     zero: Tensor = (x == 0).all(-1)
     return zero

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -14,7 +15,8 @@ from imaml._curvature.product import Graph, HvpMode, check_mode
 from imaml._engine.problem import Problem
 from imaml._engine.report import Pullback, Report
 from imaml._errors import SolverError, SolverWarning, warn
-from imaml._numbers import check_integer
+from imaml._numbers import check_integer, check_number
+from imaml._strategies.damping import AdaptiveDamping
 from imaml._strategies.error_bound import careful_eigenvalue, relative_bound, solution_error
 from imaml._strategies.implicit_costs import ImplicitCosts
 from imaml._strategies.meta_gradient import MetaGradient
@@ -40,6 +42,24 @@ class ImplicitMAML(MetaGradient):
     Other parameters that require grad and meta-parameters $\eta$ get $\partial_\eta L_{query} - (\partial_\eta \nabla
     L_{support})^\top (H + \Lambda)^{-1} v$. A learned lambda gets $-(\phi - \theta)^\top (H + \Lambda)^{-1} v$.
 
+    Damping: `damping=delta` solves $(A + \delta I) u = v$, with $A = I + H / \lambda$ (symmetric as above for one
+    lambda per parameter; $H$ without a proximal term). It makes an indefinite system definite, where delta exceeds its
+    most negative eigenvalue, without a larger lambda, which would hold the inner loop back. The price is a bias,
+    $u_\delta - u = -\delta (A + \delta I)^{-1} u$: the part of $u$ along an eigenvalue $a$ of $A$ is divided by
+    $1 + \delta / a$. So flat directions ($a = 1$) shrink by $1 + \delta$, and what is left turns towards $v$, which it
+    equals but for its length for a large delta. Adam does not see the length; the direction is what is biased. It is
+    $1 / (1 + \delta)$ of the undamped result for $(1 + \delta) \lambda$ in the same $\phi$, and every other derivative
+    above has $(H + (1 + \delta) \Lambda)^{-1} v$ likewise. `report.undamped_residual` is $|v - A u| / |v|$, which is 0
+    without a bias. The published code of Rajeswaran et al. solves $(1 + c) I + H / (\lambda + d)$, with its option
+    `cg_damping` as $c$, and $d = 10$. That is $\lambda / (\lambda + d)$ times $A + \delta I$ for
+    $\delta = (1 + c) (\lambda + d) / \lambda - 1$, such as 11 for its $\lambda = 2$ and $c = 1$.
+
+    With `damping="auto"` a task whose solver meets negative curvature is solved anew, with four times delta, at least
+    0.1, until it does not; `report.damping` says where that ends. The next call begins with the largest of these, or
+    with 0.9 of where this one began if no task had to raise it; the first one with 0. Levenberg and Marquardt adapt
+    delta by how well a quadratic model predicts the decrease of a loss; a query gradient is no step on one, so that
+    curvature decides here. Results then depend on the calls before, not on chunks. Copies of the engine begin anew.
+
     Bilevel problems: `regularization=None` is for those whose support loss is strongly convex by itself. The system is
     H, and phi does not depend on theta, whose meta-gradient is zero.
 
@@ -47,17 +67,19 @@ class ImplicitMAML(MetaGradient):
     of the exact $\phi^*$ and the exact solve. With $R = b - A x$ the residual of the solution $x$ as a function of
     $\phi$, $u - u^*$ comes from $A^{*-1} R^*$. The bound is $5 \, (|R(\phi)| + |R(\phi')|) / \mu$, relative to what it
     leaves of $|u|$. Here $\phi'$ is one point as far away as $\phi^*$ may be, $|gradient| / (\lambda \mu)$, and $\mu$ a
-    lower estimate of the smallest eigenvalue of $A$ from CG's own coefficients. The 5 was measured, not proved: see
-    docs/numerics.md.
+    lower estimate of the smallest eigenvalue of $A$ from CG's own coefficients. $A$ is the undamped one: the bias of
+    damping is within the bound, which is infinite where $A$ is seen to be indefinite. The 5 was measured, not proved:
+    see docs/numerics.md.
 
     Cost per task: K + 1 gradients for the inner loop and the query, one for the stationarity (free with
     reverse-over-reverse linearised once), and the solver's Hessian-vector products. The error bound takes two gradients
-    (one of them free likewise) and one product, and 10 more where the solver has no estimate of mu.
+    (one of them free likewise) and one product, and 10 more where the solver has no estimate of mu. Damping takes one
+    product, for its residual.
 
     Memory: one product and a few vectors `(n,)`, whatever K.
 
     Not for few inner steps far from stationarity, where it differs from `MAML`, nor for small lambda on non-convex
-    losses, where $I + H / \lambda$ is indefinite.
+    losses, where $I + H / \lambda$ is indefinite: see `damping` and `curvature`.
 
     Source: Rajeswaran et al. 2019, eq. 6.
 
@@ -65,6 +87,8 @@ class ImplicitMAML(MetaGradient):
         inner: See `MetaGradient`, as for `chunk_size`.
         regularization: lambda > 0: one number, one per adapted parameter by name, or a function of the objective's
             meta-parameters that returns either. None: no proximal term.
+        damping: delta >= 0, relative to the identity in A, or "auto", for solvers that see negative curvature: CG and
+            Neumann by a BREAKDOWN, others by their smallest eigenvalue or by that of 10 Lanczos steps.
         solver: Any `LinearSolver`; it solves all tasks of a chunk at once.
         hvp: See `MAML`.
         curvature: "hessian", or "ggn": the generalised Gauss-Newton matrix J' (d2 L / dz2) J in place of H, with z the
@@ -98,6 +122,7 @@ class ImplicitMAML(MetaGradient):
     )
 
     regularization: Hyper | None = 2.0
+    damping: float | Literal["auto"] = 0.0
     solver: LinearSolver = CG(max_steps=20, rtol=1e-4)
     hvp: HvpMode = "auto"
     curvature: Literal["hessian", "ggn"] = "hessian"
@@ -108,6 +133,7 @@ class ImplicitMAML(MetaGradient):
     on_failure: Literal["raise", "warn", "ignore"] = "warn"
     error_bound: bool = True
     _solutions: WarmStart = field(default_factory=WarmStart, init=False, repr=False, compare=False)
+    _adaptive: AdaptiveDamping = field(default_factory=AdaptiveDamping, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check the configuration; raises TypeError or ValueError."""
@@ -115,6 +141,8 @@ class ImplicitMAML(MetaGradient):
         check_mode(self.hvp)
         if self.regularization is not None:
             check_hyper("regularization", self.regularization, must="> 0 for implicit differentiation")
+        if self.damping != "auto" and check_number("`damping`, unless 'auto',", self.damping) < 0:
+            raise ValueError(f"`damping` must be >= 0, or 'auto'. Got {self.damping}: leave it out for none.")
         if not isinstance(self.solver, LinearSolver):
             raise TypeError(f"`solver` must be a LinearSolver such as CG(max_steps=5). Got {self.solver!r}.")
         if self.curvature not in ("hessian", "ggn"):
@@ -134,8 +162,8 @@ class ImplicitMAML(MetaGradient):
         self._check(problem)
         phi = problem.adapt()
         query = problem.judge(phi)
-        damping = problem.damping
-        root = query.adapted.new_ones(()) if damping is None else damping.sqrt()
+        weights = problem.damping
+        root = query.adapted.new_ones(()) if weights is None else weights.sqrt()
         weight = root / root.mean()  # 1 for a single lambda, where the system is I + H / lambda itself
         rhs = query.adapted.div_(weight)
         if problem.support.source is not None:
@@ -144,10 +172,13 @@ class ImplicitMAML(MetaGradient):
         curvature, gradient = self._curvature(at_the_end, phi)
         stationarity, slope = gradient.norm(dim=-1), gradient / root if self._has_bound else None
         del gradient
-        shift = 0.0 if damping is None else 1.0
+        shift = 0.0 if weights is None else 1.0
         op = _system(curvature, root, shift)
-        solution = self._solve(problem, op, rhs)
-        mu = careful_eigenvalue(solution, op, rhs) if self._has_bound else None
+        solution, damping = self._solve_damped(problem, curvature, root, shift, rhs)
+        residual = solution.residual_norm
+        if damping is not None and bool((damping > 0).any()):
+            residual = (rhs - op.mv(solution.x)).norm(dim=-1)
+        mu = careful_eigenvalue(solution, op, rhs, 0.0 if damping is None else damping) if self._has_bound else None
         shared, hyper = query.shared, problem.hyper
         if shared is not None:
             pulled = solution.x * weight / root.square()  # (H + Lambda)^-1 v
@@ -165,19 +196,32 @@ class ImplicitMAML(MetaGradient):
 
         bound = None
         if mu is not None and slope is not None:
-            error = solution_error(mu, rhs, solution.residual_norm, slope, (root * phi).norm(dim=-1), look)
+            error = solution_error(mu, rhs, residual, slope, (root * phi).norm(dim=-1), look)
             bound = relative_bound(error * weight.max(), (solution.x * weight).norm(dim=-1), solution.status)
         norm = rhs.norm(dim=-1)
+        size = norm.where(norm > 0, 1)
         outcome = problem.outcome(
             query,
             stationarity=stationarity,
             solver_status=solution.status,
             solver_steps=solution.num_steps,
-            solver_residual=solution.residual_norm / norm.where(norm > 0, 1),
+            solver_residual=solution.residual_norm / size,
+            damping=damping,
+            undamped_residual=None if damping is None else residual / size,
             error_bound=bound,
         )
         theta = solution.x * weight if shift else torch.zeros_like(solution.x)
         return Pullback(theta, shared, outcome, solution)
+
+    def _solve_damped(
+        self, problem: Problem, curvature: Curvature, root: Tensor, shift: float, rhs: Tensor
+    ) -> tuple[Solution, Tensor | None]:
+        """The solution of (A + delta I) x = b, and delta of every task; None without damping."""
+        if self.damping == "auto":
+            op = _system(curvature, root, shift)
+            return self._adaptive.solve(self.solver, partial(self._solve, problem), op, rhs)
+        solution = self._solve(problem, _system(curvature, root, shift + self.damping), rhs)
+        return solution, torch.full_like(solution.residual_norm, self.damping) if self.damping else None
 
     def _solve(self, problem: Problem, op: LinearOperator, rhs: Tensor) -> Solution:
         dtype = self.solver_dtype or rhs.dtype
@@ -201,6 +245,8 @@ class ImplicitMAML(MetaGradient):
         found = super()._without_folder
         if self.warm_start:
             found["warm_start"] = ("False", "the solutions of earlier calls are the engine's, and in no folder")
+        if self.damping == "auto":
+            found["damping"] = ("a number", "what it has adapted to in earlier calls is the engine's, and in no folder")
         return found
 
     @property
@@ -251,6 +297,8 @@ class ImplicitMAML(MetaGradient):
         return curvature, problem.gradient(phi, steps, curvature.take_gradient())
 
     def _look_at(self, report: Report) -> None:
+        if self.damping == "auto" and report.damping is not None:
+            self._adaptive.learn(report.damping)
         if report.solver_status is None or self.on_failure == "ignore":
             return
         statuses = {i: Status(s) for i, s in enumerate(report.solver_status.tolist()) if i not in report.skipped}
@@ -262,9 +310,9 @@ class ImplicitMAML(MetaGradient):
             f"{len(failed)} of {len(statuses)} linear solves failed, the first that of task {failed[0]}: {first.name}. "
             f"{first.message} "
             + (
-                "Without a proximal term the system is H itself, which must be positive definite."
+                "Without a proximal term the system is H itself, which must be positive definite, or get `damping`."
                 if self.regularization is None
-                else "A larger `regularization` raises the smallest eigenvalue of I + H / lambda."
+                else "A larger `regularization`, or `damping`, raises the smallest eigenvalue of I + H / lambda."
             )
         )
         if self.on_failure == "raise":

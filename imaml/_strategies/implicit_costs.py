@@ -57,6 +57,7 @@ class ImplicitCosts(Costs):
         query, solved, like = chunk["query"], chunk.facts.solve, self.engine.solver_dtype or chunk.facts.dtype
         cast = chunk.tasks * chunk.facts.adapted * like.itemsize if like != chunk.facts.dtype else 0
         given = cast + 2 * vector * self.engine.warm_start  # b in the solver's dtype, and the start
+        given += 2 * vector * (self.engine.damping == "auto")  # of a solve that is taken again, b and the solution
         judged = vector + query.held
         graph = curvature.held - vector  # the gradient is given back, or becomes the slope
         slope = vector * with_bound
@@ -72,6 +73,8 @@ class ImplicitCosts(Costs):
         solution = solving + vector
         if chunk.facts.shared:
             peaks.append(solution + vector + chunk[f"{kind} mixed"].peak)
+        if self.engine.damping:
+            peaks.append(solution + scaled + product.peak)
         if with_bound:
             there = judged + slope + 3 * vector  # the solution, the direction, and the point along it
             if not solved.has_eigenvalue:
@@ -88,6 +91,7 @@ class ImplicitCosts(Costs):
         """K + 2 gradients and the solver's products, and two gradients and a product for the error bound."""
         gradients, inner_hvps = self.inner_counts(facts)
         hvps = facts.solve.products + (2 if self.engine.warm_start else 0)
+        hvps += bool(self.engine.damping)  # with "auto" at least: solves that are taken again are not foreseen
         if self.engine._has_bound:
             hvps += 1 + (0 if facts.solve.has_eigenvalue else min(LANCZOS_STEPS, facts.adapted))
         gradients += 4 if self.engine._has_bound else 2

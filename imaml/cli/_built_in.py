@@ -22,6 +22,9 @@ ENGINES: dict[Strategy, EngineOptions] = {
 }
 """An inner loop and a solve that converge, for the implicit one."""
 
+DAMPING = 1.0
+"""What damps the implicit one, where it is damped."""
+
 
 class BuiltIn(NamedTuple):
     """How a model is built, the shape of its inputs, and the strategies it is for."""

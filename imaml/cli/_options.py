@@ -58,6 +58,7 @@ class EngineOptions:
         inner_lr: Step size of the inner gradient descent.
         inner_steps: Its steps.
         regularization: Weight of the proximal term.
+        damping: imaml: multiple of the identity added to the linear system, or auto: raised until it is definite.
         cg_steps: imaml: conjugate gradient steps of a solve.
         checkpoints: maml: inner states kept; None keeps all.
         storage: maml: where they are kept, device, cpu, or disk (a temporary file).
@@ -74,6 +75,7 @@ class EngineOptions:
     inner_lr: float | None = None
     inner_steps: int | None = None
     regularization: float | None = None
+    damping: float | Literal["auto"] | None = None
     cg_steps: int | None = None
     checkpoints: int | None = None
     storage: Storage | None = None

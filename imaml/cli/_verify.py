@@ -14,7 +14,7 @@ from rich.text import Text
 
 import imaml.verify
 from imaml import MAML, GradientDescent, MetaGradient, Objective
-from imaml.cli._built_in import BUILT_IN, ENGINES, INNER, LOG_LR, problem
+from imaml.cli._built_in import BUILT_IN, DAMPING, ENGINES, INNER, LOG_LR, problem
 from imaml.cli._experiment import applies, build_engine, check_adapt, flag, given
 from imaml.cli._factory import Made, make
 from imaml.cli._options import STRATEGIES, Strategy, Verify
@@ -115,6 +115,11 @@ def _built_in(options: Verify) -> Iterator[Check]:
                 engine = build_engine(strategy, ENGINES[strategy])
                 label = f"{name}: {NAMES[strategy]}"
                 yield label, partial(imaml.verify.meta_gradient, engine, objective, tasks, **settings)
+    if "imaml" in _chosen(options):
+        objective, tasks = problem("MLP, tanh", options.seed)
+        engine = build_engine("imaml", replace(ENGINES["imaml"], damping=DAMPING))
+        label = f"MLP, tanh: {NAMES['imaml']}, damped"
+        yield label, partial(imaml.verify.meta_gradient, engine, objective, tasks, **settings)
     if "maml" in _chosen(options):
         for name, inner in INNER.items():
             objective, tasks = problem("MLP, tanh", options.seed, log_lr=LOG_LR)
@@ -178,4 +183,6 @@ def _table(found: dict[str, Verification]) -> Table:
     for name, one in found.items():
         numbers = (f"{one.relative_error:.1e}", f"{one.resolution:.1e}")
         table.add_row(name, Text(one.status, style=STYLES[one.status]), *numbers)
+        if one.bias is not None:
+            table.add_row(f"{name}: bias", Text("measured"), f"{one.bias:.1e}", "")
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,19 @@ class NoMinimum(Exception):
 
 
 @dataclass(frozen=True)
+class Anchor:
+    """A second proximal term, about a point that does not move with theta: what damping adds to the inner objective."""
+
+    at: Values
+    weights: Mapping[str, float | Tensor]
+
+    def term(self, values: Values) -> Tensor:
+        """1/2 sum of weights (values - at)^2."""
+        parts = [(w / 2 * (values[n] - self.at[n]).square()).sum() for n, w in self.weights.items()]
+        return torch.stack(parts).sum()
+
+
+@dataclass(frozen=True)
 class InnerProblem:
     """The inner objective J of one task as a function of the flat adapted parameters."""
 
@@ -30,6 +44,7 @@ class InnerProblem:
     start: Values
     """theta, and every other parameter."""
     batch: Any
+    anchor: Anchor | None = None
 
     @property
     def _like(self) -> Values:
@@ -44,7 +59,7 @@ class InnerProblem:
         leaf = phi.detach().requires_grad_()
         with torch.enable_grad():
             others = {n: t.detach().requires_grad_() for n, t in self.start.items()}  # a loss may ask
-            loss = self.reference.inner_loss(others | unflat(leaf, self._like), self.start, self.batch)
+            loss = self._objective(others | unflat(leaf, self._like))
             (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
 
         def product(w: Tensor) -> Tensor:
@@ -56,8 +71,11 @@ class InnerProblem:
 
     def value(self, phi: Tensor) -> float:
         """J at phi."""
-        inner, start, batch = self.reference.inner_loss, self.start, self.batch
-        return self.reference.value(lambda leaves: inner(leaves, start, batch), self.values(phi)).item()
+        return self.reference.value(lambda leaves: self._objective(dict(leaves)), self.values(phi)).item()
+
+    def _objective(self, values: Values) -> Tensor:
+        loss = self.reference.inner_loss(values, self.start, self.batch)
+        return loss if self.anchor is None else loss + self.anchor.term(values)
 
     def minimise(self, phi: Tensor) -> Tensor:
         """The minimum that Newton's method with backtracking finds from phi.

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from imaml._numbers import check_number
 from imaml._strategies.fomaml import FOMAML
 from imaml._strategies.implicit import ImplicitMAML
 from imaml._strategies.maml import MAML
@@ -16,10 +17,12 @@ from imaml._strategies.meta_gradient import MetaGradient
 from imaml._tasks import Task
 from imaml.inner import GradientDescent, InnerOptimizer, InnerSolver
 from imaml.inner._hyper import Hyper
-from imaml.verify._argmin import InnerProblem
+from imaml.verify._argmin import Anchor, InnerProblem
 from imaml.verify._reference import Reference, Values, draws, flat, moved
 
-Claim = Literal["maml", "fomaml", "implicit"]
+Claim = Literal["maml", "fomaml", "implicit", "damped"]
+IMPLICIT: tuple[Claim, ...] = ("implicit", "damped")
+"""Claims about the stationary point."""
 _CLAIMS: dict[type[MetaGradient], Claim] = {MAML: "maml", FOMAML: "fomaml", ImplicitMAML: "implicit"}
 
 
@@ -32,10 +35,33 @@ def claim_of(subject: object, against: str | None) -> Claim:
         raise ValueError(f"`against` must be one of {', '.join(get_args(Claim))}. Got {against!r}.")
     for strategy, known in _CLAIMS.items():
         if isinstance(subject, strategy):
-            return known
+            return "damped" if getattr(subject, "damping", 0.0) else known
     raise ValueError(
-        f"What {name_of(subject)} claims to compute is not known. Pass against='maml', 'fomaml' or 'implicit'."
+        f"What {name_of(subject)} claims to compute is not known. Pass against='maml', 'fomaml', 'implicit' or "
+        "'damped'."
     )
+
+
+def delta_of(subject: object, damping: float | None, claim: Claim) -> float:
+    """What a damped system has added to it; raises where it is not said, or is no number."""
+    if claim != "damped":
+        if damping is not None:
+            raise ValueError(f"`damping` is of a damped system. Expected against='damped'. Got {claim!r}.")
+        return 0.0
+    found: Any = getattr(subject, "damping", None) if damping is None else damping
+    if found is None:
+        raise ValueError(
+            f"The damping of {name_of(subject)} is not known. Pass damping=delta, the multiple of the identity that is "
+            "added to its linear system."
+        )
+    if found == "auto":
+        raise ValueError(
+            "damping='auto' depends on the calls before, and is no function that could be compared. Expected a number, "
+            "such as the largest of `report.damping`. Got 'auto'."
+        )
+    if check_number("`damping`", found) < 0:
+        raise ValueError(f"`damping` must be >= 0. Got {found}.")
+    return float(found)
 
 
 def name_of(subject: object) -> str:
@@ -48,7 +74,7 @@ def inner_of(subject: object, inner: InnerSolver | None, claim: Claim) -> InnerO
     inner = inner if inner is not None else getattr(subject, "inner", None)
     if isinstance(inner, InnerOptimizer):
         return inner
-    if claim == "implicit" and (inner is None or isinstance(inner, InnerSolver)):
+    if claim in IMPLICIT and (inner is None or isinstance(inner, InnerSolver)):
         return GradientDescent(lr=1.0, steps=0)
     raise ValueError(
         f"The inner loop of {name_of(subject)} is not known. Expected inner=GradientDescent(lr=..., steps=...), or "
@@ -61,7 +87,7 @@ def damping_of(
 ) -> dict[str, float]:
     """Lambda of every adapted parameter, zeros where it is learned; raises ValueError where it is not said."""
     if regularization is None:
-        regularization = getattr(subject, "regularization", None if claim == "implicit" else 0.0)
+        regularization = getattr(subject, "regularization", None if claim in IMPLICIT else 0.0)
         if regularization is None and isinstance(subject, MetaGradient):
             return dict.fromkeys(adapted, 0.0)
     if as_function(regularization) is not None:
@@ -77,8 +103,8 @@ def damping_of(
         damping = {n: float(regularization[n]) for n in adapted}
     else:
         damping = dict.fromkeys(adapted, float(regularization))  # type: ignore[arg-type]
-    if min(damping.values()) < 0 or (claim == "implicit" and min(damping.values()) == 0):
-        raise ValueError(f"`regularization` must be {'>' if claim == 'implicit' else '>='} 0. Got {regularization}.")
+    if min(damping.values()) < 0 or (claim in IMPLICIT and min(damping.values()) == 0):
+        raise ValueError(f"`regularization` must be {'>' if claim in IMPLICIT else '>='} 0. Got {regularization}.")
     return damping
 
 
@@ -95,7 +121,8 @@ def along(reference: Reference, claim: Claim, seed: int) -> Callable[[Values], C
     """For a direction d, the function t -> mean query loss whose derivative at 0 is the meta-gradient times d.
 
     maml: the query loss after the inner loop from theta + t d. fomaml: at phi + t d, with phi adapted from theta.
-    implicit: at the minimum of the inner objective about theta + t d.
+    implicit: at the minimum of the inner objective about theta + t d. damped: with delta lambda/2 |phi - phi*|^2 added
+    to it, about the minimum phi* for t = 0, which adds delta lambda to H + lambda and nothing to the gradient there.
 
     Args:
         reference: The problem.
@@ -121,6 +148,7 @@ def along(reference: Reference, claim: Claim, seed: int) -> Callable[[Values], C
         )
     with draws(seed):
         minima = [_minimum(reference, start, task) for task in reference.tasks]
+    anchors = [_anchor(reference, start, task, minimum) for task, minimum in zip(reference.tasks, minima, strict=True)]
 
     def of(d: Values) -> Callable[[float], float]:
         velocities: list[Tensor | None] = [None] * len(minima)
@@ -128,7 +156,7 @@ def along(reference: Reference, claim: Claim, seed: int) -> Callable[[Values], C
         def at_minimum(t: float) -> float:
             values, adapted = moved(start, d, t), []
             for i, (task, minimum) in enumerate(zip(reference.tasks, minima, strict=True)):
-                problem, velocity = InnerProblem(reference, values, task.support), velocities[i]
+                problem, velocity = InnerProblem(reference, values, task.support, anchors[i]), velocities[i]
                 phi = problem.minimise(minimum if velocity is None else minimum + t * velocity)
                 velocities[i] = (phi - minimum) / t if t else None
                 adapted.append(problem.values(phi))
@@ -142,6 +170,13 @@ def along(reference: Reference, claim: Claim, seed: int) -> Callable[[Values], C
 def _minimum(reference: Reference, start: Values, task: Task) -> Tensor:
     reached = reference.adapt(start, task.support)
     return InnerProblem(reference, start, task.support).minimise(flat({n: reached[n] for n in reference.adapted}))
+
+
+def _anchor(reference: Reference, start: Values, task: Task, minimum: Tensor) -> Anchor | None:
+    if not reference.delta:
+        return None
+    weights = {n: reference.delta * w for n, w in reference.identity_at(start).items()}
+    return Anchor(InnerProblem(reference, start, task.support).values(minimum), weights)
 
 
 def _mean_query_loss(reference: Reference, adapted: list[Values], initial: Values) -> float:

@@ -66,7 +66,7 @@ def _inner_loss(reference: Reference, centre: Values, batch: Any, values: Values
 
 
 class System:
-    """The linear system of one task at a place: (I + H Lambda^-1) in the unknown u, and what its solution leads to."""
+    """The linear system of one task at a place: ((1 + delta) I + H Lambda^-1) u = v, and what its solution leads to."""
 
     def __init__(self, reference: Reference, values: Values, task: int, product: Callable[..., Values]) -> None:
         self._reference, self._values, self._batch = reference, values, reference.tasks[task].support
@@ -113,11 +113,11 @@ class System:
         return u
 
     def right(self, u: Tensor) -> Tensor:
-        """(I + H Lambda^-1) u."""
-        return u + self.hessian(u / self.damping)
+        """((1 + delta) I + H Lambda^-1) u."""
+        return (1 + self._reference.delta) * u + self.hessian(u / self.damping)
 
     def residual(self, u: Tensor) -> float:
-        """|v - (I + H Lambda^-1) u| / |v|."""
+        """|v - ((1 + delta) I + H Lambda^-1) u| / |v|."""
         return float((self.v - self.right(u)).norm() / self.v.norm())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,7 +15,7 @@ from imaml._strategies.meta_gradient import MetaGradient
 from imaml.inner import InnerSolver
 from imaml.inner._hyper import Hyper
 from imaml.verify._argmin import NoMinimum
-from imaml.verify._claims import along, as_function, claim_of, damping_of, inner_of, name_of
+from imaml.verify._claims import along, as_function, claim_of, damping_of, delta_of, inner_of, name_of
 from imaml.verify._comparison import compare
 from imaml.verify._recomputed import recomputed_wrongly
 from imaml.verify._reference import Reference, Values, draws, moved
@@ -46,6 +47,7 @@ def meta_gradient(
     against: str | None = None,
     inner: InnerSolver | None = None,
     regularization: Hyper | None = None,
+    damping: float | None = None,
     tolerance: float = 1e-5,
     seed: int = 0,
 ) -> Verification:
@@ -58,6 +60,8 @@ def meta_gradient(
     - "maml": after the inner loop from theta + t d;
     - "implicit": at the minimum of L_support + lambda/2 |phi - theta - t d|^2, found by Newton's method to rounding;
       L_support is the mean over the source where there are minibatches, or over `curvature_batches` of it;
+    - "damped": likewise, with delta lambda/2 |phi - phi*|^2 added, where phi* is the minimum for t = 0: its derivative
+      solves (I + H / lambda + delta I) u = v. `bias` says how far that is from "implicit";
     - "fomaml": at phi + t d, with phi adapted from theta.
 
     The relative error is that over all directions together. Where the subject fails, its result is compared with the
@@ -74,10 +78,11 @@ def meta_gradient(
             deep copy of the objective in float64 and the tasks in float64; the user's are not touched.
         objective: Model and loss.
         tasks: A few tasks with shapes as in use; two or more show a wrong mean.
-        against: What is claimed. Known for the library's strategies.
+        against: What is claimed. Known for the library's strategies: "damped" for `ImplicitMAML(damping=...)`.
         inner: The inner loop that was used, an `InnerOptimizer`, whose `update` defines it. Known for strategies;
-            "implicit" only starts from it, and takes any.
+            "implicit" and "damped" only start from it, and take any.
         regularization: lambda that was used. Known for strategies; 0 for "maml" and "fomaml".
+        damping: delta that was used, for "damped". Known for strategies, where it is a number.
         tolerance: The largest relative error that passes; raised to 1e-3 for a subject that returns less than float64.
         seed: Seed of the directions, and of random draws (dropout).
 
@@ -93,13 +98,14 @@ def meta_gradient(
     used = inner_of(engine_or_function, inner, claim)
     if not isinstance(objective, Objective):
         raise TypeError(f"Expected an Objective(model, loss). Got {type(objective).__name__}.")
+    delta = delta_of(engine_or_function, damping, claim)
     copied, doubled = objective.double(), in_double(tasks)
     as_given, tasks = partial(evaluated, objective, tasks[0]), doubled
-    damping = damping_of(engine_or_function, regularization, copied.adapted, claim)
+    weights = damping_of(engine_or_function, regularization, copied.adapted, claim)
     given = regularization if regularization is not None else getattr(engine_or_function, "regularization", None)
     outer_steps = getattr(engine_or_function, "outer_steps", None)
     batches = getattr(engine_or_function, "curvature_batches", None)
-    reference = Reference(copied, list(tasks), used, damping, as_function(given), outer_steps, batches)
+    reference = Reference(copied, list(tasks), used, weights, as_function(given), outer_steps, batches, delta)
     values = reference.values()
     random = is_random(reference, seed, as_given)
     check_copied(reference, objective.model, seed)
@@ -113,6 +119,8 @@ def meta_gradient(
     tolerance = tolerance if is_double else max(tolerance, SINGLE_TOLERANCE)
     drift = ((got - again).norm() / got.norm().clamp(min=1e-300)).item()
 
+    bias: float | None = None
+
     def verification(status: Status, error: float, resolution: float, cause: str | None) -> Verification:
         return Verification(
             subject=f"{name_of(engine_or_function)} against {claim}",
@@ -121,6 +129,7 @@ def meta_gradient(
             resolution=resolution,
             cause=cause,
             tolerance=tolerance,
+            bias=bias,
         )
 
     wrong = recomputed_wrongly(reference, seed, tolerance) if isinstance(engine_or_function, MetaGradient) else None
@@ -136,6 +145,9 @@ def meta_gradient(
             functions = along(reference, claim, seed)
     except NoMinimum as error:
         return verification("inconclusive", math.nan, math.inf, str(error))
+    if delta:
+        undamped = compare(along(replace(reference, delta=0.0), claim, seed), got, values, tolerance, seed, 0.0)
+        bias = undamped[0]
     relative_error, resolution, reason = compare(functions, got, values, tolerance, seed, reference.rounding())
     status = judge(relative_error, resolution, tolerance)
     if drift > tolerance:

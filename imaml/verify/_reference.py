@@ -50,6 +50,8 @@ class Reference:
     """Weights of the query losses after some inner steps, as `MAML.outer_steps` has them; None: at the end alone."""
     curvature_batches: int | None = None
     """How many minibatches stand for their source after the inner loop; None: all."""
+    delta: float = 0.0
+    """What is added to the linear system, as a multiple of its identity, by what claims to be damped."""
 
     @property
     def adapted(self) -> tuple[str, ...]:
@@ -154,6 +156,13 @@ class Reference:
             return self.damping
         found = self.learned_damping(self.objective.meta.like_given(values))
         return found if isinstance(found, Mapping) else dict.fromkeys(self.adapted, found)
+
+    def identity_at(self, values: Values) -> Mapping[str, float | Tensor]:
+        """What the identity of the linear system (I + H / lambda) u = v is in units of H: lambda, or 1 without it."""
+        if self.learned_damping is None and not any(self.damping.values()):
+            return dict.fromkeys(self.adapted, 1.0)
+        weights = self.damping_at(values)
+        return {n: w.detach() if isinstance(w, Tensor) else w for n, w in weights.items()}
 
     def adapt(self, start: Values, batch: Any) -> Values:
         """All parameters after the inner loop, detached."""

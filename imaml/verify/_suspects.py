@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from imaml.verify._argmin import NoMinimum
-from imaml.verify._claims import Claim
+from imaml.verify._claims import IMPLICIT, Claim
 from imaml.verify._implicit_mistakes import Place, fitted, mean, of_implicit, places, systems
 from imaml.verify._mistakes import Suspect, of_maml, unrolled
 from imaml.verify._reference import Reference, draws
@@ -54,7 +55,7 @@ def cause_of(
     with draws(seed):
         if not bool(got.any()):
             return "the result is zero: no gradient flows back, or a solver returned its start"
-        if not reference.is_plain or claim == "implicit" and not all(reference.damping.values()):
+        if not reference.is_plain or claim in IMPLICIT and not all(reference.damping.values()):
             return "unknown: known mistakes are looked for with plain gradient descent and fixed numbers alone"
         try:
             right, suspects, found = _right_and_suspects(reference, claim)
@@ -68,7 +69,7 @@ def cause_of(
         explained = _nearest(got, right, suspects)
         if explained:
             return explained
-        if claim == "implicit":
+        if claim in IMPLICIT:
             return _of_system(reference, found, call(tasks[:1]), tolerance)
     if random:
         return (
@@ -79,16 +80,22 @@ def cause_of(
 
 
 def _right_and_suspects(reference: Reference, claim: Claim) -> tuple[Tensor, Iterable[Suspect], list[Place]]:
-    if claim == "implicit":
+    suspects: list[Suspect]
+    if claim in IMPLICIT:
         found = places(reference)
         right = mean([s.full(s.solution(s.right)) for s in systems(reference, found[0])])
+        suspects = [*of_implicit(reference, found)]
+        if reference.delta:
+            text = "the damping is missing: this solves the system without it"
+            plain = systems(replace(reference, delta=0.0), found[0])
+            suspects.append((text, lambda: mean([s.full(s.solution(s.right)) for s in plain])))
         text = "this is the gradient of exact MAML, through the steps of the inner loop"
-        return right, [*of_implicit(reference, found), (text, lambda: unrolled(reference))], found
+        return right, [*suspects, (text, lambda: unrolled(reference))], found
     first = unrolled(reference, second_order=False)
     if claim == "maml":
         right = unrolled(reference)
         return right, of_maml(reference, right), []
-    suspects: list[Suspect] = [("this is the second-order gradient of exact MAML", lambda: unrolled(reference))]
+    suspects = [("this is the second-order gradient of exact MAML", lambda: unrolled(reference))]
     return first, [*suspects, *of_maml(reference, None)], []
 
 
@@ -136,11 +143,15 @@ def _of_system(reference: Reference, found: list[Place], got: Tensor, tolerance:
         a, b, left = fitted(system, u)
         if left < max(tolerance, EXACT * residual) and len(weights) == 1:
             (weight,) = weights
-            if abs(a - 1) + abs(b * weight - 1) < 10 * tolerance:
+            right = 1 + reference.delta
+            if abs(a - right) + abs(b * weight - 1) < 10 * tolerance:
                 return f"{UNTRUE} (the result solves the right linear system){at}"
+            delta = a / (b * weight) - 1 if b > 0 else 0.0
+            damped = f", which damps by delta = {delta:.4g} (see `damping`)" if delta > 10 * tolerance else ""
             return (
-                f"another linear system is solved: {a:.4g} I + {b:.4g} H where I + H / lambda is I + {1 / weight:.4g} H"
-                + at
+                f"another linear system is solved: {a:.4g} I + {b:.4g} H where I + H / lambda"
+                + (" + delta I" if reference.delta else "")
+                + f" is {right:.4g} I + {1 / weight:.4g} H{damped}{at}".replace("is 1 I", "is I")
             )
         if residual < least:
             least, words = (

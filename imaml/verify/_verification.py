@@ -30,6 +30,8 @@ class Verification:
     """The likeliest cause of a failure, or the reason why there is no verdict; None after a pass."""
     tolerance: float
     """The largest relative error that passes."""
+    bias: float | None = None
+    """Relative error against the meta-gradient without damping, in the same measure; None for what claims none."""
     details: tuple[str, ...] = ()
     """Further findings, one line each."""
 
@@ -40,6 +42,8 @@ class Verification:
             f"relative error {self.relative_error:.2g} (tolerance {self.tolerance:.2g}, finite differences resolve "
             f"{self.resolution:.2g})",
         ]
+        if self.bias is not None:
+            lines.append(f"bias {self.bias:.2g}: the relative error against the meta-gradient without damping")
         return "\n".join([*lines, *([f"cause: {self.cause}"] if self.cause else []), *self.details])
 
 

@@ -160,6 +160,15 @@ def test_the_built_in_problems(monkeypatch, capsys):
     assert found == dict.fromkeys([*expected, *(f"{name}: MAML" for name in _built_in.INNER)], "passed")
 
 
+def test_a_damped_engine_has_a_row_of_its_own_and_one_for_its_bias(monkeypatch, capsys):
+    monkeypatch.setattr("imaml.cli._verify.BUILT_IN", {})
+    assert main(["verify", "--strategy", "imaml"]) == 0
+    out = capsys.readouterr().out
+    assert verdicts(out) == {"MLP, tanh: iMAML, damped": "passed"}
+    (bias,) = re.findall(r"MLP, tanh: iMAML, damped: bias +measured +(\S+)", out)
+    assert 0.3 < float(bias) < 0.6  # about delta / (1 + delta), with lambda = 10
+
+
 def test_a_broken_engine_fails_on_the_built_in_problems(monkeypatch, capsys):
     original = ReverseOverReverse.__call__
 

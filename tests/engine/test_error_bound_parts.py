@@ -13,10 +13,10 @@ def vector(*entries):
     return torch.tensor([entries], dtype=F64)
 
 
-def careful(found, steps, rhs):
+def careful(found, steps, rhs, damping=0.0):
     whole = torch.tensor([steps])
     solution = Solution(rhs, torch.tensor([0]), whole, torch.zeros(1), torch.tensor([found], dtype=F64))
-    return careful_eigenvalue(solution, LinearOperator(lambda x: x), rhs).item()
+    return careful_eigenvalue(solution, LinearOperator(lambda x: x), rhs, damping).item()
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,12 @@ def careful(found, steps, rhs):
 )
 def test_above_one_the_root_is_taken_unless_the_krylov_space_is_all(found, steps, expected):
     assert careful(found, steps, vector(1.0, 2.0, 3.0)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("found", "expected"), [(2.5, 0.5), (1.0, -1.0), (3.44, 1.2)])
+def test_what_damping_adds_is_taken_away(found, expected):
+    """The solver's estimate is that of A + delta I."""
+    assert careful(found, 1, vector(1.0, 2.0, 3.0), damping=2.0) == pytest.approx(expected)
 
 
 def test_a_right_hand_side_of_zero_tells_nothing():

@@ -341,6 +341,7 @@ def test_states_lie_in_the_folder_once_and_notes_are_few(tmp_path, monkeypatch):
         (MAML(inner=ADAM, chunk_size="auto"), "chunk_size='auto' excludes.*Expected a number or None"),
         (FOMAML(inner=ADAM, compile=True), "compile=True excludes"),
         (ImplicitMAML(inner=ADAM, warm_start=True), "warm_start=True excludes"),
+        (ImplicitMAML(inner=ADAM, damping="auto"), "damping='auto' excludes"),
     ],
 )
 def test_what_cannot_be_kept(engine, message, tmp_path):

@@ -105,6 +105,8 @@ CASES = [
     ("conv", implicit(curvature="ggn", chunk_size=4)),
     ("head", MAML(inner=descent(), chunk_size=4)),
     ("head", implicit(chunk_size=4)),
+    ("conv", implicit(damping=2.0, chunk_size=4)),
+    ("conv", implicit(damping=2.0, error_bound=False, solver_dtype=torch.float64)),
 ]
 
 

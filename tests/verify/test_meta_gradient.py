@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -44,6 +44,53 @@ def test_right_strategies_pass(engine, middle) -> None:
     assert result.cause is None
     assert result.relative_error < 1e-8
     assert result.resolution < 1e-6
+
+
+@pytest.mark.parametrize("adapt", [None, ["2"]], ids=["all", "head"])
+def test_a_damped_solve_passes_as_what_it_is_and_its_bias_is_measured(adapt) -> None:
+    objective, tasks = problem(network(nn.Tanh()))
+    objective = Objective(objective.model, F.cross_entropy, adapt=adapt)
+    result = verify.meta_gradient(replace(CONVERGED, damping=1.5), objective, tasks)
+    assert result.status == "passed" and result.relative_error < 1e-8
+    assert result.subject == "ImplicitMAML against damped" and "bias" in str(result)
+    plain = verify.meta_gradient(CONVERGED, objective, tasks)
+    assert plain.bias is None and "bias" not in str(plain)
+    exact = verify.meta_gradient(replace(CONVERGED, damping=1.5), objective, tasks, against="implicit")
+    assert exact.status == "failed"
+    assert result.bias == pytest.approx(exact.relative_error, rel=1e-4) and result.bias > 0.1
+    if adapt is None:
+        assert "another linear system is solved: 2.5 I + 0.5 H where I + H / lambda is I + 0.5 H" in exact.cause
+        assert "which damps by delta = 1.5" in exact.cause
+
+
+def test_one_that_says_it_is_damped_and_is_not_fails_with_the_cause() -> None:
+    def plain(objective: Objective, tasks: TaskBatch) -> dict[str, Tensor]:
+        return CONVERGED.value_and_grad(objective, tasks)[1]
+
+    claim = {"against": "damped", "regularization": 2.0, "inner": CONVERGED.inner}
+    result = verify.meta_gradient(plain, *problem(network(nn.Tanh())), damping=1.5, **claim)
+    assert result.status == "failed" and "the damping is missing" in result.cause
+    with pytest.raises(ValueError, match="Pass damping=delta"):
+        verify.meta_gradient(plain, *problem(network()), **claim)
+    with pytest.raises(ValueError, match="`damping` must be >= 0. Got -1"):
+        verify.meta_gradient(plain, *problem(network()), damping=-1.0, **claim)
+
+
+def test_damping_that_adapts_is_refused_and_so_is_one_of_another_claim() -> None:
+    with pytest.raises(ValueError, match="damping='auto' depends on the calls before.*Expected a number"):
+        verify.meta_gradient(replace(CONVERGED, damping="auto"), *problem(network()))
+    with pytest.raises(ValueError, match="Expected against='damped'. Got 'maml'"):
+        verify.meta_gradient(MAML(inner=LOOP), *problem(network()), damping=1.0)
+
+
+def test_a_learned_lambda_is_verified_with_damping() -> None:
+    model = network(nn.Tanh()).double()
+    _, tasks = problem(model, dtype=torch.float64)
+    meta = {"log": torch.tensor(0.7, dtype=torch.float64, requires_grad=True)}
+    objective = Objective(model, F.cross_entropy, meta=meta)
+    engine = replace(CONVERGED, regularization=lambda meta: meta["log"].exp(), damping=1.5)
+    result = verify.meta_gradient(engine, objective, tasks)
+    assert result.status == "passed" and result.relative_error < 1e-7, result
 
 
 def test_parameters_that_do_not_adapt_are_verified_too() -> None:

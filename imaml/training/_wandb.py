@@ -7,6 +7,7 @@ from typing import Any
 from uuid import uuid4
 
 from imaml._engine.files import replace_file
+from imaml.data._extras import optional
 from imaml.training._callbacks import numbers, of_test
 from imaml.training._trainer import StepRecord
 
@@ -29,10 +30,7 @@ class WandB:
     """
 
     def __init__(self, folder: Path, **settings: Any) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ImportError("WandB needs wandb: pip install 'imaml[tracking]'") from error
+        wandb = optional("wandb", "WandB", extra="tracking")
         self._init, self._folder, self._settings = wandb.init, folder, settings
 
     def start(self, config: dict[str, Any], step: int) -> None:

@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from imaml.training import Callbacks, Evaluation, StepRecord, TensorBoard, WandB
-from tests.pages import run
+from tests.pages import read, sections
 
 RESULT = {"mean": 0.5, "interval": 0.1, "tasks": 5, "skipped": 0, "steps": 3, "metric": "MSE", "config": {"a": 1}}
 
@@ -192,6 +192,8 @@ def test_the_real_tensorboard_shows_each_step_once(tmp_path):
 
 
 def test_the_callback_of_the_program_page_prints_a_step(capsys):
-    page = run("docs/program.md")
+    (block,) = sections(read("docs/program.md"))["Curves elsewhere"]
+    page: dict = {}
+    exec(block, page)
     page["callbacks"].log(record(7))
     assert capsys.readouterr().out == "7 1.5\n"

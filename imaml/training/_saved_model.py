@@ -19,6 +19,8 @@ from imaml.models import MLP, Conv4
 from imaml.text import LastLayers, load_minilm
 
 NAME = "model.safetensors"
+_ENTRY = "imaml"
+"""The metadata that says what model it is."""
 
 _MAKERS: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLP,
@@ -45,7 +47,7 @@ def save_model(folder: str | PathLike[str], model: nn.Module) -> Path:
         TypeError: It is a model of another class.
     """
     kind, arguments = _made_by(model)
-    metadata = {"format": "pt", "model": kind, "arguments": json.dumps(arguments)}
+    metadata = {_ENTRY: json.dumps([kind, arguments])}  # one entry: safetensors writes several in any order
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     content = optional("safetensors.torch", "A saved model").save(state, metadata)
     path = Path(folder) / NAME
@@ -79,18 +81,29 @@ def load_model(folder: str | PathLike[str], *, device: torch.device | str = "cpu
             state = {name: file.get_tensor(name) for name in file.keys()}
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path} is truncated, damaged or no model: {error}. Restore it from a copy.") from error
-    kind = metadata.get("model")
+    kind, arguments = _said(metadata.get(_ENTRY))
     if kind not in _MAKERS:
         raise CheckpointError(
-            f"{path} is no model of the program. Expected one of {', '.join(_MAKERS)}. Got {kind}. Load its tensors by "
-            "safetensors.torch.load_file."
+            f"{path} is no model of the program. Expected one of {', '.join(_MAKERS)}. Got {kind or metadata}. Load its "
+            "tensors by safetensors.torch.load_file."
         )
     try:
-        model = _MAKERS[kind](**json.loads(metadata["arguments"]))
+        model = _MAKERS[kind](**arguments)
         model.load_state_dict(state, assign=True)  # in the dtype of the file
-    except (KeyError, RuntimeError, TypeError, json.JSONDecodeError) as error:
+    except (RuntimeError, TypeError) as error:
         raise CheckpointError(f"{path} is a model of another version: {error}.") from error
     return model.to(device).eval()
+
+
+def _said(text: str | None) -> tuple[str | None, dict[str, Any]]:
+    """The name and the arguments in a file; no name where it is another's."""
+    try:
+        match json.loads(text or "null"):
+            case [str(kind), dict(arguments)]:
+                return kind, arguments
+    except json.JSONDecodeError:
+        pass
+    return None, {}
 
 
 def _made_by(model: nn.Module) -> tuple[str, dict[str, Any]]:

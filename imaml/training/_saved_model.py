@@ -84,8 +84,8 @@ def load_model(folder: str | PathLike[str], *, device: torch.device | str = "cpu
     kind, arguments = _said(metadata.get(_ENTRY))
     if kind not in _MAKERS:
         raise CheckpointError(
-            f"{path} is no model of the program. Expected one of {', '.join(_MAKERS)}. Got {kind or metadata}. Load its "
-            "tensors by safetensors.torch.load_file."
+            f"{path} is no model of the program. Expected one of {', '.join(_MAKERS)}. Got {kind or metadata}. Load "
+            "its tensors by safetensors.torch.load_file."
         )
     try:
         model = _MAKERS[kind](**arguments)

@@ -296,6 +296,14 @@ class ImplicitMAML(MetaGradient):
         curvature = problem.curvature(phi, steps, self.hvp, self._graph, gauss_newton=self.curvature == "ggn")
         return curvature, problem.gradient(phi, steps, curvature.take_gradient())
 
+    def state_dict(self) -> dict[str, float]:
+        """See `MetaGradient`: where `damping="auto"` begins; not the solutions of `warm_start`."""
+        return {"damping": self._adaptive.delta} if self.damping == "auto" else {}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """See `MetaGradient`."""
+        self._adaptive.delta = state.get("damping", 0.0)
+
     def _look_at(self, report: Report) -> None:
         if self.damping == "auto" and report.damping is not None:
             self._adaptive.learn(report.damping)

@@ -272,6 +272,13 @@ class MetaGradient(Strategy):
 
         return forecast(self, objective, tasks, memory)
 
+    def state_dict(self) -> dict[str, float]:
+        """What later calls depend on besides the fields: nothing, for most settings."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:  # noqa: B027
+        """Go on as the engine of the same fields that gave `state` would."""
+
     def _choose(
         self, objective: Objective, batch: TaskBatch, shapes: Hashable, fetched: int, start: InnerState | None
     ) -> Chunking:

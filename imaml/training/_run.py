@@ -19,8 +19,8 @@ class RunFolder:
     """Keeps the files of one training in a folder that outlives interruptions.
 
     They are `config.json`, `metrics.jsonl`, `checkpoint.pt` with the one before, and `result.json`; `imaml train` adds
-    the model by `save_model`, with its card. However a process
-    ends, the folder holds a whole checkpoint or is at its start, and half a line of metrics at most.
+    the model by `save_model`, with its card. However a process ends, the folder holds a whole checkpoint or is at its
+    start, and half a line of metrics at most.
 
     Args:
         path: The folder; `create` makes a new one.

@@ -123,6 +123,7 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "rng": torch.get_rng_state(),
+            "engine": self.engine.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -132,6 +133,7 @@ class Trainer:
         self.step = state["step"]
         self.seconds = state["seconds"]
         torch.set_rng_state(state["rng"])
+        self.engine.load_state_dict(state.get("engine", {}))  # older checkpoints have none
 
     def _advance(self) -> StepRecord:
         start = perf_counter()

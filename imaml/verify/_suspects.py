@@ -151,7 +151,7 @@ def _of_system(reference: Reference, found: list[Place], got: Tensor, tolerance:
             return (
                 f"another linear system is solved: {a:.4g} I + {b:.4g} H where I + H / lambda"
                 + (" + delta I" if reference.delta else "")
-                + f" is {right:.4g} I + {1 / weight:.4g} H{damped}{at}".replace("is 1 I", "is I")
+                + f" is {f'{right:.4g} ' if reference.delta else ''}I + {1 / weight:.4g} H{damped}{at}"
             )
         if residual < least:
             least, words = (

@@ -321,6 +321,21 @@ def test_steps_of_models_whose_derivatives_write_in_place(
         torch.testing.assert_close(found[key], gradient, rtol=1e-6, atol=1e-9)
 
 
+def test_a_gradient_that_is_zero_but_for_rounding_in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cotangent of any size there would be multiplied by 1e8, and by what rounding leaves of the Hessian."""
+
+    def compiled(graph: Any, inputs: Any) -> Callable[..., Any]:
+        return lambda *given: graph(*(t * (1 + 2**-22) if t.is_floating_point() else t for t in given))
+
+    monkeypatch.setattr("torch._inductor.compile", compiled)
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(16, track_running_stats=False)
+    model = nn.Sequential(nn.Linear(4, 16), norm, nn.Tanh(), nn.Linear(16, 2))
+    engine = MAML(inner=Adam(lr=0.02, steps=3), compile=True)
+    engine.value_and_grad(Objective(model, F.mse_loss), tasks_of().to(dtype=torch.float32))
+    assert engine._memory.compiler.is_on
+
+
 def test_a_second_part_that_would_write_to_what_it_is_handed_leaves_it_alone() -> None:
     """It is used for one cotangent after the other."""
 

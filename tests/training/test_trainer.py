@@ -52,11 +52,18 @@ def test_the_steps_are_those_of_adam_on_the_batches_in_order():
     assert records[3].learning_rate == pytest.approx(0.005)
 
 
-def test_a_loop_taken_up_again_and_a_state_loaded_elsewhere_continue_bit_for_bit(tmp_path):
-    whole = list(make_trainer())
-    trainer = make_trainer()
+def adapting():
+    """An engine that remembers something from call to call: small lambdas make systems indefinite."""
+    return ImplicitMAML(inner=INNER, regularization=0.01, damping="auto", solver=CG(max_steps=20), on_failure="ignore")
+
+
+@pytest.mark.parametrize("engine", [lambda: MAML(inner=INNER), adapting], ids=["MAML", "damping that adapts"])
+def test_a_loop_taken_up_again_and_a_state_loaded_elsewhere_continue_bit_for_bit(tmp_path, engine):
+    whole = list(make_trainer(engine=engine()))
+    trainer = make_trainer(engine=engine())
     begun = [next(iter(trainer)) for _ in range(3)]
-    other = make_trainer()
+    assert engine is not adapting or trainer.engine.state_dict()["damping"] > 0
+    other = make_trainer(engine=engine())
     other.load_state_dict(deepcopy(trainer.state_dict()))
     for continued in (list(other), list(trainer)):
         assert without_times(r.to_json() for r in begun + continued) == without_times(r.to_json() for r in whole)

@@ -5,6 +5,7 @@ and its links with it; a link to a file that is no page takes the file along. A 
 """
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -34,7 +35,8 @@ def places() -> dict[Path, Path]:
     for page in _within("benchmarks/results", "*/*.md"):
         found[page] = Path("benchmarks", page.parent.name).with_suffix(".md")
     for script in _within("examples", "*.py"):
-        found[script] = Path("gallery", script.stem).with_suffix(".md")
+        if script.stem != "gallery":  # what runs them
+            found[script] = Path("gallery", script.stem).with_suffix(".md")
     return found
 
 
@@ -49,7 +51,7 @@ def assemble(folder: Path) -> set[Path]:
             title = "" if text.startswith("# ") else f"# {page.stem.capitalize()}\n\n"
             pages[page] = title + moved(text, source, at, folder)
         elif source.suffix == ".py":
-            pages[page] = example(source)
+            pages[page] = moved(example(source), source, at, folder)
     for module in MODULES:
         pages[reference_place(module)] = reference(module)
     for page, text in pages.items():
@@ -108,22 +110,53 @@ def _parts(text: str) -> Iterator[tuple[bool, str]]:
 
 
 def example(script: Path) -> str:
-    """The page of an example: what its docstring says, and the program."""
+    """The page of an example: what its docstring says, what it found at full size, and the program."""
     source = (ROOT / script).read_text(encoding="utf-8")
     tree = ast.parse(source)
     program = "\n".join(source.splitlines()[tree.body[0].end_lineno :]).strip()
-    return f"# {script.name}\n\n{ast.get_docstring(tree)}\n\n```python\n{program}\n```\n"
+    parts = [f"# {script.name}", ast.get_docstring(tree) or "", *results(script), f"```python\n{program}\n```\n"]
+    return "\n\n".join(parts)
+
+
+def results(script: Path) -> list[str]:
+    """The picture and the numbers that `examples/gallery.py` kept of a job; nothing of a script that is none."""
+    kept = ROOT / record(script)
+    if not kept.exists():
+        return []
+    found = json.loads(kept.read_text(encoding="utf-8"))
+    rows = [f"| {name} | {value} |" for name, value in found["numbers"].items()]
+    made = "Made by `{command}` in {seconds} seconds, on {threads} thread of {processor}, with torch {torch}."
+    table = "\n".join(["| | |", "|---|---|", *rows])
+    return [f"![What the program draws](results/{script.stem}.png)", table, made.format(**found)]
+
+
+def record(script: Path) -> Path:
+    """Where the results of a job are kept."""
+    return script.parent / "results" / f"{script.stem}.json"
 
 
 def gallery(at: Mapping[Path, Path]) -> str:
-    """The page that lists the examples, each with the first paragraph of its docstring."""
-    lines = ["# Gallery", "", "Short programs. Run one from a checkout: `python examples/plain_loop.py`.", ""]
-    for script, page in at.items():
-        if script.suffix == ".py":
-            docstring = ast.get_docstring(ast.parse((ROOT / script).read_text(encoding="utf-8"))) or ""
-            first, *_ = docstring.split("\n\n")
-            lines += [f"- **[{script.name}]({page.name})**<br>{first}"]
+    """The page that lists the examples, each with the first paragraph of its docstring: jobs with their pictures."""
+    scripts = [script for script in at if script.suffix == ".py"]
+    jobs = [script for script in scripts if (ROOT / record(script)).exists()]
+    lines = ["# Gallery", "", "Run a program from a checkout: `python examples/plain_loop.py`.", ""]
+    lines += ["## Jobs", "", "Whole problems, solved. Each page has the program, what it found, and a picture.", ""]
+    lines += [_entry(script, at[script]) for script in jobs]
+    lines += [
+        "",
+        "## Patterns",
+        "",
+        "How the library stands in a loop, beside other libraries, and in larger studies.",
+        "",
+    ]
+    lines += [_entry(script, at[script]) for script in scripts if script not in jobs]
     return "\n".join([*lines, ""])
+
+
+def _entry(script: Path, page: Path) -> str:
+    docstring = ast.get_docstring(ast.parse((ROOT / script).read_text(encoding="utf-8"))) or ""
+    first, *_ = docstring.split("\n\n")
+    return f"- **[{script.name}]({page.name})**<br>{first}"
 
 
 def reference_place(module: str) -> Path:

@@ -47,7 +47,7 @@ class Outcome:
     """The delta of `ImplicitMAML(damping=...)` that each system was solved with, `(tasks,)`; None without damping."""
     undamped_residual: Tensor | None = None
     """What the damping biases: the relative residual |v - A u| / |v| of the system without it, `(tasks,)`; None without
-    damping."""
+    damping, and with `error_bound=False`."""
     error_bound: Tensor | None = None
     """A bound on the relative error of each task's meta-gradient, `(tasks,)`, from the stationarity and the residual:
     see `ImplicitMAML`, which may be told to leave it out. inf: nothing can be said."""
@@ -147,10 +147,10 @@ class Report(Outcome):
                 f"solver {counts}; {kept.solver_steps.double().mean().item():.3g} steps, relative residual "
                 f"{kept.solver_residual.max().item():.3g} (worst task)"
             )
-        if kept.damping is not None and kept.undamped_residual is not None:
+        if kept.damping is not None:
+            worst = "" if kept.undamped_residual is None else f"{kept.undamped_residual.max().item():.3g} (worst task)"
             lines.append(
-                f"damping {kept.damping.max().item():.3g}, without it relative residual "
-                f"{kept.undamped_residual.max().item():.3g} (worst task)"
+                f"damping {kept.damping.max().item():.3g}" + (worst and f", without it relative residual {worst}")
             )
         if kept.error_bound is not None:
             lines.append(

@@ -110,8 +110,8 @@ class ImplicitMAML(MetaGradient):
             the stationarity, H and the mixed product are those of their mean. None: all examples of the source.
         on_failure: What a solve that failed leads to: "raise" a `SolverError`, "warn" once per engine, or "ignore". The
             last good iterate is used, and the report has every task's status either way.
-        error_bound: Fill `report.error_bound`, for one displaced evaluation. Not with "ggn", whose own error it could
-            not see.
+        error_bound: Fill `report.error_bound`, for one displaced evaluation, and with damping
+            `report.undamped_residual`, for one product. No bound with "ggn", whose own error it could not see.
     """
 
     _manages_without_second_derivatives: ClassVar[bool] = True  # by finite differences
@@ -176,7 +176,7 @@ class ImplicitMAML(MetaGradient):
         op = _system(curvature, root, shift)
         solution, damping = self._solve_damped(problem, curvature, root, shift, rhs)
         residual = solution.residual_norm
-        if damping is not None and bool((damping > 0).any()):
+        if damping is not None and self.error_bound and bool((damping > 0).any()):
             residual = (rhs - op.mv(solution.x)).norm(dim=-1)
         mu = careful_eigenvalue(solution, op, rhs, 0.0 if damping is None else damping) if self._has_bound else None
         shared, hyper = query.shared, problem.hyper
@@ -207,7 +207,7 @@ class ImplicitMAML(MetaGradient):
             solver_steps=solution.num_steps,
             solver_residual=solution.residual_norm / size,
             damping=damping,
-            undamped_residual=None if damping is None else residual / size,
+            undamped_residual=None if damping is None or not self.error_bound else residual / size,
             error_bound=bound,
         )
         theta = solution.x * weight if shift else torch.zeros_like(solution.x)

@@ -73,7 +73,7 @@ class ImplicitCosts(Costs):
         solution = solving + vector
         if chunk.facts.shared:
             peaks.append(solution + vector + chunk[f"{kind} mixed"].peak)
-        if self.engine.damping:
+        if self.engine.damping and self.engine.error_bound:
             peaks.append(solution + scaled + product.peak)
         if with_bound:
             there = judged + slope + 3 * vector  # the solution, the direction, and the point along it
@@ -91,7 +91,8 @@ class ImplicitCosts(Costs):
         """K + 2 gradients and the solver's products, and two gradients and a product for the error bound."""
         gradients, inner_hvps = self.inner_counts(facts)
         hvps = facts.solve.products + (2 if self.engine.warm_start else 0)
-        hvps += bool(self.engine.damping)  # with "auto" at least: solves that are taken again are not foreseen
+        # solves that "auto" takes again are not foreseen
+        hvps += bool(self.engine.damping) and self.engine.error_bound
         if self.engine._has_bound:
             hvps += 1 + (0 if facts.solve.has_eigenvalue else min(LANCZOS_STEPS, facts.adapted))
         gradients += 4 if self.engine._has_bound else 2

@@ -174,6 +174,14 @@ def test_the_report_has_the_damping_and_the_residual_that_it_leaves():
     assert result.report.hvps - result.report.solver_steps == plain.hvps - plain.solver_steps + 1
 
 
+def test_without_the_error_bound_no_product_is_spent_on_the_bias():
+    _, objective, tasks = problem(mlp, tasks=1)
+    cheap = engine(regularization=10.0, error_bound=False)
+    report, plain = (replace(cheap, damping=d)(objective, tasks).report for d in (3.0, 0.0))
+    assert report.undamped_residual is None and str(report).count("damping 3\n") == 1
+    assert report.hvps - report.solver_steps == plain.hvps - plain.solver_steps
+
+
 def test_the_error_bound_has_the_bias_in_it():
     """Small damping at a stationary point: all of the error is bias."""
     model, objective, tasks = problem(mlp, tasks=1)
